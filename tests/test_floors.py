@@ -1,0 +1,118 @@
+"""The house stands on floors: a module imports only from floors below its own, and the lower ones stay light."""
+
+import ast
+import sys
+from importlib.metadata import packages_distributions
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "qlora_rm"
+FLOORS = {
+    **dict.fromkeys(["__init__", "config", "console", "errors"], 0),
+    "preferences": 1,
+    "backbone": 2,
+    **dict.fromkeys(["training", "artifacts", "report", "demo"], 3),
+    **dict.fromkeys(["cli", "train"], 4),
+}
+SHARED_FLOORS = (0, 4)  # the ground floor's nouns and the doors may name one another
+SIDEWAYS = {("training", "artifacts"), ("report", "artifacts")}  # public names only
+LIGHT = {"__init__", "config", "console", "errors", "preferences", "cli"}  # what `qlora-rm --help` may load
+HEAVY = {
+    "accelerate",
+    "bitsandbytes",
+    "datasets",
+    "deepspeed",
+    "matplotlib",
+    "pandas",
+    "peft",
+    "torch",
+    "transformers",
+    "trl",
+}
+
+MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
+
+
+class Import(NamedTuple):
+    module: str
+    """Dotted and absolute: `qlora_rm.config`, `torch.nn`."""
+    names: tuple[str, ...]
+    late: bool
+    """Inside a function, or only for the type checker."""
+
+
+def room_of(module: Path) -> str:
+    return module.parts[0].removesuffix(".py")
+
+
+def imports_of(module: Path) -> list[Import]:
+    """Every import statement of a module, relative ones made absolute."""
+
+    def visit(node: ast.AST, late: bool) -> list[Import]:
+        if isinstance(node, ast.Import):
+            return [Import(alias.name, (), late) for alias in node.names]
+        if isinstance(node, ast.ImportFrom):
+            parents = ("qlora_rm", *module.parent.parts)
+            base = ".".join(parents[: len(parents) + 1 - node.level]) if node.level else ""
+            source = ".".join(filter(None, [base, node.module]))
+            names = tuple(alias.name for alias in node.names)
+            if source == "qlora_rm":  # `from qlora_rm import config` names a room
+                return [Import(f"qlora_rm.{name}", (), late) for name in names]
+            return [Import(source, names, late)]
+        late = late or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        late = late or (isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"))
+        return [found for child in ast.iter_child_nodes(node) for found in visit(child, late)]
+
+    return visit(ast.parse((PACKAGE / module).read_text(encoding="utf-8")), False)
+
+
+def room_named(imported: Import) -> str:
+    """The room an import of ours names; a plain `qlora_rm` or `qlora_rm.__version__` is `__init__`."""
+    room = [*imported.module.split("."), "__init__"][1]
+    return "__init__" if room.startswith("__") else room
+
+
+def allowed(room: str, imported: Import) -> bool:
+    other = room_named(imported)
+    if room == other or FLOORS[other] < FLOORS[room]:
+        return True
+    if (room, other) in SIDEWAYS:
+        parts = (*imported.module.split("."), *imported.names)
+        return not any(part.startswith("_") for part in parts)
+    return FLOORS[room] == FLOORS[other] and FLOORS[room] in SHARED_FLOORS
+
+
+def test_every_room_has_a_floor() -> None:
+    assert {room_of(module) for module in MODULES} <= set(FLOORS), "a new room: give it a floor in FLOORS"
+
+
+@pytest.mark.parametrize("module", MODULES, ids=str)
+def test_imports_point_downward(module: Path) -> None:
+    room = room_of(module)
+    ours = [found for found in imports_of(module) if found.module.split(".")[0] == "qlora_rm"]
+    upward = [found.module for found in ours if not allowed(room, found)]
+    assert not upward, f"{module} on floor {FLOORS[room]} imports {upward}"
+    late = [found.module for found in ours if found.late and room != "cli"]
+    assert not late, f"{module} imports {late} inside a function: a circle to untie"
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if room_of(module) in LIGHT], ids=str)
+def test_help_loads_nothing_heavy(module: Path) -> None:
+    at_once = [found for found in imports_of(module) if not found.late]
+    heavy = {found.module for found in at_once if found.module.split(".")[0] in HEAVY}
+    heavy |= {
+        found.module for found in at_once if found.module.startswith("qlora_rm.") and room_named(found) not in LIGHT
+    }
+    assert not heavy, f"{module} imports {heavy} at module level; import it in the function that needs it"
+
+
+def test_no_module_shadows_an_installed_one() -> None:
+    """`accelerate launch qlora_rm/train.py` puts qlora_rm/ first on sys.path."""
+    inside = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()} - {
+        "__init__",
+        "__pycache__",
+    }
+    installed = set(packages_distributions()) | set(sys.stdlib_module_names)
+    assert not inside & installed
