@@ -1,0 +1,3 @@
+"""Parameter-efficient QLoRA reward models for large backbones."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,211 @@
+"""What a user may choose: one dataclass per room, one help text per field, each value checked beside its field.
+
+The training loop's own options (learning rate, batch size, steps, ...) are TRL's `RewardConfig`; the defaults that
+differ here stand in `training/arguments.py`. This module imports nothing heavy, so that `--help` answers at once.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from qlora_rm.errors import UserError
+
+MessageColumns = dict[str, str]
+Quantization = Literal["none", "4bit", "8bit"]
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field with its help text; lists and dicts get a fresh copy per instance."""
+    if isinstance(default, (list, dict)):
+        return field(default_factory=default.copy, metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `UserError(message)` unless `condition` holds."""
+    if not condition:
+        raise UserError(message)
+
+
+@dataclass
+class DataConfig:
+    """Which rows to read, how to read them, and which prompts to hold out."""
+
+    dataset: list[str] = option(
+        [],
+        "Preference rows: files (JSONL, JSON, CSV, Parquet, also .gz), globs, folders, a folder written by datasets' "
+        "save_to_disk, or a hub id. In YAML an entry may be a mapping with the keys path, config, split, weight and "
+        "columns.",
+    )
+    dataset_config: str | None = option(None, "Configuration (subset) of a hub dataset.")
+    dataset_split: str = option(
+        "train", "Split of a hub dataset or a saved DatasetDict; slices such as train[:1%%] work."
+    )
+    dataset_weights: list[float] | None = option(
+        None,
+        "How often each dataset's comparisons stand in the training set: 1 as they are, 2 twice, 0.25 a seeded quarter. "
+        "One number per --dataset entry.",
+    )
+    columns: list[str] | None = option(
+        None, "Rename columns: field=column, for example prompt=question chosen=best. In YAML a mapping."
+    )
+    hh_turns: bool = option(
+        False,
+        "Parse raw HH text (\\n\\nHuman: ... \\n\\nAssistant: ...) into turns for the chat template instead of keeping it as text.",
+    )
+    eval_dataset: list[str] | None = option(None, "Held-out rows, in the same forms as --dataset.")
+    eval_split: str | None = option(None, "Held-out split of the --dataset entries (hub id or saved DatasetDict).")
+    eval_fraction: float = option(
+        0.05,
+        "Share of the distinct prompts held out when neither --eval_dataset nor --eval_split is given; 0 holds out none.",
+    )
+    max_eval_comparisons: int | None = option(
+        None, "Keep at most this many held-out comparisons (a fixed, seeded choice)."
+    )
+    over_long: Literal["truncate_prompt", "drop", "error"] = option(
+        "truncate_prompt",
+        "What to do with sequences over --max_length: cut the oldest part of the prompt, the same cut for all "
+        "responses of a prompt; drop the comparison; or stop.",
+    )
+    on_bad_row: Literal["error", "skip"] = option(
+        "error", "Stop at the first faulty row, or skip faulty rows and count them by kind."
+    )
+
+    def __post_init__(self) -> None:
+        self.columns = _as_assignments(self.columns)
+        if self.dataset_weights is not None:
+            require(
+                len(self.dataset_weights) == len(self.dataset),
+                f"--dataset_weights has {len(self.dataset_weights)} numbers for {len(self.dataset)} --dataset entries; "
+                "give one per entry.",
+            )
+            require(all(w > 0 for w in self.dataset_weights), "--dataset_weights must be above 0.")
+        require(0 <= self.eval_fraction < 1, f"--eval_fraction {self.eval_fraction} must be at least 0 and below 1.")
+        require(
+            not (self.eval_dataset and self.eval_split),
+            "Give --eval_dataset or --eval_split, not both: each names the held-out rows.",
+        )
+
+    @property
+    def renames(self) -> MessageColumns:
+        """Field name -> column name in the user's rows."""
+        return dict(item.split("=", 1) for item in self.columns or [])
+
+
+def _as_assignments(columns: list[str] | dict[str, str] | None) -> list[str] | None:
+    """YAML gives a mapping, the command line `field=column` words; both become words."""
+    if columns is None:
+        return None
+    words = [f"{name}={column}" for name, column in columns.items()] if isinstance(columns, dict) else list(columns)
+    for word in words:
+        require("=" in word, f"--columns {word!r} is not of the form field=column, for example prompt=question.")
+    return words
+
+
+@dataclass
+class BackboneConfig:
+    """The model that is loaded, how it is quantized, and the score head on top of it."""
+
+    model_name_or_path: str | None = option(
+        None, "Backbone: a folder or hub id of a causal LM, an encoder, or a reward model."
+    )
+    model_revision: str | None = option(None, "Revision (branch, tag or commit) of a hub backbone.")
+    tokenizer_name_or_path: str | None = option(None, "Tokenizer, where it is not the backbone's own.")
+    quantization: Literal["none", "4bit", "8bit"] = option(
+        "4bit", "4bit is NF4 with double quantization; 8bit is LLM.int8(); none keeps the weights in the compute dtype."
+    )
+    max_unquantized: float = option(
+        0.1,
+        "Largest share of the backbone's linear and expert weights that a quantized load may leave in 16 bit or more; "
+        "above it the run stops. 1 allows anything.",
+    )
+    attn_implementation: str | None = option(
+        None, "Attention kernel (sdpa, eager, flash_attention_2, ...); the library's choice if unset."
+    )
+    head_init_std: float | None = option(
+        None,
+        "Standard deviation of a new score head; 0 starts every score at 0. Unset: 1/sqrt(hidden_size + 1), as in "
+        "Stiennon et al. 2020. A backbone that already is a reward model keeps its head.",
+    )
+
+    def __post_init__(self) -> None:
+        require(0 <= self.max_unquantized <= 1, f"--max_unquantized {self.max_unquantized} must lie between 0 and 1.")
+        require(self.head_init_std is None or self.head_init_std >= 0, "--head_init_std must not be negative.")
+
+
+@dataclass
+class AdapterConfig:
+    """The LoRA adapter. The score head is never part of it: it is trained whole."""
+
+    use_lora: bool = option(True, "Train a LoRA adapter; --no_use_lora fine-tunes the whole (unquantized) backbone.")
+    adapter: str | None = option(None, "Go on training this adapter directory (its own shape and base are used).")
+    lora_r: int = option(16, "Rank of the adapter.")
+    lora_alpha: int = option(32, "Scale of the adapter: the update is alpha/r (alpha/sqrt(r) with rsLoRA) times B A.")
+    lora_dropout: float = option(0.0, "Dropout on the adapter's input.")
+    lora_target_modules: list[str] | None = option(
+        None, "Names of the linear layers that get an adapter; unset: all linear layers of the backbone."
+    )
+    lora_layers: list[int] | None = option(None, "Indices of the transformer layers that get an adapter; unset: all.")
+    use_rslora: bool = option(False, "Rank-stabilized scaling (Kalajdzievski 2023).")
+    use_dora: bool = option(False, "Weight-decomposed adapter (DoRA, Liu et al. 2024).")
+
+    def __post_init__(self) -> None:
+        require(
+            self.lora_r > 0, f"--lora_r {self.lora_r} must be above 0; to train without an adapter use --no_use_lora."
+        )
+        require(0 <= self.lora_dropout < 1, f"--lora_dropout {self.lora_dropout} must be at least 0 and below 1.")
+        require(
+            self.use_lora or not self.adapter,
+            "--adapter goes on from a LoRA adapter, --no_use_lora trains none: give one of them.",
+        )
+
+
+@dataclass
+class ObjectiveConfig:
+    """What the scores are trained to say about the comparisons."""
+
+    objective: Literal["bradley_terry", "plackett_luce"] = option(
+        "bradley_terry",
+        "bradley_terry: every ordered pair of a prompt's responses, their weights summing to one (Ouyang et al. 2022, "
+        "eq. 1); plackett_luce: the likelihood of the whole ranking.",
+    )
+    ties: Literal["ignore", "half", "rao_kupper"] = option(
+        "ignore",
+        "Tied pairs: ignore them (counted), count half a win each way, or model them (Rao and Kupper 1967).",
+    )
+    tie_threshold: float = option(
+        1.0, "Rao-Kupper's log theta: the score difference below which a tie is likely; above 0."
+    )
+    label_smoothing: float = option(0.0, "Probability that a preference label is wrong; at least 0 and below 0.5.")
+
+    def __post_init__(self) -> None:
+        require(
+            0 <= self.label_smoothing < 0.5,
+            f"--label_smoothing {self.label_smoothing} must be at least 0 and below 0.5.",
+        )
+        require(self.tie_threshold > 0, f"--tie_threshold {self.tie_threshold} must be above 0.")
+        if self.objective == "plackett_luce":
+            require(
+                self.ties == "ignore",
+                "--ties needs --objective bradley_terry; plackett_luce reads strict preferences only.",
+            )
+            require(self.label_smoothing == 0, "--label_smoothing needs --objective bradley_terry.")
+
+
+@dataclass
+class ScoringConfig:
+    """How a finished reward model is loaded to score with."""
+
+    base: str | None = option(
+        None, "Where the adapter's base is now: a folder or hub id. Unset: where it was in training."
+    )
+    quantization: Quantization | None = option(None, "Quantization of the base or model; unset: as it was trained.")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = option(
+        "auto", "Dtype of the arithmetic; auto: as it was trained, but fp32 on a CPU without 16-bit units."
+    )
+    tokens_per_batch: int = option(
+        8192, "Upper bound of a batch's padded size in tokens; lower it when memory runs out."
+    )
+    trust_remote_code: bool = option(False, "Run the model code that a hub repository brings with it.")
+
+    def __post_init__(self) -> None:
+        require(self.tokens_per_batch > 0, f"--tokens_per_batch {self.tokens_per_batch} must be above 0.")
