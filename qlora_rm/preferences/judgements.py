@@ -1,0 +1,106 @@
+"""Reads who beats whom: a pair's order, ranks, scores or pairwise preferences, with margin and weight."""
+
+import math
+from itertools import combinations
+from typing import Any, Literal
+
+from qlora_rm.preferences.comparison import Pair, Preferences
+from qlora_rm.preferences.contents import Row, json_type
+from qlora_rm.preferences.faults import RowFault
+
+JUDGEMENTS = ("preferences", "ranks", "scores")
+"""The columns that judge K responses; the first that is not null is read."""
+
+
+def pair_preferences(row: Row, source: str) -> Preferences:
+    """Response 0 (chosen) beats response 1 (rejected)."""
+    margin = row.get("margin")
+    margins = () if margin is None else (_number(margin, "margin", "bad_margin"),)
+    return Preferences(((0, 1),), (), margins, _weight(row), _source(row, source))
+
+
+def ranked_preferences(row: Row, count: int, source: str) -> Preferences:
+    """Wins and ties among `count` responses, from the first judging column that is filled."""
+    column = next((name for name in JUDGEMENTS if row.get(name) is not None), None)
+    if column is None:
+        raise RowFault("missing_column", f"none of {', '.join(JUDGEMENTS)} is filled")
+    if column == "preferences":
+        wins, ties = _listed_pairs(row, count)
+    else:
+        wins, ties = _ordered_pairs(row[column], column, count)
+    if not wins and not ties:
+        raise RowFault("no_preference", "no response is preferred to another and none are tied")
+    margins = _margins(row, len(wins), parallel=column == "preferences")
+    return Preferences(tuple(wins), tuple(ties), margins, _weight(row), _source(row, source))
+
+
+def _ordered_pairs(values: Any, column: str, count: int) -> tuple[list[Pair], list[Pair]]:
+    """All pairs of `count` responses: a lower rank or a higher score wins, equals tie."""
+    if not isinstance(values, list) or len(values) != count:
+        found = f"{len(values)} values" if isinstance(values, list) else json_type(values)
+        raise RowFault("bad_preference", f"{column} holds {found} for {count} responses")
+    numbers = [_number(value, f"{column}[{index}]", "bad_preference") for index, value in enumerate(values)]
+    sign = 1 if column == "ranks" else -1
+    wins: list[Pair] = []
+    ties: list[Pair] = []
+    for a, b in combinations(range(count), 2):
+        if numbers[a] == numbers[b]:
+            ties.append((a, b))
+        else:
+            wins.append((a, b) if sign * numbers[a] < sign * numbers[b] else (b, a))
+    return wins, ties
+
+
+def _listed_pairs(row: Row, count: int) -> tuple[list[Pair], list[Pair]]:
+    """`preferences` and `ties` as pairs of indices, no two about the same responses."""
+    pairs = {name: _pairs(row.get(name) or [], name, count) for name in ("preferences", "ties")}
+    seen: set[frozenset[int]] = set()
+    for a, b in pairs["preferences"] + pairs["ties"]:
+        if frozenset((a, b)) in seen:
+            raise RowFault("bad_preference", f"responses {a} and {b} are compared more than once")
+        seen.add(frozenset((a, b)))
+    return pairs["preferences"], pairs["ties"]
+
+
+def _pairs(values: Any, column: str, count: int) -> list[Pair]:
+    if not isinstance(values, list):
+        raise RowFault("bad_preference", f"{column} is {json_type(values)}, not an array of pairs of indices")
+    for value in values:
+        if not (isinstance(value, list) and len(value) == 2 and all(type(index) is int for index in value)):
+            raise RowFault("bad_preference", f"{column} holds {value!r}, which is not a pair of indices")
+        if not all(0 <= index < count for index in value) or value[0] == value[1]:
+            raise RowFault("bad_preference", f"{column} holds {value}, not two different indices from 0 to {count - 1}")
+    return [(a, b) for a, b in values]
+
+
+def _margins(row: Row, wins: int, parallel: Literal[True, False]) -> tuple[float, ...]:
+    values = row.get("margin")
+    if values is None:
+        return ()
+    if not parallel:
+        raise RowFault("bad_margin", "margin needs `preferences` to stand beside; ranks and scores have none")
+    if not isinstance(values, list) or len(values) != wins:
+        raise RowFault("bad_margin", f"margin must be an array of {wins} numbers, one per preference")
+    return tuple(_number(value, f"margin[{index}]", "bad_margin") for index, value in enumerate(values))
+
+
+def _weight(row: Row) -> float:
+    weight = row.get("weight")
+    if weight is None:
+        return 1.0
+    if (number := _number(weight, "weight", "bad_weight")) <= 0:
+        raise RowFault("bad_weight", f"weight is {weight}, not above 0")
+    return number
+
+
+def _source(row: Row, default: str) -> str:
+    source = row.get("source")
+    return default if source is None or source == "" else str(source)
+
+
+def _number(value: Any, where: str, fault_kind: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise RowFault(fault_kind, f"{where} is {json_type(value)}, not a number")
+    if not math.isfinite(value):
+        raise RowFault(fault_kind, f"{where} is {value}, not a finite number")
+    return float(value)

@@ -1,0 +1,196 @@
+"""From data sets as the user names them to tokenized comparisons, a training and a held-out part, and an account."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import chain, groupby, islice
+from typing import TYPE_CHECKING, NamedTuple
+
+from qlora_rm.config import DataConfig
+from qlora_rm.errors import UserError
+from qlora_rm.preferences.account import Part, Report
+from qlora_rm.preferences.comparison import Candidates, Comparison, Origin
+from qlora_rm.preferences.contents import Row
+from qlora_rm.preferences.faults import Ledger, RowFault
+from qlora_rm.preferences.formats import parse_comparison, recognize
+from qlora_rm.preferences.sources import Entry, Rows, Source, read_rows, sources
+from qlora_rm.preferences.split import digest, hold_out, lowest, repeat
+from qlora_rm.preferences.table import Table
+from qlora_rm.preferences.tokenization import Tokenization, check_wins
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+RECOGNIZED_BY = 100
+"""So many rows of a file decide about its format."""
+
+TOKENIZED_AT_ONCE = 512
+GOLDEN = 8
+
+HOLD_OUT_HINT = "Give --eval_dataset or --eval_split, raise --eval_fraction, or pass --eval_strategy no."
+
+
+class PreferenceData(NamedTuple):
+    """What a training run reads; the columns of `train` and `held_out` are those of `table.SCHEMA`.
+
+    Attributes:
+        held_out: None where nothing is held out.
+        fingerprint: sha256 over the comparisons of both parts in order; two ranks with the same one read the same.
+        golden_candidates: a few held-out prompts with their responses as they were read (training ones where nothing
+            is held out), of many lengths.
+    """
+
+    train: "Dataset"
+    held_out: "Dataset | None"
+    report: Report
+    fingerprint: str
+    golden_candidates: list[Candidates]
+
+
+def load_preferences(config: DataConfig, tokenization: Tokenization, *, need_eval: bool) -> PreferenceData:
+    """Read, tokenize, split and mix what `config` names.
+
+    Arguments:
+        need_eval: the run will evaluate, so that it is an error to hold nothing out.
+
+    Raises:
+        UserError: nothing readable, a faulty row (unless skipped), no training or no held-out comparison left.
+    """
+    of_train = sources(config.dataset, config, config.dataset_weights)
+    table, ledger = _read(of_train, config, tokenization)
+    everything = range(len(table.facts))
+    if (of_eval := _held_out_sources(config, of_train)) is not None:
+        eval_table, eval_ledger = _read(of_eval, config, tokenization)
+        ledgers = {"training data": ledger, "held-out data": eval_ledger}
+        train, held, notes = list(everything), list(range(len(eval_table.facts))), _leaks(table, eval_table)
+    else:
+        eval_table, ledgers, notes = table, {"data": ledger}, []
+        is_held = hold_out([fact.prompt for fact in table.facts], config.eval_fraction)
+        train, held = ([row for row in everything if is_held[row] is side] for side in (False, True))
+    train, mixing = _mixed(table, train, of_train)
+    held, choice = _limited(eval_table, held, config.max_eval_comparisons)
+    _require_both(table, train, held, need_eval)
+    parts = {"training": Part.of(table.facts, train)} | ({"held-out": Part.of(eval_table.facts, held)} if held else {})
+    contents = [table.facts[row].content for row in train], [eval_table.facts[row].content for row in held]
+    return PreferenceData(
+        train=table.dataset().select(train),
+        held_out=eval_table.dataset().select(held) if held else None,
+        report=Report(ledgers, parts, [*notes, *mixing, *choice]),
+        fingerprint=digest(*contents[0], b"held out", *contents[1]).hex(),
+        golden_candidates=eval_table.sample(held, GOLDEN) if held else table.sample(train, GOLDEN),
+    )
+
+
+def load_comparisons(
+    entries: Sequence[Entry], config: DataConfig, tokenization: Tokenization
+) -> tuple["Dataset", Report]:
+    """All comparisons of `entries`, tokenized, neither split nor mixed: what an evaluation reads.
+
+    Raises:
+        UserError: nothing readable, or a faulty row (unless skipped).
+    """
+    table, ledger = _read(sources(entries, config), config, tokenization)
+    return table.dataset(), Report({"data": ledger}, {"comparisons": Part.of(table.facts, range(len(table.facts)))})
+
+
+def _held_out_sources(config: DataConfig, of_train: Sequence[Source]) -> list[Source] | None:
+    """The data sets to hold out as a whole; None where a share of the prompts is held out instead."""
+    if config.eval_dataset:
+        return sources(config.eval_dataset, config)
+    if config.eval_split:
+        return [replace(source, split=config.eval_split) for source in of_train]
+    return None
+
+
+def _read(of: Sequence[Source], config: DataConfig, tokenization: Tokenization) -> tuple[Table, Ledger]:
+    table, ledger = Table(), Ledger(config.on_bad_row, tokenization.over_long)
+    for entry, source in enumerate(of):
+        comparisons = _comparisons(source, config, ledger)
+        while batch := list(islice(comparisons, TOKENIZED_AT_ONCE)):
+            results = tokenization.tokenize_each([comparison.candidates for comparison in batch])
+            for comparison, result in zip(batch, results, strict=True):
+                try:
+                    if isinstance(result, RowFault):
+                        raise result
+                    check_wins(result.tokens, comparison.preferences.wins)
+                except RowFault as fault:
+                    ledger.fault(comparison.origin, fault)
+                    continue
+                table.append(comparison, result, entry)
+                ledger.kept[source.name] += 1
+    if not table.facts:
+        raise UserError(f"No comparison is left of {sum(ledger.rows.values())} rows. " + ". ".join(ledger.lines()))
+    return table, ledger
+
+
+def _comparisons(source: Source, config: DataConfig, ledger: Ledger) -> Iterator[Comparison]:
+    """The good rows of `source`, each file's in the format of its first rows; the others go to the ledger."""
+    for file, rows in groupby(read_rows(source, config.dataset_split), key=lambda item: item[0].file):
+        head = _head(rows)
+        readable = [row for _, row in head if isinstance(row, dict)]
+        form = recognize(readable, file) if readable else None
+        if form is not None:
+            ledger.format_of(file, form.name, form.unread(readable))
+        for origin, row in chain(head, rows):
+            ledger.rows[source.name] += 1
+            try:
+                if isinstance(row, RowFault):
+                    raise row
+                assert form is not None
+                comparison = parse_comparison(row, form, origin, source.name, as_turns=config.hh_turns)
+            except RowFault as fault:
+                ledger.fault(origin, fault)
+                continue
+            yield comparison
+
+
+def _head(rows: Rows) -> list[tuple[Origin, Row | RowFault]]:
+    """So many of the first rows that `RECOGNIZED_BY` of them can be read."""
+    head, readable = [], 0
+    for item in rows:
+        head.append(item)
+        readable += isinstance(item[1], dict)
+        if readable == RECOGNIZED_BY:
+            break
+    return head
+
+
+def _leaks(train: Table, held_out: Table) -> list[str]:
+    """A warning where prompts of held-out data that was given stand in the training data too."""
+    prompts = {fact.prompt for fact in held_out.facts}
+    both = prompts & {fact.prompt for fact in train.facts}
+    if not both:
+        return []
+    return [f"warning: {len(both):,} of the {len(prompts):,} held-out prompts stand in the training data too"]
+
+
+def _mixed(table: Table, train: list[int], of: Sequence[Source]) -> tuple[list[int], list[str]]:
+    """The training rows with each data set's as often as its weight says."""
+    if all(source.weight == 1 for source in of):
+        return train, []
+    contents = [fact.content for fact in table.facts]
+    mixed: list[int] = []
+    notes = []
+    for entry, source in enumerate(of):
+        rows = [row for row in train if table.facts[row].entry == entry]
+        taken = repeat(rows, source.weight, contents)
+        notes.append(f"mixing: {source.name} x {source.weight:g}: {len(rows):,} -> {len(taken):,} comparisons")
+        mixed += taken
+    return mixed, notes
+
+
+def _limited(table: Table, held: list[int], limit: int | None) -> tuple[list[int], list[str]]:
+    if limit is None or len(held) <= limit:
+        return held, []
+    kept = lowest(held, [fact.prompt + fact.content for fact in table.facts], limit)
+    return kept, [f"held-out: {len(kept):,} of {len(held):,} comparisons kept (--max_eval_comparisons)"]
+
+
+def _require_both(table: Table, train: list[int], held: list[int], need_eval: bool) -> None:
+    if not train:
+        prompts = len({fact.prompt for fact in table.facts})
+        raise UserError(
+            f"No training comparison is left: all {len(table.facts)} comparisons ({prompts} distinct prompts) are held "
+            "out or weighted away. Give more rows, name held-out rows by --eval_dataset, or pass --eval_fraction 0."
+        )
+    if need_eval and not held:
+        raise UserError(f"No comparison is held out, and the run is to evaluate. {HOLD_OUT_HINT}")

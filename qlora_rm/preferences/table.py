@@ -1,0 +1,136 @@
+"""Comparisons as Arrow columns: token ids as int32, a thousand rows at a time, never all as Python lists."""
+
+import heapq
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from qlora_rm.preferences.comparison import Candidates, Comparison
+from qlora_rm.preferences.split import Digest, digest, prompt_key
+from qlora_rm.preferences.tokenization import Tokenized
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+IDS, PAIRS = pa.list_(pa.int32()), pa.list_(pa.list_(pa.int32()))
+SCHEMA = pa.schema(
+    {
+        "prompt_ids": IDS,
+        "response_ids": PAIRS,
+        "wins": PAIRS,
+        "ties": PAIRS,
+        "margins": pa.list_(pa.float32()),
+        "weight": pa.float32(),
+        "source": pa.string(),
+        "length": pa.int32(),
+        "origin": pa.string(),
+    }
+)
+"""One row per comparison: `Tokens`, `Preferences`, the longest sequence's length in tokens, and `file, row N`."""
+
+BATCH = 1000
+SAMPLE = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What splitting, mixing and reporting need of a comparison, without its tokens.
+
+    Attributes:
+        entry: which of the data sets it comes from.
+        prompt: hash of its prompt.
+        content: hash of its tokens and preferences.
+    """
+
+    entry: int
+    source: str
+    prompt: Digest
+    content: Digest
+    length: int
+    cut: int
+    wins: int
+    ties: int
+
+
+@dataclass
+class Table:
+    """Grows by one comparison at a time; `facts[i]` stands beside row i.
+
+    The candidates of the `SAMPLE` lowest prompt hashes are kept as they were read. Held out are the lowest hashes too
+    (see `split.hold_out`), so the sample always holds held-out rows.
+    """
+
+    facts: list[Facts] = field(default_factory=list)
+    _batches: list[pa.RecordBatch] = field(default_factory=list)
+    _pending: list[dict[str, Any]] = field(default_factory=list)
+    _sample: list[tuple[int, int, Candidates]] = field(default_factory=list)
+
+    def append(self, comparison: Comparison, tokenized: Tokenized, entry: int) -> None:
+        preferences, tokens = comparison.preferences, tokenized.tokens
+        row: dict[str, Any] = {
+            "prompt_ids": tokens.prompt_ids,
+            "response_ids": tokens.response_ids,
+            "wins": preferences.wins,
+            "ties": preferences.ties,
+            "margins": preferences.margins,
+            "weight": preferences.weight,
+            "source": preferences.source,
+            "length": len(tokens.prompt_ids) + max(map(len, tokens.response_ids)),
+            "origin": str(comparison.origin),
+        }
+        key = prompt_key(comparison.candidates)
+        self._keep_sample(key, comparison.candidates)
+        self.facts.append(
+            Facts(
+                entry,
+                preferences.source,
+                key,
+                _content(row),
+                row["length"],
+                tokenized.cut,
+                len(preferences.wins),
+                len(preferences.ties),
+            )
+        )
+        self._pending.append(row)
+        if len(self._pending) == BATCH:
+            self._flush()
+
+    def _keep_sample(self, key: Digest, candidates: Candidates) -> None:
+        """A heap whose top is the highest hash kept; the row index breaks ties."""
+        item = (-int.from_bytes(key), -len(self.facts), candidates)
+        if len(self._sample) < SAMPLE:
+            heapq.heappush(self._sample, item)
+        elif item[:2] > self._sample[0][:2]:
+            heapq.heapreplace(self._sample, item)
+
+    def sample(self, indices: Sequence[int], count: int) -> list[Candidates]:
+        """At most `count` of the kept candidates that stand in `indices`, spread evenly over their lengths."""
+        among = set(indices)
+        kept = [(self.facts[-row].length, -row, candidates) for _, row, candidates in self._sample if -row in among]
+        kept.sort(key=lambda item: item[:2])
+        if len(kept) <= count:
+            return [candidates for *_, candidates in kept]
+        return [kept[step * (len(kept) - 1) // (count - 1)][2] for step in range(count)]
+
+    def dataset(self) -> "Dataset":
+        """Everything appended so far, in that order."""
+        from datasets import Dataset
+
+        self._flush()
+        return Dataset(pa.Table.from_batches(self._batches, SCHEMA))
+
+    def _flush(self) -> None:
+        if self._pending:
+            self._batches.append(pa.RecordBatch.from_pylist(self._pending, SCHEMA))
+            self._pending.clear()
+
+
+def _content(row: dict[str, Any]) -> Digest:
+    """A hash of everything a comparison trains on; where it was read does not count."""
+    ids = [array("i", sequence).tobytes() for sequence in (row["prompt_ids"], *row["response_ids"])]
+    rest = repr([row[name] for name in ("wins", "ties", "margins", "weight", "source")])
+    return digest(rest.encode(), *(len(part).to_bytes(8) + part for part in ids))
