@@ -1,0 +1,117 @@
+"""The LoRA adapter: on the backbone's linear layers, never on the head, which is trained whole beside it."""
+
+import json
+from pathlib import Path
+
+import bitsandbytes as bnb
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from safetensors import safe_open
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.pytorch_utils import Conv1D
+
+from qlora_rm.backbone.head import is_in_head
+from qlora_rm.backbone.load import Backbone
+from qlora_rm.config import AdapterConfig
+from qlora_rm.errors import UserError
+
+LINEAR = (nn.Linear, Conv1D, bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
+
+
+def attach_adapter(backbone: Backbone, config: AdapterConfig) -> PeftModel:
+    """Wrap the backbone in a new LoRA adapter; its head becomes trainable whole (PEFT's `modules_to_save`).
+
+    `task_type` is SEQ_CLS, for it alone makes PEFT train and save the head; adapter weights are fp32.
+    """
+    backbone.model.requires_grad_(False)
+    lora = LoraConfig(
+        task_type=TaskType.SEQ_CLS,
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=config.lora_target_modules or linear_names(backbone),
+        layers_to_transform=config.lora_layers,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        fan_in_fan_out=any(isinstance(m, Conv1D) for m in backbone.model.modules()),
+        # PEFT adds `score` and `classifier` itself
+        modules_to_save=[name for name in backbone.head if name not in ("score", "classifier")] or None,
+    )
+    # ZeRO-3 gathers unquantized weights and adapters in one buffer of one dtype; goes when DeepSpeed #8072 is fixed.
+    one_dtype = is_deepspeed_zero3_enabled() and not getattr(backbone.model, "is_quantized", False)
+    try:
+        model = get_peft_model(backbone.model, lora, autocast_adapter_dtype=not one_dtype)
+    except ValueError as error:
+        raise UserError(f"The adapter could not be attached: {error}") from error
+    _train_only(model)
+    return model
+
+
+def load_adapter(backbone: Backbone, folder: str, *, trainable: bool) -> PeftModel:
+    """Put the adapter of `folder` on the backbone it was trained on, its trained head with it.
+
+    Raises:
+        UserError: the folder holds no adapter, or one without its head, or one of another shape.
+    """
+    require_head(folder, backbone)
+    try:
+        model = PeftModel.from_pretrained(backbone.model, folder, is_trainable=trainable)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"The adapter {folder} does not fit this backbone: {str(error).strip().splitlines()[0]}"
+        ) from error
+    _train_only(model) if trainable else model.requires_grad_(False)
+    return model
+
+
+def read_adapter_config(folder: str) -> dict:
+    """The adapter_config.json of a folder, or a `UserError`."""
+    path = Path(folder) / "adapter_config.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{folder} holds no adapter: there is no adapter_config.json.") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is broken: {error}.") from None
+
+
+def require_head(folder: str, backbone: Backbone) -> None:
+    """Refuse an adapter that was saved without the score head: PEFT would score with a random one."""
+    weights = Path(folder) / "adapter_model.safetensors"
+    try:
+        with safe_open(weights, framework="pt") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"{weights} cannot be read: {error}") from error
+    except Exception as error:  # safetensors raises its own error type for a truncated file
+        raise UserError(f"{weights} is broken or cut short: {error}") from error
+    for module in backbone.head:
+        saved = {n: s for n, s in shapes.items() if n.startswith(f"base_model.model.{module}.")}
+        if not saved:
+            raise UserError(f"The adapter {folder} was saved without its head {module!r}: its scores would be random.")
+        empty = [name for name, shape in saved.items() if 0 in shape]
+        if empty:
+            raise UserError(
+                f"The head in {folder} is empty ({empty[0]}): it was saved from a sharded model without gathering."
+            )
+
+
+def linear_names(backbone: Backbone) -> list[str]:
+    """Last name parts of all linear layers inside the backbone (q_proj, ...), the head's excluded."""
+    model: PreTrainedModel = backbone.model
+    names = set()
+    for name, module in model.named_modules():
+        if isinstance(module, LINEAR) and not is_in_head(name, backbone.head):
+            names.add(name.rpartition(".")[2])
+    return sorted(names)
+
+
+def _train_only(model: PeftModel) -> None:
+    """Adapter and head take gradients, in fp32; everything else is frozen."""
+    for name, parameter in model.named_parameters():
+        trainable = "lora_" in name or ".modules_to_save." in name
+        parameter.requires_grad_(trainable)
+        if trainable and parameter.dtype in (torch.float16, torch.bfloat16) and not hasattr(parameter, "ds_id"):
+            parameter.data = parameter.data.float()

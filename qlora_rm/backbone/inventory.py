@@ -1,0 +1,102 @@
+"""What is in memory: parameters and bytes by dtype, what was quantized, what is trained."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+import bitsandbytes as bnb
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from qlora_rm.backbone.head import head_modules, is_in_head
+from qlora_rm.console import table
+
+
+def inventory(model: nn.Module) -> list[str]:
+    """Lines of a table: part x dtype, with parameters, bytes and whether it is trained."""
+    count: dict[tuple[str, str, bool], list[int]] = defaultdict(lambda: [0, 0])
+    for name, parameter in model.named_parameters():
+        entry = count[_part(name, parameter), dtype_name(parameter), parameter.requires_grad]
+        entry[0] += logical_size(parameter)
+        entry[1] += stored_bytes(parameter)
+    rows = [
+        (part, dtype, f"{n:,}", _human_bytes(size), "yes" if trained else "no")
+        for (part, dtype, trained), (n, size) in sorted(count.items())
+    ]
+    total, trained = (sum(v[0] for k, v in count.items() if k[2] or not only) for only in (False, True))
+    rows.append(("total", "", f"{total:,}", _human_bytes(sum(v[1] for v in count.values())), f"{trained:,}"))
+    return table(("part", "dtype", "parameters", "bytes", "trained"), rows)
+
+
+def unquantized_share(model: PreTrainedModel) -> tuple[float, str]:
+    """Share of the backbone's matrix weights outside 4 or 8 bit, and the name of the largest such weight.
+
+    Embeddings and vectors (norms, biases) are never quantized and do not count. Expert weights fused into 3-D
+    parameters do: transformers 5 leaves them in 16 bit without a word.
+    """
+    quantized = 0
+    plain: dict[str, int] = {}
+    for name, parameter in _matrices(model):
+        if isinstance(parameter, (bnb.nn.Params4bit, bnb.nn.Int8Params)):
+            quantized += logical_size(parameter)
+        else:
+            plain[name] = logical_size(parameter)
+    if not plain:
+        return 0.0, ""
+    return sum(plain.values()) / (quantized + sum(plain.values())), max(plain, key=plain.__getitem__)
+
+
+def _matrices(model: PreTrainedModel) -> Iterator[tuple[str, nn.Parameter]]:
+    head = head_modules(model)
+    for module_name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) or is_in_head(module_name, head):
+            continue
+        for name, parameter in module.named_parameters(module_name, recurse=False):
+            if isinstance(parameter, bnb.nn.Params4bit) or logical_dim(parameter) >= 2:
+                yield name, parameter
+
+
+def logical_dim(parameter: nn.Parameter) -> int:
+    """Dimensions of the weight, also where DeepSpeed's zero.Init has left an empty stand-in."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def logical_size(parameter: nn.Parameter) -> int:
+    """Number of weights a parameter stands for, whatever it is packed into."""
+    state = getattr(parameter, "quant_state", None)
+    if state is not None:
+        return int(torch.Size(state.shape).numel())
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def stored_bytes(parameter: nn.Parameter) -> int:
+    """Bytes it occupies unsharded, the quantization constants included."""
+    size = int(getattr(parameter, "ds_numel", parameter.numel())) * parameter.element_size()
+    state = getattr(parameter, "quant_state", None)
+    if state is not None:
+        size += state.absmax.nbytes + state.code.nbytes
+        if state.nested:
+            size += state.state2.absmax.nbytes + state.state2.code.nbytes
+    return size
+
+
+def dtype_name(parameter: nn.Parameter) -> str:
+    if isinstance(parameter, bnb.nn.Params4bit):
+        return parameter.quant_type
+    return str(parameter.dtype).removeprefix("torch.")
+
+
+def _part(name: str, parameter: nn.Parameter) -> str:
+    if "lora_" in name:
+        return "adapter"
+    if parameter.requires_grad:
+        return "head" if "modules_to_save" in name or "score" in name or "classifier" in name else "backbone"
+    return "backbone"
+
+
+def _human_bytes(size: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.2f} TB"

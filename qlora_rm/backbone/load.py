@@ -1,0 +1,222 @@
+"""Loading a backbone with a score head: in 4 bit, counted, and with nothing initialized behind the user's back."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import bitsandbytes as bnb
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.modeling_utils import set_zero3_state
+from transformers.utils import logging as transformers_logging
+
+from qlora_rm.backbone.head import compute_in_own_precision, head_modules, initialize, is_in_head
+from qlora_rm.backbone.inventory import unquantized_share
+from qlora_rm.backbone.paths import require_model
+from qlora_rm.config import BackboneConfig
+from qlora_rm.console import say
+from qlora_rm.errors import UserError
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A loaded sequence-classification model with one label.
+
+    Attributes:
+        model: the model, frozen or not as loaded; its head computes in fp32.
+        head: names of the modules that make the score head; they are trained whole and saved.
+        has_new_head: False where the checkpoint already was a reward model.
+    """
+
+    model: PreTrainedModel
+    head: list[str]
+    has_new_head: bool
+
+
+def load_backbone(
+    config: BackboneConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype,
+    *,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+    full_fine_tuning: bool = False,
+) -> Backbone:
+    """Load `config.model_name_or_path` as a scalar reward model.
+
+    Arguments:
+        tokenizer: sets the pad id; the embedding grows where the tokenizer has more entries than it has rows.
+        dtype: compute dtype, and storage dtype of what is not quantized.
+        full_fine_tuning: keep unquantized weights in fp32, since they will be trained.
+
+    Raises:
+        UserError: no model there, not one label, weights missing from the checkpoint, or more weights left
+            unquantized than `config.max_unquantized` allows.
+    """
+    name = config.model_name_or_path
+    if not name:
+        raise UserError("No backbone given: pass --model_name_or_path FOLDER_OR_HUB_ID.")
+    model_config = read_model_config(name, config.model_revision, trust_remote_code)
+    model, fresh = _load_model(
+        config, model_config, torch.float32 if full_fine_tuning else dtype, trust_remote_code=trust_remote_code
+    )
+    head = head_modules(model)
+    _require_whole(name, model, fresh, head)
+    has_new_head = bool(fresh)
+    _prepare_head(model, head, fresh, config.head_init_std, seed)
+    _match_tokenizer(model, tokenizer)
+    _keep_compute_dtype_on_cpu(model)
+    model.config.use_cache = False
+    if config.quantization != "none":
+        _require_quantized(model, config)
+    return Backbone(model, head, has_new_head)
+
+
+def read_model_config(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The configuration of a model folder or hub id, or a `UserError` that says what stands there instead."""
+    require_model(name)
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"No model could be loaded from {name}: {str(error).strip().splitlines()[0]}") from error
+    is_classifier = any(a.endswith("ForSequenceClassification") for a in config.architectures or [])
+    if is_classifier and config.num_labels != 1:
+        raise UserError(f"{name} is a classifier with {config.num_labels} labels; a reward model has one.")
+    return config
+
+
+def quantization_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """NF4 with double quantization, LLM.int8(), or None.
+
+    The packed storage stays uint8: DeepSpeed's engine casts any other dtype and corrupts the packed bytes silently.
+    """
+    if quantization == "4bit":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_quant_storage=torch.uint8,
+        )
+    return BitsAndBytesConfig(load_in_8bit=True) if quantization == "8bit" else None
+
+
+def _load_model(
+    config: BackboneConfig, model_config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool
+) -> tuple[PreTrainedModel, set[str]]:
+    """The model and the names of the parameters its checkpoint did not hold."""
+    name = str(config.model_name_or_path)
+    quantization = quantization_config(config.quantization, dtype)
+    if quantization is not None and getattr(model_config, "quantization_config", None) is None:
+        quantization.llm_int8_skip_modules = _head_names(model_config, trust_remote_code)
+    else:
+        quantization = None  # a checkpoint saved in 4 bit brings its own configuration
+    with _quiet_transformers():
+        try:
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                name,
+                revision=config.model_revision,
+                num_labels=1,
+                dtype=dtype,
+                quantization_config=quantization,
+                attn_implementation=config.attn_implementation,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+            )
+        except (OSError, ValueError) as error:
+            raise UserError(f"The backbone {name} could not be loaded: {str(error).strip().splitlines()[0]}") from error
+    return model, set(info["missing_keys"])
+
+
+def _require_whole(name: str, model: PreTrainedModel, fresh: set[str], head: list[str]) -> None:
+    """Only the head may be new: any other weight the checkpoint lacks would be random and frozen."""
+    lost = sorted(key for key in fresh if not is_in_head(key, head))
+    if lost:
+        raise UserError(
+            f"The checkpoint {name} lacks {len(lost)} weights of its {model.base_model_prefix}, first {lost[0]}; they "
+            "would be random. Fetch or save it again."
+        )
+
+
+def _head_names(model_config: PretrainedConfig, trust_remote_code: bool) -> list[str]:
+    """Modules that must never be quantized: the head's, read from a skeleton of the model without weights.
+
+    Under ZeRO-3 transformers would shard and initialize even the skeleton; `set_zero3_state` tells it that this is
+    done. Goes when transformers leaves models on the meta device alone.
+    """
+    with torch.device("meta"), set_zero3_state(), _quiet_transformers():
+        skeleton = AutoModelForSequenceClassification.from_config(model_config, trust_remote_code=trust_remote_code)
+    return head_modules(skeleton)
+
+
+def _prepare_head(model: PreTrainedModel, head: list[str], fresh: set[str], std: float | None, seed: int) -> None:
+    """fp32 weights and arithmetic for the whole head; the seeded small initialization for a new last layer."""
+    for name in head:
+        module = model.get_submodule(name)
+        module.to(torch.float32)
+        compute_in_own_precision(module)
+    linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and is_in_head(n, head)}
+    last, layer = list(linear.items())[-1]
+    if f"{last}.weight" not in fresh:
+        return
+    if layer.weight.numel():
+        initialize(layer, std, seed)
+    else:
+        say("score head: sharded by ZeRO-3 as it was made, so it keeps the library's own small initialization")
+
+
+def _match_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The model's pad id is the tokenizer's, and its embedding has a row for every token."""
+    rows = embedding_rows(model)
+    if len(tokenizer) > rows:
+        say(f"embedding: grown from {rows} to {len(tokenizer)} rows to hold the tokenizer's new tokens")
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+        config.pad_token_id = tokenizer.pad_token_id
+
+
+def _keep_compute_dtype_on_cpu(model: PreTrainedModel) -> None:
+    """Hold 4-bit layers to their compute dtype, and to their gradients, on CPUs with AVX512-BF16.
+
+    There bitsandbytes 0.50 repacks a layer's weights at its first forward in eval mode; from then on it computes in
+    bf16 whatever the compute dtype, and passes no gradient back in training mode either. Goes when it does not.
+    """
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def embedding_rows(model: PreTrainedModel) -> int:
+    """How many token ids the model has an input embedding for."""
+    embedding = model.get_input_embeddings()
+    assert isinstance(embedding, nn.Embedding)
+    return embedding.num_embeddings
+
+
+def _require_quantized(model: PreTrainedModel, config: BackboneConfig) -> None:
+    share, largest = unquantized_share(model)
+    if share > config.max_unquantized:
+        raise UserError(
+            f"--quantization {config.quantization} left {share:.0%} of the backbone's linear and expert weights "
+            f"unquantized, the largest being {largest}. To train all the same pass --max_unquantized 1; to load "
+            "without quantization pass --quantization none."
+        )
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Silence the loading report: what is new and what is missing is checked and said by this module."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)

@@ -1,0 +1,31 @@
+"""Telling a folder from a hub id, and a model folder from something else, before a library does it in riddles."""
+
+import difflib
+from pathlib import Path
+
+from qlora_rm.errors import UserError
+
+
+def is_local(name: str) -> bool:
+    """Whether `name` means a folder: it exists, or is written as a path rather than as `owner/model`."""
+    return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def require_model(name: str) -> None:
+    """Raise `UserError` where a local `name` is no model folder; hub ids are left to the library."""
+    if not is_local(name):
+        return
+    folder = Path(name).expanduser()
+    if not folder.exists():
+        near = difflib.get_close_matches(
+            folder.name, [p.name for p in folder.parent.glob("*")] if folder.parent.exists() else [], 1
+        )
+        hint = f" Did you mean {folder.parent / near[0]}?" if near else ""
+        raise UserError(f"There is no folder {name}.{hint}")
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        raise UserError(
+            f"{name} holds an adapter, not a backbone. To go on training it pass --adapter {name}; to make one model of it "
+            f"and its base use `qlora-rm merge {name}`."
+        )
+    if not (folder / "config.json").exists() and not (folder / "tokenizer_config.json").exists():
+        raise UserError(f"{name} is not a model folder: it holds neither config.json nor tokenizer_config.json.")

@@ -1,0 +1,53 @@
+"""Small backbones made on the spot, one per architecture, saved as a user would have them."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers as t
+from transformers import PreTrainedTokenizerBase
+
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+ENCODER = {name: value for name, value in SHAPE.items() if name != "num_key_value_heads"}
+
+BACKBONES: dict[str, Callable[..., t.PreTrainedModel]] = {
+    "llama": lambda **ids: t.LlamaForCausalLM(t.LlamaConfig(**SHAPE, **ids)),
+    "qwen2": lambda **ids: t.Qwen2ForCausalLM(t.Qwen2Config(**SHAPE, **ids)),
+    "gemma3": lambda **ids: t.Gemma3ForCausalLM(t.Gemma3TextConfig(**SHAPE, head_dim=16, **ids)),
+    "gpt2": lambda **ids: t.GPT2LMHeadModel(t.GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=512, **ids)),
+    "mixtral": lambda **ids: t.MixtralForCausalLM(t.MixtralConfig(**SHAPE, num_local_experts=4, **ids)),
+    "distilbert": lambda **ids: t.DistilBertForMaskedLM(
+        t.DistilBertConfig(dim=64, n_layers=2, n_heads=4, hidden_dim=128, **ids)
+    ),
+    "roberta": lambda **ids: t.RobertaForMaskedLM(t.RobertaConfig(**ENCODER, **ids)),
+    "bert": lambda **ids: t.BertForMaskedLM(t.BertConfig(**ENCODER, **ids)),
+}
+CAUSAL = ("llama", "qwen2", "gemma3", "gpt2")
+ENCODERS = ("distilbert", "roberta", "bert")
+
+
+def save_backbone(
+    folder: Path, architecture: str, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0, rows: int | None = None
+) -> str:
+    """Write a random backbone and `tokenizer` to `folder`; `rows` of the embedding default to the tokenizer's size."""
+    torch.manual_seed(seed)
+    model = BACKBONES[architecture](
+        vocab_size=rows or len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    # weights from a library's initialization are so small that every attention head sees nearly the same
+    for parameter in model.parameters():
+        if parameter.dim() >= 2:
+            parameter.data.normal_(std=0.1)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
