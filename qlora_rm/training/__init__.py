@@ -1,0 +1,1 @@
+"""Training: objectives, the trainer, the engine it runs in, checkpoints and curves."""

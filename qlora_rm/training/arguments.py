@@ -1,0 +1,170 @@
+"""The training loop's options: TRL's RewardConfig with this project's defaults, and the parser of the train door."""
+
+import difflib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import torch
+import yaml
+from trl import RewardConfig, TrlParser
+
+from qlora_rm.backbone.precision import best_dtype
+from qlora_rm.config import AdapterConfig, BackboneConfig, DataConfig, ObjectiveConfig
+from qlora_rm.errors import UserError
+
+
+@dataclass
+class TrainingConfig(RewardConfig):
+    """`trl.RewardConfig` (and so `transformers.TrainingArguments`) with defaults for a LoRA reward model.
+
+    The defaults follow published recipes: ten times the rate of full fine-tuning, one epoch, an effective batch of 64
+    comparisons a GPU, cosine decay after 3 % warm-up, centring 0.01.
+    """
+
+    output_dir: str | None = field(
+        default="runs/reward_model", metadata={"help": "Folder for the model and its checkpoints."}
+    )
+    engine: Literal["auto", "single", "ddp", "zero1", "zero2", "zero3"] = field(
+        default="auto",
+        metadata={
+            "help": "The engine this run must have; it stops where another is in force. auto: what the launcher asked for."
+        },
+    )
+    max_length: int | None = field(
+        default=1024, metadata={"help": "Longest sequence in tokens; what happens to longer ones says --over_long."}
+    )
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the training comparisons."})
+    per_device_train_batch_size: int = field(
+        default=8, metadata={"help": "Comparisons per device in one forward pass."}
+    )
+    per_device_eval_batch_size: int = field(default=16, metadata={"help": "The same in evaluation."})
+    gradient_accumulation_steps: int = field(default=8, metadata={"help": "Forward passes per optimizer step."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Shape of the learning rate over the run."})
+    warmup_steps: float = field(default=0.03, metadata={"help": "Warm-up: steps, or below 1 a share of all steps."})
+    center_rewards_coefficient: float | None = field(
+        default=0.01,
+        metadata={"help": "Weight of the squared sum of a pair's scores, which keeps scores near zero; 0 for none."},
+    )
+    eval_strategy: str = field(
+        default="steps", metadata={"help": "When to evaluate on the held-out comparisons: no, steps, epoch."}
+    )
+    eval_steps: float | None = field(
+        default=0.1, metadata={"help": "Steps between evaluations, or below 1 a share of all steps."}
+    )
+    save_steps: float = field(
+        default=0.1, metadata={"help": "Steps between checkpoints, or below 1 a share of all steps."}
+    )
+    save_total_limit: int | None = field(
+        default=2, metadata={"help": "Checkpoints kept; older ones go once a newer one is whole."}
+    )
+    report_to: None | str | list[str] = field(  # noqa: RUF036  (HfArgumentParser knows no other order)
+        default="none", metadata={"help": "Where to log besides the console: tensorboard, wandb, trackio, ..."}
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={"help": "auto: go on from the last whole checkpoint in --output_dir, if any; or its folder."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None and not self.fp16:
+            best = torch.float32 if self._deepspeed_autocasts() else best_dtype()[0]
+            self.bf16, self.fp16 = best is torch.bfloat16, best is torch.float16
+        if not torch.cuda.is_available():
+            self._settle_on_cpu()
+        # said under its old name (TRL's default too), transformers 5 warns about it; goes when TRL renames it
+        if self.activation_checkpointing is None:
+            self.activation_checkpointing = self.gradient_checkpointing
+        super().__post_init__()
+
+    def _settle_on_cpu(self) -> None:
+        """What CPU ranks need said: gloo between them, and `use_cpu` outside DeepSpeed, or each would train alone."""
+        self.dataloader_pin_memory = False  # there is no device memory to copy to
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            self.ddp_backend = self.ddp_backend or "gloo"
+            self.use_cpu = self.use_cpu or not asks_for_deepspeed(self)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype matrices are multiplied in, whichever layer casts to it."""
+        if self.bf16 or self._deepspeed_autocasts():
+            return torch.bfloat16
+        return torch.float16 if self.fp16 else torch.float32
+
+    def _deepspeed_autocasts(self) -> bool:
+        """Whether DeepSpeed casts to bf16 itself (`torch_autocast`), which keeps the trained weights in fp32."""
+        config = self.deepspeed or os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+        if isinstance(config, str) and Path(config).is_file():
+            config = json.loads(Path(config).read_text(encoding="utf-8"))
+        return isinstance(config, dict) and bool(config.get("torch_autocast", {}).get("enabled", False))
+
+
+def asks_for_deepspeed(args: TrainingConfig) -> bool:
+    """Whether the launcher or `--deepspeed` asked for DeepSpeed."""
+    return bool(args.deepspeed) or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything a training run was told."""
+
+    data: DataConfig
+    backbone: BackboneConfig
+    adapter: AdapterConfig
+    objective: ObjectiveConfig
+    training: TrainingConfig
+
+
+class Parser(TrlParser):
+    """TrlParser whose errors name the nearest known option instead of printing every one there is."""
+
+    def error(self, message: str) -> NoReturn:
+        word = message.rpartition(" --")[2].partition(" ")[0].partition("=")[0]
+        raise UserError(f"{message}.{self._hint(word)}")
+
+    def check_file(self, path: str) -> None:
+        """Refuse a configuration file that cannot be read or has an unknown key."""
+        try:
+            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"--config {path}: {error.strerror}.") from error
+        except yaml.YAMLError as error:
+            raise UserError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(content, dict):
+            raise UserError(f"--config {path} must hold one mapping of option: value.")
+        for key in content:
+            if key not in self._known and key != "env":
+                raise UserError(f"--config {path}: unknown key {key!r}.{self._hint(str(key))}")
+
+    @property
+    def _known(self) -> set[str]:
+        return {action.dest for action in self._actions} - {"help"}
+
+    def _hint(self, word: str) -> str:
+        near = difflib.get_close_matches(word.replace("-", "_"), sorted(self._known), 1)
+        return f" Did you mean {near[0]}?" if near else ""
+
+
+def parse(argv: list[str]) -> Options:
+    """Options from `--config FILE.yaml` and flags: flags beat the file, the file beats the defaults.
+
+    Raises:
+        UserError: an unknown option or key, or a value that cannot be.
+    """
+    argv = [word for item in argv for word in (item.split("=", 1) if item.startswith("--config=") else [item])]
+    kinds: list[Any] = [DataConfig, BackboneConfig, AdapterConfig, ObjectiveConfig, TrainingConfig]
+    parser = Parser(kinds, prog="qlora-rm train", allow_abbrev=False)
+    if "--config" in argv:
+        where = argv.index("--config") + 1
+        if where == len(argv):
+            raise UserError("--config needs the path of a YAML file.")
+        parser.check_file(argv[where])
+    try:
+        *options, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
+    except (ValueError, TypeError) as error:
+        raise UserError(str(error)) from error
+    if unknown:
+        parser.error(f"unknown option {unknown[0]}")
+    return Options(*options)

@@ -1,0 +1,44 @@
+"""From rows of token ids to a batch of sequences and the comparisons between them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_rm.backbone.scoring import pad_batch
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Batches of B comparisons with S sequences in all; the keys are `training/objective.py`'s, and the model's inputs.
+
+    `weight` stands first: transformers and accelerate read the number of examples off a batch's first tensor.
+    """
+
+    pad_token_id: int
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        sequences: list[list[int]] = []
+        comparison: list[int] = []
+        wins, win_comparison, margin, ties, tie_comparison = [], [], [], [], []
+        for b, row in enumerate(rows):
+            start = len(sequences)
+            sequences += [row["prompt_ids"] + ids for ids in row["response_ids"]]
+            comparison += [b] * len(row["response_ids"])
+            wins += [[start + i, start + j] for i, j in row["wins"]]
+            win_comparison += [b] * len(row["wins"])
+            margin += row["margins"]
+            ties += [[start + i, start + j] for i, j in row["ties"]]
+            tie_comparison += [b] * len(row["ties"])
+        return {
+            "weight": torch.tensor([row["weight"] for row in rows], dtype=torch.float),
+            **pad_batch(sequences, self.pad_token_id),
+            "comparison": torch.tensor(comparison),
+            "wins": torch.tensor(wins, dtype=torch.long).reshape(-1, 2),
+            "win_comparison": torch.tensor(win_comparison, dtype=torch.long),
+            "margin": torch.tensor(margin, dtype=torch.float),
+            "ties": torch.tensor(ties, dtype=torch.long).reshape(-1, 2),
+            "tie_comparison": torch.tensor(tie_comparison, dtype=torch.long),
+        }

@@ -1,0 +1,88 @@
+"""The engine a run asked for, the engine it got, and an error when they differ."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from transformers import TrainerCallback
+
+from qlora_rm.console import say
+from qlora_rm.errors import UserError
+from qlora_rm.training.arguments import TrainingConfig, asks_for_deepspeed
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What runs the optimizer: `name` is single, ddp, or zero1 to zero3."""
+
+    name: str
+    world_size: int
+    device: str
+
+    def __str__(self) -> str:
+        ranks = "1 process" if self.world_size == 1 else f"{self.world_size} processes"
+        return f"{self.name}, {ranks} on {self.device}"
+
+
+def asked_engine(args: TrainingConfig) -> str:
+    """The engine named by `--engine`, or else by the launcher's environment."""
+    if args.engine != "auto":
+        return args.engine
+    if asks_for_deepspeed(args):
+        plugin = args.deepspeed_plugin
+        stage = plugin.zero_stage if plugin is not None else os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "?")
+        return f"zero{stage}"
+    return "ddp" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "single"
+
+
+def engine_in_force(wrapped: Any, world_size: int, device: torch.device) -> Engine:
+    """Read off the prepared model itself, not off any configuration."""
+    if isinstance(wrapped, deepspeed.DeepSpeedEngine):
+        name = f"zero{wrapped.zero_optimization_stage()}"
+    elif isinstance(wrapped, DistributedDataParallel):
+        name = "ddp"
+    else:
+        name = "single" if world_size == 1 else "unsynchronized"
+    return Engine(name, world_size, torch.cuda.get_device_name() if device.type == "cuda" else device.type)
+
+
+class EngineCheck(TrainerCallback):
+    """At the start of training: print the engine once, and stop where it is not the one asked for.
+
+    Launchers fall back without a word: `accelerate launch --cpu` with a DeepSpeed configuration starts one plain
+    process, and two CPU ranks without `use_cpu` train each for itself.
+    """
+
+    def __init__(self, precision: str):
+        self.precision = precision
+        self.trainer: Any = None  # set once the trainer exists
+
+    def on_train_begin(self, args: TrainingConfig, state: Any, control: Any, **_: Any) -> None:  # type: ignore[override]
+        wrapped = self.trainer.model_wrapped
+        engine = engine_in_force(wrapped, self.trainer.accelerator.num_processes, args.device)
+        asked = asked_engine(args)
+        if engine.name != asked:
+            raise UserError(
+                f"The engine asked for is {asked}, the one in force is {engine}. Launch with the configuration of "
+                "accelerate_configs/ that bears its name, or say --engine auto to take what the launcher gives."
+            )
+        if isinstance(wrapped, deepspeed.DeepSpeedEngine) and wrapped.gradient_clipping() != args.max_grad_norm:
+            raise UserError(
+                f"DeepSpeed clips gradients at {wrapped.gradient_clipping()}, --max_grad_norm says {args.max_grad_norm}: "
+                'set "gradient_clipping": "auto" in the DeepSpeed configuration.'
+            )
+        say(f"engine: {engine}, {self.precision}")
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """At the first step: trainable weights that got no gradient mean a broken graph (DeepSpeed keeps its own)."""
+        if state.global_step > 0 or isinstance(self.trainer.model_wrapped, deepspeed.DeepSpeedEngine):
+            return
+        trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        missing = [name for name, p in trainable if p.grad is None]
+        if len(missing) > len(trainable) / 2:
+            raise RuntimeError(
+                f"{len(missing)} of {len(trainable)} trainable weights got no gradient, first {missing[0]}"
+            )

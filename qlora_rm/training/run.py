@@ -1,0 +1,234 @@
+"""A training run from its options to a reward model on disk."""
+
+import os
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from trl.trainer.utils import disable_dropout_in_model
+
+from qlora_rm.artifacts.golden import GoldenItem, make_golden
+from qlora_rm.artifacts.manifest import Base, Manifest, Reward, Training, make_contract
+from qlora_rm.backbone.adapter import attach_adapter, load_adapter, read_adapter_config
+from qlora_rm.backbone.inventory import inventory
+from qlora_rm.backbone.load import load_backbone
+from qlora_rm.backbone.precision import NAMES, best_dtype
+from qlora_rm.backbone.scoring import score_sequences
+from qlora_rm.backbone.tokenizer import load_tokenizer
+from qlora_rm.config import require
+from qlora_rm.console import say
+from qlora_rm.errors import UserError
+from qlora_rm.preferences import PreferenceData, Tokenization, load_preferences
+from qlora_rm.training.arguments import Options, parse
+from qlora_rm.training.checkpoints import last_whole, resume_point
+from qlora_rm.training.curves import draw_curves
+from qlora_rm.training.engine import EngineCheck
+from qlora_rm.training.objective import Objective
+from qlora_rm.training.trainer import PreferenceTrainer
+
+
+def main(argv: list[str]) -> None:
+    """The train door: parse, train, and leave the process group in order."""
+    options = parse(argv)
+    try:
+        train(options)
+    except KeyboardInterrupt:
+        whole = last_whole(str(options.training.output_dir))
+        hint = (
+            f"The last whole checkpoint is {whole}; go on with --resume_from_checkpoint auto."
+            if whole
+            else "No checkpoint was saved yet."
+        )
+        say("", f"interrupted. {hint}")
+        raise
+    finally:
+        _leave_process_group()
+
+
+def train(options: Options) -> dict[str, float]:
+    """Train as told and leave in `output_dir`: the model, its tokenizer, its manifest with golden scores, its curves.
+
+    Returns the last evaluation's metrics (empty without held-out comparisons).
+    """
+    args = options.training
+    _require_names(options)
+    _require_writable(str(args.output_dir))
+    resume = resume_point(str(args.output_dir), args.resume_from_checkpoint)
+    set_seed(args.seed)
+
+    tokenizer = load_tokenizer(
+        options.backbone.tokenizer_name_or_path or str(options.backbone.model_name_or_path),
+        revision=options.backbone.model_revision,
+        trust_remote_code=args.trust_remote_code,
+        chat_template_path=args.chat_template_path,
+        eos_token=args.eos_token,
+    )
+    tokenization = Tokenization(tokenizer, args.max_length, options.data.over_long)
+    data = load_preferences(options.data, tokenization, need_eval=args.eval_strategy != "no")
+    say(*data.report.lines())
+    train_set = _comparisons_with_signal(data.train, options)
+
+    model = load_model(options, tokenizer)
+    say(*inventory(model))
+    manifest = _describe(options, tokenization, data)
+    trainer = _make_trainer(options, model, tokenizer, train_set, data.held_out, manifest)
+    say(f"going on from {resume}" if resume else f"training on {len(train_set):,} comparisons")
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    return _finish(trainer, manifest, data, tokenization)
+
+
+def load_model(options: Options, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | PeftModel:
+    """The quantized backbone with its head and a new or given adapter; or the whole model, trainable."""
+    args = options.training
+    say(f"compute dtype: {NAMES[args.compute_dtype]} ({best_dtype()[1]})")
+    backbone = load_backbone(
+        options.backbone,
+        tokenizer,
+        args.compute_dtype,
+        seed=args.seed,
+        trust_remote_code=args.trust_remote_code,
+        full_fine_tuning=not options.adapter.use_lora,
+    )
+    say(f"score head: {', '.join(backbone.head)} ({'new' if backbone.has_new_head else 'kept from the checkpoint'})")
+    if args.disable_dropout:
+        # here, before LoRA: TRL does it after, and would switch off --lora_dropout with the backbone's
+        disable_dropout_in_model(backbone.model)
+        args.disable_dropout = False
+    if not options.adapter.use_lora:
+        return backbone.model
+    if options.adapter.adapter:
+        return load_adapter(backbone, options.adapter.adapter, trainable=True)
+    return attach_adapter(backbone, options.adapter)
+
+
+def _require_names(options: Options) -> None:
+    """What must be given, and what cannot go together, before anything is loaded."""
+    adapter, backbone = options.adapter, options.backbone
+    if adapter.adapter:
+        base = read_adapter_config(adapter.adapter)["base_model_name_or_path"]
+        backbone.model_name_or_path = backbone.model_name_or_path or base
+    require(bool(backbone.model_name_or_path), "No backbone given: pass --model_name_or_path FOLDER_OR_HUB_ID.")
+    require(bool(options.data.dataset), "No data given: pass --dataset FILE, FOLDER or HUB_ID.")
+    require(
+        adapter.use_lora or backbone.quantization == "none",
+        "A quantized backbone cannot be fine-tuned whole: pass --quantization none with --no_use_lora, or train an adapter.",
+    )
+
+
+def _require_writable(output_dir: str) -> None:
+    folder = Path(output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir {folder} cannot be made: {error.strerror}.") from error
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"--output_dir {folder} is not writable.")
+
+
+def _comparisons_with_signal(train_set: Dataset, options: Options) -> Dataset:
+    """Without the comparisons that hold nothing but ties, where ties are ignored; counted and said."""
+    if options.objective.ties != "ignore":
+        return train_set
+    kept = [i for i, wins in enumerate(train_set["wins"]) if wins]
+    if len(kept) < len(train_set):
+        say(
+            f"left out: {len(train_set) - len(kept):,} comparisons that hold nothing but ties (--ties half or rao_kupper uses them)"
+        )
+    require(bool(kept), "Every training comparison is a tie: nothing to learn from. Use --ties half or rao_kupper.")
+    return train_set.select(kept)
+
+
+def _make_trainer(
+    options: Options,
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train_set: Dataset,
+    held_out: Dataset | None,
+    manifest: Manifest,
+) -> PreferenceTrainer:
+    args = options.training
+    # read by our own loading above; TRL would apply them a second time
+    args.chat_template_path = args.eos_token = None
+    if held_out is None:
+        args.eval_strategy = "no"
+    check = EngineCheck(NAMES[args.compute_dtype])
+    trainer = PreferenceTrainer(
+        model,
+        args,
+        tokenizer,
+        train_set,
+        held_out,
+        Objective(options.objective, args.center_rewards_coefficient or 0.0),
+        callbacks=[check],
+        checkpoint_files=manifest.save,
+    )
+    check.trainer = trainer
+    return trainer
+
+
+def _describe(options: Options, tokenization: Tokenization, data: PreferenceData) -> Manifest:
+    """The manifest as it stands before training: everything but steps, golden scores and reward statistics."""
+    args, backbone = options.training, options.backbone
+    return Manifest(
+        contract=make_contract(tokenization.tokenizer, tokenization),
+        base=Base.of(str(backbone.model_name_or_path), backbone.model_revision),
+        quantization=backbone.quantization,
+        compute_dtype=NAMES[args.compute_dtype],
+        training=Training(
+            steps=0,
+            objective={**asdict(options.objective), "centring": args.center_rewards_coefficient},
+            data_fingerprint=data.fingerprint,
+            data_report=data.report.as_dict(),
+        ),
+    )
+
+
+def _finish(
+    trainer: PreferenceTrainer, manifest: Manifest, data: PreferenceData, tokenization: Tokenization
+) -> dict[str, float]:
+    """Evaluate once more, save model, tokenizer, manifest and curves, and say where they are.
+
+    Every rank computes the golden scores: under ZeRO-3 a forward pass needs them all.
+    """
+    output = Path(str(trainer.args.output_dir))
+    metrics = trainer.evaluate() if data.held_out is not None else {}
+    golden = make_golden(data.golden_candidates, tokenization, partial(_score, trainer))
+    trainer.save_model(str(output))
+    trainer.accelerator.wait_for_everyone()
+    if trainer.args.should_save:
+        trainer.save_state()
+        draw_curves(trainer.state.log_history, output / "curves.png")
+        after_training(manifest, trainer.state.global_step, golden, metrics, data).save(output)
+    trainer.accelerator.wait_for_everyone()
+    if metrics:
+        n = len(data.held_out) if data.held_out is not None else 0
+        say(f"held-out accuracy {metrics['eval_accuracy']:.4f}, loss {metrics['eval_loss']:.4f}, {n:,} comparisons")
+    say(f"reward model, manifest and curves: {output}")
+    return metrics
+
+
+def _score(trainer: PreferenceTrainer, sequences: list[list[int]]) -> torch.Tensor:
+    """Scores as training computed them: through the engine's own forward pass and autocast."""
+    return score_sequences(trainer.model_wrapped, sequences, pad_token_id=trainer.pad_token_id)
+
+
+def after_training(
+    manifest: Manifest, steps: int, golden: list[GoldenItem], metrics: dict[str, float], data: PreferenceData
+) -> Manifest:
+    """The manifest of a finished run."""
+    assert manifest.training is not None
+    reward = None
+    if data.held_out is not None:
+        n = sum(len(responses) for responses in data.held_out["response_ids"])
+        reward = Reward(metrics["eval_mean_reward"], metrics["eval_std_reward"], n)
+    return replace(manifest, training=replace(manifest.training, steps=steps), golden=golden, reward=reward)
+
+
+def _leave_process_group() -> None:
+    """Meet and part in order: a rank that exits while others still talk aborts (seen in 1 of 5 two-rank runs)."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,148 @@
+"""TRL's RewardTrainer, for comparisons of any number of responses, with fp32 masters and whole checkpoints."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import rotate_checkpoints
+from trl import RewardTrainer
+
+from qlora_rm.training.arguments import TrainingConfig
+from qlora_rm.training.checkpoints import checkpoint_folder, mark_whole, unmark
+from qlora_rm.training.collate import Collator
+from qlora_rm.training.objective import Objective, evaluate_batch, summarize
+
+COLUMNS = ["prompt_ids", "response_ids", "wins", "ties", "margins", "weight", "length"]
+"""Of the data set: what the collator reads, and the length that `train_sampling_strategy: group_by_length` reads."""
+
+
+class PreferenceTrainer(RewardTrainer):
+    """RewardTrainer over tokenized comparisons (the columns of `preferences.load_preferences`).
+
+    What it overrides, and why: the loss (K responses, weights, ties, rankings), preparation of the data (done
+    before), the evaluation step (exact over uneven batches and ranks), the checkpoint (marked when whole).
+
+    Arguments:
+        objective: the loss.
+        checkpoint_files: called with every checkpoint's folder on the main process before it counts as whole.
+    """
+
+    objective: Objective
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        args: TrainingConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        train: Dataset,
+        held_out: Dataset | None,
+        objective: Objective,
+        callbacks: list[TrainerCallback] | None = None,
+        checkpoint_files: Any = None,
+    ):
+        self.objective = objective
+        self.pad_token_id = tokenizer.pad_token_id
+        self.checkpoint_files = checkpoint_files
+        with keep_trainables(model):
+            super().__init__(
+                model=model,
+                args=args,
+                data_collator=Collator(self.pad_token_id),
+                train_dataset=train,
+                eval_dataset=held_out,
+                processing_class=tokenizer,
+                compute_metrics=exact_metrics,
+                callbacks=callbacks,
+            )
+
+    def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
+        return dataset
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = COLUMNS  # type: ignore[assignment]
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        scores = score_batch(model, inputs)
+        losses = self.objective.losses(scores, inputs)
+        if return_outputs:
+            return losses.mean(), evaluate_batch(scores, losses, inputs)
+        self._log_batch(scores.detach(), losses.detach(), inputs)
+        return losses.mean()
+
+    def _log_batch(self, scores: Tensor, losses: Tensor, inputs: dict[str, Tensor]) -> None:
+        """Running means under TRL's names, over all ranks; one gather a step."""
+        extremes = torch.stack([scores.min(), scores.max(), inputs["attention_mask"].sum().float()])
+        sums = evaluate_batch(scores, losses, inputs).sum(0)
+        gathered = self.accelerator.gather(torch.cat([sums, extremes])[None])
+        step = summarize(gathered[:, : len(sums)])
+        least, most, tokens = gathered[:, len(sums) :].unbind(-1)
+        self._total_train_tokens += int(tokens.sum())
+        metrics = self._metrics["train"]
+        metrics["num_tokens"] = [self._total_train_tokens]
+        metrics["min_reward"].append(least.min().item())
+        metrics["max_reward"].append(most.max().item())
+        for name in ("accuracy", "margin", "mean_reward"):
+            metrics[name].append(step[name])
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Tensor], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[None, Tensor, Tensor]:
+        """Sums per comparison as predictions: what is gathered has one row a comparison, so padding of the last
+        batch drops out and every pair weighs the same. The loss is left to `exact_metrics` for the same reason."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            _, sums = self.compute_loss(model, inputs, return_outputs=True)
+        return None, sums, sums[:, 0]
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save, let the caller add its files, mark as whole, and only then delete older checkpoints."""
+        folder = checkpoint_folder(str(self.args.output_dir), self.state.global_step)
+        if self.args.should_save:
+            unmark(folder)
+        self.accelerator.wait_for_everyone()
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            if self.checkpoint_files is not None:
+                self.checkpoint_files(folder)
+            mark_whole(folder)
+            rotate_checkpoints(str(self.args.output_dir), limit, self.state.best_model_checkpoint)
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """TRL's card names neither the data nor the scoring contract; the manifest does."""
+
+
+def score_batch(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """Scores of the batch's sequences, float32 [S]."""
+    return model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, 0].float()
+
+
+def exact_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Means over all held-out comparisons, from the gathered rows of `evaluate_batch`."""
+    return summarize(torch.as_tensor(prediction.predictions))
+
+
+@contextmanager
+def keep_trainables(model: nn.Module) -> Iterator[None]:
+    """Undo a cast of the trainable weights made inside the block.
+
+    TRL casts every trainable weight of a quantized model to bf16, the score head and a loaded adapter's fp32 weights
+    too; at usual learning rates most updates are then smaller than a bf16 step and vanish (trl #7268: 22 % of a
+    run's progress lost, measured). Goes when TRL leaves adapters alone.
+    """
+    masters = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad and p.numel()}
+    yield
+    for name, parameter in model.named_parameters():
+        if name in masters:
+            parameter.data = masters[name].to(parameter.device)

@@ -1,0 +1,88 @@
+"""Two real ranks on this CPU: DDP, DeepSpeed ZeRO-2 and ZeRO-3 with real NF4 end where one process ends."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qlora_rm.artifacts.load import RewardModel
+from qlora_rm.artifacts.manifest import Manifest
+from qlora_rm.training.run import main
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.slow
+
+
+def launch(config: str, flags: list[str], *more: str) -> subprocess.CompletedProcess[str]:
+    """What a user types, on two CPU ranks."""
+    command = [
+        str(Path(sys.executable).with_name("accelerate")),
+        "launch",
+        "--config_file",
+        f"accelerate_configs/{config}.yaml",
+        *more,
+    ]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, "qlora_rm/train.py", *flags], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+    )
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory, backbone_folder, rows_file):
+    """The same global batch in one process: two accumulated batches where two ranks have one each."""
+    out = tmp_path_factory.mktemp("one") / "out"
+    main(short_run(backbone_folder, rows_file, out, gradient_accumulation_steps=2))
+    return load_file(out / "adapter_model.safetensors")
+
+
+def short_run(backbone: str, rows: str, out: Path, **changes) -> list[str]:
+    options = {
+        "model_name_or_path": backbone, "dataset": rows, "eval_fraction": 0.25, "output_dir": out, "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 1, "learning_rate": 1e-3, "max_steps": 8, "eval_steps": 4, "save_steps": 4, "bf16": False,
+        "disable_tqdm": True, "logging_steps": 1,
+    } | changes  # fmt: skip
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+
+@pytest.mark.parametrize("config", ["cpu_ddp", "cpu_zero2", "cpu_zero3"])
+def test_two_ranks_end_where_one_process_ends(one_process, backbone_folder, rows_file, tmp_path, config):
+    out = tmp_path / "out"
+    engine = config.removeprefix("cpu_")
+    done = launch(config, short_run(backbone_folder, rows_file, out, engine=engine))
+    assert done.returncode == 0, done.stderr[-5000:]
+    assert f"engine: {engine}, 2 processes on cpu, fp32" in done.stderr
+    adapter = load_file(out / "adapter_model.safetensors")
+    assert adapter.keys() == one_process.keys()
+    for name, weight in adapter.items():
+        torch.testing.assert_close(weight, one_process[name], rtol=0, atol=1e-4, msg=name)
+    manifest = Manifest.load(out)
+    model = RewardModel.load(str(out))
+    assert manifest.golden and manifest.reward.n == 48
+    for item in manifest.golden:
+        assert model.score([item.candidates()])[0] == pytest.approx(item.scores, abs=1e-4)
+
+
+@pytest.mark.parametrize("config", ["cpu_zero2", "cpu_zero3"])
+def test_deepspeed_resumes_where_it_stopped(backbone_folder, rows_file, tmp_path, config):
+    def run(out, **changes):
+        done = launch(config, short_run(backbone_folder, rows_file, out, **changes))
+        assert done.returncode == 0, done.stderr[-5000:]
+        return load_file(out / "adapter_model.safetensors")
+
+    through = run(tmp_path / "out")
+    (tmp_path / "out/checkpoint-8/COMPLETE").unlink()
+    resumed = run(tmp_path / "out", resume_from_checkpoint="auto")
+    for name, weight in through.items():
+        torch.testing.assert_close(resumed[name], weight, rtol=0, atol=0, msg=name)
+
+
+def test_an_engine_that_is_not_in_force_is_noticed(backbone_folder, rows_file, tmp_path):
+    """The launcher's own --cpu drops DeepSpeed without a word; the recipe's `engine` tells."""
+    done = launch("cpu_zero3", short_run(backbone_folder, rows_file, tmp_path / "out", engine="zero3"), "--cpu")
+    assert done.returncode != 0
+    assert "The engine asked for is zero3, the one in force is single" in done.stderr
