@@ -1,0 +1,1 @@
+"""Artefacts: the manifest and its golden scores, loading, merging, verifying."""

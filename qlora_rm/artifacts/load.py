@@ -1,0 +1,255 @@
+"""Loading a finished reward model: an adapter on its base, or one whole model, to score as it was trained to."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from qlora_rm.artifacts.arithmetic import compute_dtype, compute_in_fp32, lacks_16_bit_units, to_accelerator
+from qlora_rm.artifacts.manifest import FILE_NAME, Manifest, hash_of_config
+from qlora_rm.backbone.adapter import load_adapter
+from qlora_rm.backbone.load import Backbone, load_backbone, read_model_config
+from qlora_rm.backbone.paths import is_local
+from qlora_rm.backbone.precision import DTYPES, NAMES, Precision
+from qlora_rm.backbone.scoring import score_sequences
+from qlora_rm.backbone.tokenizer import load_tokenizer
+from qlora_rm.config import BackboneConfig, Quantization
+from qlora_rm.console import say
+from qlora_rm.errors import UserError
+from qlora_rm.preferences.comparison import Candidates
+from qlora_rm.preferences.faults import RowFault
+from qlora_rm.preferences.tokenization import Tokenization
+
+Kind = Literal["adapter", "model"]
+
+
+@dataclass
+class RewardModel:
+    """A reward model that scores text as it was trained to.
+
+    Attributes:
+        model: one label; with an adapter in it or whole.
+        tokenization: by the manifest's contract.
+        manifest: None for a reward model that was not written by this project.
+        autocast: dtype of the arithmetic, None for fp32.
+        tokens_per_batch: upper bound of a batch's padded size.
+    """
+
+    model: nn.Module
+    tokenization: Tokenization
+    manifest: Manifest | None
+    autocast: torch.dtype | None
+    tokens_per_batch: int = 8192
+
+    @classmethod
+    def load(
+        cls,
+        folder: str,
+        *,
+        base: str | None = None,
+        quantization: Quantization | None = None,
+        precision: Precision = "auto",
+        tokens_per_batch: int = 8192,
+        trust_remote_code: bool = False,
+    ) -> Self:
+        """Load an adapter folder, a merged or fully fine-tuned folder, or a reward model from the hub.
+
+        Arguments:
+            base: another place of the adapter's base than the manifest names.
+            quantization: of the base or model; unset: as trained.
+            precision: of the arithmetic; "auto" as trained, but fp32 on a CPU without 16-bit units.
+
+        Raises:
+            UserError: there is no reward model, or a part of it is missing.
+        """
+        kind = artefact_kind(folder)
+        known = kind == "adapter" or (Path(folder) / FILE_NAME).exists()
+        manifest = Manifest.load(folder) if known else None
+        tokenizer = (
+            read_tokenizer(folder, trust_remote_code)
+            if known
+            else load_tokenizer(folder, trust_remote_code=trust_remote_code)
+        )
+        compute = compute_dtype(manifest, precision)
+        if manifest is None:
+            say(f"{folder} has no {FILE_NAME}: text becomes tokens by this project's rules, without a limit of length")
+            tokenization = Tokenization(tokenizer)
+        else:
+            tokenization = tokenization_of(manifest, tokenizer)
+        if kind == "adapter":
+            assert manifest is not None
+            model = _load_adapter(folder, manifest, tokenizer, base, quantization, trust_remote_code)
+        else:
+            model = _load_model(folder, manifest, tokenizer, compute, quantization, trust_remote_code)
+        if compute is torch.float32:
+            compute_in_fp32(model)
+        model.requires_grad_(False)
+        autocast = None if compute is torch.float32 else compute
+        return cls(to_accelerator(model).eval(), tokenization, manifest, autocast, tokens_per_batch)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.tokenization.tokenizer
+
+    @property
+    def computes_in(self) -> str:
+        """Name of the dtype of the arithmetic."""
+        return NAMES[self.autocast or torch.float32]
+
+    def score_token_ids(self, sequences: Sequence[Sequence[int]], padding_side: str = "right") -> Tensor:
+        """Scores of S token sequences, float32 [S] on the CPU."""
+        return score_sequences(
+            self.model,
+            sequences,
+            pad_token_id=self.tokenizer.pad_token_id,
+            autocast=self.autocast,
+            tokens_per_batch=self.tokens_per_batch,
+            padding_side=padding_side,
+        )
+
+    def score_or_fault(self, candidates: Sequence[Candidates]) -> list[list[float] | RowFault]:
+        """For each prompt its responses' scores, or what keeps them from being tokenized."""
+        results = self.tokenization.tokenize_each(candidates)
+        sequences = [ids for r in results if not isinstance(r, RowFault) for ids in r.tokens.sequences]
+        scores = iter(self.score_token_ids(sequences).tolist())
+        return [r if isinstance(r, RowFault) else [next(scores) for _ in r.tokens.response_ids] for r in results]
+
+    def score(self, candidates: Sequence[Candidates]) -> list[list[float]]:
+        """For each prompt its responses' scores.
+
+        Raises:
+            UserError: one of them cannot be tokenized; it is named by its place in the list, counting from 1.
+        """
+        scores: list[list[float]] = []
+        for place, result in enumerate(self.score_or_fault(candidates), start=1):
+            if isinstance(result, RowFault):
+                raise UserError(f"prompt {place}: {result.what}. {result.way_out}")
+            scores.append(result)
+        return scores
+
+
+def artefact_kind(folder: str) -> Kind:
+    """Whether `folder` holds an adapter or a whole model (also any hub id), by its files.
+
+    Raises:
+        UserError: neither, or a language model without a score head.
+    """
+    path = Path(folder)
+    if not is_local(folder):
+        return "model"
+    if not path.is_dir():
+        raise UserError(
+            f"There is no folder {folder}." if not path.exists() else f"{folder} is a file, not a model folder."
+        )
+    if (path / "adapter_config.json").exists():
+        return "adapter"
+    if (path / "config.json").exists():
+        return "model"
+    inside = sorted(p.parent.name for name in ("adapter_config.json", "config.json") for p in path.glob(f"*/{name}"))
+    hint = f" Did you mean {path / inside[-1]}?" if inside else ""
+    what = "is empty" if not any(path.iterdir()) else "holds neither adapter_config.json nor config.json"
+    raise UserError(f"{folder} is no reward model: it {what}.{hint}")
+
+
+def read_tokenizer(folder: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer saved with a model, as it is: its pad token is part of the contract."""
+    if not any((Path(folder) / name).exists() for name in ("tokenizer_config.json", "tokenizer.json")):
+        raise UserError(f"{folder} has no tokenizer: copy the tokenizer files of the training run's output into it.")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # tokenizers raises bare Exception for a broken file
+        raise UserError(f"The tokenizer in {folder} could not be loaded: {first_line(error)}") from error
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def tokenization_of(manifest: Manifest, tokenizer: PreTrainedTokenizerBase) -> Tokenization:
+    """The tokenization that the manifest's contract asks for."""
+    contract = manifest.contract
+    if tokenizer.pad_token_id != contract.pad_token_id:
+        raise UserError(
+            f"The tokenizer pads with id {tokenizer.pad_token_id}, the model was trained with {contract.pad_token_id}: "
+            "scores would be read at other tokens. Restore the tokenizer files of the training run's output."
+        )
+    return Tokenization(tokenizer, contract.max_length, contract.over_long)  # type: ignore[arg-type]
+
+
+def load_stock(folder: str, trust_remote_code: bool = False) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model as any reader loads it, by transformers' Auto class alone, and its loading report.
+
+    It is loaded in the dtype it is stored in, or widened to fp32 on a CPU without 16-bit units.
+    """
+    dtype = torch.float32 if lacks_16_bit_units() else "auto"
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:  # safetensors raises its own error type for a truncated file
+        raise UserError(f"The model in {folder} could not be loaded: {first_line(error)}") from error
+    to_accelerator(model).eval()
+    return model, info
+
+
+def first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _load_adapter(
+    folder: str,
+    manifest: Manifest,
+    tokenizer: PreTrainedTokenizerBase,
+    base: str | None,
+    quantization: Quantization | None,
+    trust_remote_code: bool,
+) -> nn.Module:
+    """The adapter on its base, the base quantized from the dtype it was quantized from in training."""
+    name = base or manifest.base.name_or_path
+    revision = None if base else manifest.base.revision
+    try:
+        read_model_config(name, revision, trust_remote_code)
+    except UserError as error:
+        raise UserError(
+            f"The base of the adapter {folder} is not there: {error} Pass --base FOLDER_OR_HUB_ID."
+        ) from error
+    if hash_of_config(name, revision) != manifest.base.config_sha256:
+        say(f"warning: the config.json of the base {name} is not the one the adapter was trained on")
+    config = BackboneConfig(
+        model_name_or_path=name,
+        model_revision=revision,
+        quantization=quantization or manifest.quantization,  # type: ignore[arg-type]
+        max_unquantized=1,
+    )
+    backbone: Backbone = load_backbone(
+        config, tokenizer, DTYPES[manifest.compute_dtype], trust_remote_code=trust_remote_code
+    )
+    return load_adapter(backbone, folder, trainable=False)
+
+
+def _load_model(
+    folder: str,
+    manifest: Manifest | None,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype,
+    quantization: Quantization | None,
+    trust_remote_code: bool,
+) -> nn.Module:
+    """A whole model; one that was trained whole keeps its fp32 weights, as it had them in training."""
+    architecture = (read_model_config(folder, trust_remote_code=trust_remote_code).architectures or ["unknown kind"])[0]
+    if not architecture.endswith("ForSequenceClassification"):
+        raise UserError(
+            f"{folder} is no reward model: a {architecture} has no score head. Train one on it with `qlora-rm train`."
+        )
+    config = BackboneConfig(model_name_or_path=folder, quantization=quantization or "none", max_unquantized=1)
+    trained_whole = manifest is not None and manifest.merge is None
+    backbone = load_backbone(
+        config, tokenizer, dtype, trust_remote_code=trust_remote_code, full_fine_tuning=trained_whole
+    )
+    if backbone.has_new_head:
+        raise UserError(
+            f"{folder} lacks weights of its score head ({', '.join(backbone.head)}): its scores would be random."
+        )
+    return backbone.model

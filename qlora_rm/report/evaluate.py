@@ -1,0 +1,176 @@
+"""How often a reward model agrees with people, how sure that number is, and what length alone would have reached."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from qlora_rm.artifacts.load import RewardModel
+from qlora_rm.console import table
+
+Z95 = 1.959963984540054
+"""97.5 % point of the standard normal distribution."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Agreement of scores with W preferences of one response over another.
+
+    Attributes:
+        wins: W, each counting once, also where one prompt has several.
+        accuracy: share of the wins whose winner scores higher; equal scores count as wrong.
+        interval: 95 % Wilson interval of the accuracy. It takes the wins for independent; where a prompt has many,
+            it is too narrow.
+        equal: wins whose two scores are the same number.
+        mean_margin: mean of winner's score minus loser's.
+        log_loss: mean of -log sigmoid(margin), the Bradley-Terry loss; ln 2 = 0.693 is knowing nothing.
+    """
+
+    wins: int
+    accuracy: float
+    interval: tuple[float, float]
+    equal: int
+    mean_margin: float
+    log_loss: float
+
+    @classmethod
+    def of(cls, margins: Tensor) -> "Agreement":
+        """From the margins of W wins, float [W]."""
+        wins, right = len(margins), int((margins > 0).sum())
+        return cls(
+            wins=wins,
+            accuracy=right / wins if wins else math.nan,
+            interval=wilson_interval(right, wins),
+            equal=int((margins == 0).sum()),
+            mean_margin=float(margins.mean()),
+            log_loss=float(softplus(-margins).mean()),
+        )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A reward model's agreement with a set of comparisons.
+
+    Attributes:
+        swapped_accuracy: of the same scores against the preferences turned round; a sound evaluation gives
+            1 - accuracy - equal / wins.
+        prefer_longer, prefer_shorter: accuracy of choosing by length in tokens; equal lengths count as wrong.
+        ties: pairs that people called equal; they enter none of the other numbers.
+        responses: each scored once; `mean_score` and `std_score` are theirs.
+    """
+
+    comparisons: int
+    overall: Agreement
+    by_source: dict[str, Agreement]
+    swapped_accuracy: float
+    prefer_longer: float
+    prefer_shorter: float
+    ties: int
+    responses: int
+    mean_score: float
+    std_score: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; what is undefined without wins is null."""
+        return _without_nan(asdict(self))
+
+    def lines(self) -> list[str]:
+        """For people."""
+        parts = {"all": self.overall} | (self.by_source if len(self.by_source) > 1 else {})
+        header = ("source", "wins", "accuracy", "95 % interval", "equal", "margin", "log-loss")
+        lines = table(header, [(name, *_cells(agreement)) for name, agreement in parts.items()])
+        return [
+            *lines,
+            "",
+            f"prefer the longer {self.prefer_longer:.4f}, prefer the shorter {self.prefer_shorter:.4f}; "
+            f"preferences turned round {self.swapped_accuracy:.4f}",
+            f"{self.comparisons:,} comparisons, {self.ties:,} tied pairs left out; {self.responses:,} responses, "
+            f"score mean {self.mean_score:.4f}, standard deviation {self.std_score:.4f}",
+        ]
+
+
+def _cells(agreement: Agreement) -> tuple[str, ...]:
+    low, high = agreement.interval
+    return (
+        f"{agreement.wins:,}",
+        f"{agreement.accuracy:.4f}",
+        f"{low:.4f} to {high:.4f}",
+        f"{agreement.equal:,}",
+        f"{agreement.mean_margin:.4f}",
+        f"{agreement.log_loss:.4f}",
+    )
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+    """95 % score interval of a proportion; (0, 1) without trials.
+
+    Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference", JASA 22.
+    """
+    if trials == 0:
+        return 0.0, 1.0
+    share, spread = successes / trials, Z95**2 / trials
+    centre = (share + spread / 2) / (1 + spread)
+    half = Z95 / (1 + spread) * math.sqrt(share * (1 - share) / trials + spread / (4 * trials))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def evaluate(model: RewardModel, dataset: Dataset) -> Evaluation:
+    """Score every response of `dataset` (columns of `preferences.table.SCHEMA`) once, and compare."""
+    sequences = [
+        [*prompt, *ids]
+        for prompt, responses in zip(dataset["prompt_ids"], dataset["response_ids"], strict=True)
+        for ids in responses
+    ]
+    lengths = torch.tensor([len(ids) for ids in sequences])
+    return agreement_with(model.score_token_ids(sequences), lengths, dataset)
+
+
+def agreement_with(scores: Tensor, lengths: Tensor, dataset: Dataset) -> Evaluation:
+    """The evaluation of given scores.
+
+    Arguments:
+        scores, lengths: float and int [R], of the responses of `dataset`'s rows one after the other.
+    """
+    rows = zip(dataset["response_ids"], dataset["wins"], dataset["ties"], dataset["source"], strict=True)
+    start, ties, pairs, source_of = 0, 0, [], []
+    for responses, wins, tied, source in rows:
+        pairs += [(start + winner, start + loser) for winner, loser in wins]
+        source_of += [source] * len(wins)
+        start += len(responses)
+        ties += len(tied)
+    winners, losers = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).T
+    margins = (scores[winners] - scores[losers]).double()
+    longer = lengths[winners] - lengths[losers]
+    return Evaluation(
+        comparisons=len(dataset),
+        overall=Agreement.of(margins),
+        by_source={name: Agreement.of(margins[_places(source_of, name)]) for name in sorted(set(source_of))},
+        swapped_accuracy=Agreement.of((scores[losers] - scores[winners]).double()).accuracy,
+        prefer_longer=_share(longer > 0),
+        prefer_shorter=_share(longer < 0),
+        ties=ties,
+        responses=len(scores),
+        mean_score=float(scores.double().mean()),
+        std_score=float(scores.double().std(correction=0)),
+    )
+
+
+def _places(values: Sequence[str], wanted: str) -> list[int]:
+    return [place for place, value in enumerate(values) if value == wanted]
+
+
+def _share(which: Tensor) -> float:
+    return float(which.double().mean())

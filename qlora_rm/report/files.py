@@ -1,0 +1,74 @@
+"""Files of results: refused at once where they cannot be written, and never seen half written."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from io import StringIO, TextIOWrapper
+from pathlib import Path
+from typing import Any, TextIO
+
+from qlora_rm.errors import UserError
+
+STANDARD = "-"
+
+
+@contextmanager
+def writing(path: str | None) -> Iterator[TextIO]:
+    """A text file that appears as `path` once the block has ended well, and not at all otherwise.
+
+    `-` is standard output, None a file that nobody sees.
+
+    Raises:
+        UserError: it cannot be written, before anything else is done.
+    """
+    if path is None or path == STANDARD:
+        yield StringIO() if path is None else sys.stdout
+        return
+    target = Path(path).absolute()
+    if target.is_dir():
+        raise UserError(f"{path} is a folder; name a file in it.")
+    beside = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        file = beside.open("w", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}.") from error
+    try:
+        with file:
+            yield file
+        beside.replace(target)
+    except BaseException:
+        beside.unlink()
+        raise
+
+
+@contextmanager
+def reading(path: str) -> Iterator[TextIO]:
+    """Lines of an existing text file; `-` is stdin. Bytes that are not UTF-8 become surrogates, a fault of their row."""
+    if path == STANDARD:
+        assert isinstance(sys.stdin, TextIOWrapper)
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+        yield sys.stdin
+        return
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(Path(path).open(encoding="utf-8", errors="surrogateescape"))
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+        yield file
+
+
+def as_json(value: Any) -> str:
+    """A JSON document for people and programs."""
+    return json.dumps(value, ensure_ascii=False, indent=1) + "\n"
+
+
+def json_line(value: Any) -> str:
+    """One line of JSON, readable in any script; half characters, which UTF-8 cannot hold, are escaped."""
+    line = json.dumps(value, ensure_ascii=False)
+    return f"{line if _is_unicode(line) else json.dumps(value)}\n"
+
+
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)

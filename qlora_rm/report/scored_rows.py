@@ -1,0 +1,108 @@
+"""Rows in, the same rows out with scores: in order, none lost, faulty ones refused or marked."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any, Literal
+
+from qlora_rm.artifacts.load import RewardModel
+from qlora_rm.errors import UserError
+from qlora_rm.preferences import Candidates, RowFault, parse_candidates
+
+SCORED_AT_ONCE = 256
+
+
+def score_rows(
+    model: RewardModel,
+    lines: Iterable[str],
+    file: str,
+    *,
+    on_bad_row: Literal["error", "skip"] = "error",
+    column: str | None = None,
+    skipped: Counter[str] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Each JSON line's row with its scores: a number for one response, a list for several.
+
+    Arguments:
+        file: name of where the lines come from, for messages.
+        on_bad_row: "skip" gives a faulty row null for a score and an `error`; "error" stops there.
+        column: name of the column that is added; unset: `score` or `scores`. Rows that already have it stop the run.
+        skipped: counts faulty rows by kind.
+
+    Raises:
+        UserError: a faulty row under "error", naming file and row; or no row at all.
+    """
+    numbered = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
+    skipped = Counter() if skipped is None else skipped
+    empty = True
+    while chunk := list(islice(numbered, SCORED_AT_ONCE)):
+        empty = False
+        results = _scored(model, [line for _, line in chunk], column)
+        for (number, _), (row, result) in zip(chunk, results, strict=True):
+            if not isinstance(result, RowFault):
+                yield row | result
+                continue
+            if on_bad_row == "error" or result.kind == "column_taken":
+                raise UserError(f"{file}, row {number}: {result.what}. {result.way_out}")
+            skipped[result.kind] += 1
+            yield row | {column or "score": None, "error": f"row {number}: {result.what}"}
+    if empty:
+        raise UserError(f"{file} holds no rows.")
+
+
+def rank(model: RewardModel, prompt: str, responses: Sequence[str]) -> list[tuple[float, str]]:
+    """The responses to one prompt with their scores, best first.
+
+    The prompt is a user's turn where the model has a chat template, and text put before each response where not.
+
+    Raises:
+        UserError: a response is empty or does not fit the model's length.
+    """
+    said = [{"role": "user", "content": prompt}] if model.tokenizer.chat_template else prompt
+    try:
+        candidates = parse_candidates({"prompt": said, "responses": list(responses)})
+    except RowFault as fault:
+        raise UserError(f"{fault.what}.") from fault
+    scores = model.score([candidates])[0]
+    return sorted(zip(scores, responses, strict=True), key=lambda item: -item[0])
+
+
+def _scored(
+    model: RewardModel, lines: list[str], column: str | None
+) -> list[tuple[dict[str, Any], dict[str, Any] | RowFault]]:
+    """Each line's row (empty where it is none) and what it gains, or its fault."""
+    rows = [_parsed(line, column) for line in lines]
+    good = [candidates for _, candidates in rows if isinstance(candidates, Candidates)]
+    results = iter(model.score_or_fault(good))
+    scored: list[tuple[dict[str, Any], dict[str, Any] | RowFault]] = []
+    for row, candidates in rows:
+        result = next(results) if isinstance(candidates, Candidates) else candidates
+        if isinstance(result, RowFault):
+            scored.append((row, result))
+        elif not all(map(math.isfinite, result)):
+            scored.append(
+                (row, RowFault("not_finite", "its score is not a number", "Check the model by `qlora-rm verify`."))
+            )
+        elif len(result) == 1 and "responses" not in row:
+            scored.append((row, {column or "score": result[0]}))
+        else:
+            scored.append((row, {column or "scores": result}))
+    return scored
+
+
+def _parsed(line: str, column: str | None) -> tuple[dict[str, Any], Candidates | RowFault]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        return {}, RowFault("broken_json", f"not JSON ({error})")
+    if not isinstance(row, dict):
+        return {}, RowFault("not_an_object", "not a JSON object")
+    if taken := ({column} if column else {"score", "scores"}) & row.keys():
+        way_out = "Name another column for the model's scores by --score_column."
+        return row, RowFault("column_taken", f"the row already has a column {min(taken)!r}", way_out)
+    try:
+        return row, parse_candidates(row)
+    except RowFault as fault:
+        return row, fault

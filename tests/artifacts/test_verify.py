@@ -1,0 +1,207 @@
+"""Each way of breaking a model on disk fails the check that is named for it, and none raises."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qlora_rm.artifacts.manifest import FILE_NAME, Manifest
+from qlora_rm.artifacts.merge import merge
+from qlora_rm.artifacts.verify import verify
+from qlora_rm.config import AdapterConfig
+from qlora_rm.errors import UserError
+from tests.reward_models_for_tests import copy_of, edit_json, llama_adapter, make_reward_model
+
+
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("merged") / "fp32"
+    merge(str(llama_adapter()), str(folder), dtype="fp32")
+    return folder
+
+
+def weights_of(folder: Path) -> Path:
+    return next(path for path in folder.glob("*model.safetensors"))
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    tensors = load_file(weights_of(folder))
+    change(tensors)
+    save_file(tensors, weights_of(folder), {"format": "pt"})
+
+
+def head_name(tensors: dict[str, torch.Tensor]) -> str:
+    return next(name for name in tensors if "score" in name)
+
+
+def drop_head(folder: Path) -> None:
+    edit_tensors(folder, lambda tensors: tensors.pop(head_name(tensors)))  # type: ignore[arg-type,return-value]
+
+
+def zero_head(folder: Path) -> None:
+    edit_tensors(folder, lambda tensors: tensors[head_name(tensors)].zero_())  # type: ignore[arg-type,return-value]
+
+
+def nan_weight(folder: Path) -> None:
+    edit_tensors(folder, lambda tensors: tensors[max(tensors)].fill_(torch.nan))  # type: ignore[arg-type,return-value]
+
+
+def extra_tensor(folder: Path) -> None:
+    def add(tensors: dict[str, torch.Tensor]) -> None:
+        prefix = "base_model.model." if "adapter" in weights_of(folder).name else ""
+        tensors[f"{prefix}lm_head.weight"] = torch.zeros(2, 2)
+
+    edit_tensors(folder, add)
+
+
+def lose_a_layer(folder: Path) -> None:
+    edit_tensors(folder, lambda t: t.pop(next(n for n in t if "down_proj" in n)))  # type: ignore[arg-type,return-value]
+
+
+def scale_a_layer(folder: Path) -> None:
+    edit_tensors(folder, lambda t: t[next(n for n in t if "down_proj" in n)].mul_(3))  # type: ignore[arg-type,return-value]
+
+
+def truncate(folder: Path) -> None:
+    path = weights_of(folder)
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def swap_pad(folder: Path) -> None:
+    edit_json(folder / "tokenizer_config.json", pad_token="<|im_start|>")
+
+
+def pad_is_eos(folder: Path) -> None:
+    edit_json(folder / "tokenizer_config.json", pad_token="</s>")
+
+
+def swap_eos(folder: Path) -> None:
+    edit_json(folder / "tokenizer_config.json", eos_token="<|im_end|>")
+
+
+def edit_template(folder: Path) -> None:
+    path = folder / "chat_template.jinja"
+    path.write_text(path.read_text(encoding="utf-8").replace("<|im_end|>", "<|im_end|> "), encoding="utf-8")
+
+
+def break_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("{", encoding="utf-8")
+
+
+def break_manifest(folder: Path) -> None:
+    (folder / FILE_NAME).write_text("{", encoding="utf-8")
+
+
+def pad_in_golden(folder: Path) -> None:
+    golden = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))["golden"]
+    golden[0]["token_ids"][0][-1] = 2
+    edit_json(folder / FILE_NAME, golden=golden)
+
+
+def move_golden(folder: Path) -> None:
+    golden = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))["golden"]
+    golden[0]["scores"][0] += 0.01
+    edit_json(folder / FILE_NAME, golden=golden)
+
+
+def older_rules(folder: Path) -> None:
+    contract = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))["contract"]
+    edit_json(folder / FILE_NAME, contract=contract | {"eos_rule": "never any eos"})
+
+
+def no_golden(folder: Path) -> None:
+    edit_json(folder / FILE_NAME, golden=[])
+
+
+BREAKS: list[tuple[Callable[[Path], None], str, str]] = [
+    (drop_head, "model loads", "head 'score'"),
+    (zero_head, "score head is not zero", "score"),
+    (nan_weight, "weights are finite", "training run's output"),
+    (extra_tensor, "no tensor is unread", "lm_head"),
+    (lose_a_layer, "no tensor is missing", "down_proj"),
+    (scale_a_layer, "golden scores are given again", "outside the tolerance"),
+    (truncate, "model loads", "broken or cut short"),
+    (swap_pad, "pad token is the trained one", "tokenizer 3, manifest 2"),
+    (pad_is_eos, "pad token is not eos", "pad 1, eos 1"),
+    (swap_eos, "bos and eos are the trained ones", "restore"),
+    (edit_template, "chat template is the trained one", "text has changed"),
+    (edit_template, "golden texts give the golden token ids", "template have changed"),
+    (break_tokenizer, "tokenizer loads", "could not be loaded"),
+    (break_manifest, "manifest is readable", FILE_NAME),
+    (pad_in_golden, "no pad token in golden ids", "1 sequences"),
+    (move_golden, "golden scores are given again", "1 of 13"),
+    (older_rules, "eos rule and score position are this version's", "never any eos"),
+    (no_golden, "golden items are there", "finish the run"),
+]
+OTHERWISE_MERGED = {
+    "drop_head": ("no tensor is missing", "score.weight"),
+    "truncate": ("model loads", "could not be loaded"),
+}
+
+
+@pytest.mark.parametrize("kind", ["adapter", "merged"])
+@pytest.mark.parametrize(("break_it", "name", "detail"), BREAKS, ids=[f"{b.__name__}-{n}" for b, n, _ in BREAKS])
+def test_names_what_was_broken(
+    tmp_path: Path, merged: Path, kind: str, break_it: Callable[[Path], None], name: str, detail: str
+) -> None:
+    folder = copy_of(llama_adapter() if kind == "adapter" else merged, tmp_path / "model")
+    if kind == "merged":
+        name, detail = OTHERWISE_MERGED.get(break_it.__name__, (name, detail))
+    break_it(folder)
+    failed = {check.name: check.detail for check in verify(str(folder)) if not check.ok}
+    assert name in failed, failed
+    assert detail in failed[name]
+
+
+def test_a_merged_model_s_pad_id_is_checked_in_its_config(merged: Path, tmp_path: Path) -> None:
+    folder = copy_of(merged, tmp_path / "model")
+    edit_json(folder / "config.json", pad_token_id=5)
+    assert "model pads as the tokenizer does" in {check.name for check in verify(str(folder)) if not check.ok}
+
+
+def test_quantization_leftovers_are_found(merged: Path, tmp_path: Path) -> None:
+    folder = copy_of(merged, tmp_path / "model")
+    edit_json(folder / "config.json", quantization_config={"load_in_4bit": True, "quant_method": "bitsandbytes"})
+    failed = {check.name: check.detail for check in verify(str(folder)) if not check.ok}
+    assert "quantization_config" in failed["no quantization leftovers"]
+
+
+def test_a_base_that_is_gone_is_said(tmp_path: Path) -> None:
+    folder = make_reward_model(tmp_path)
+    (tmp_path / "base").rename(tmp_path / "elsewhere")
+    failed = {check.name: check.detail for check in verify(str(folder)) if not check.ok}
+    assert list(failed) == ["model loads"]
+    assert "--base" in failed["model loads"]
+    assert all(check.ok for check in verify(str(folder), base=str(tmp_path / "elsewhere")))
+
+
+def test_sound_models_hold(merged: Path) -> None:
+    for folder in (llama_adapter(), merged):
+        checks = verify(str(folder))
+        assert [check for check in checks if not check.ok] == []
+        assert len(checks) >= 18
+        assert len({check.name for check in checks}) == len(checks)
+
+
+def test_a_model_trained_whole_holds(tmp_path: Path) -> None:
+    folder = make_reward_model(tmp_path, adapter=AdapterConfig(use_lora=False), quantization="none")
+    assert [check for check in verify(str(folder)) if not check.ok] == []
+
+
+def test_positions_counted_from_the_left_are_not_padded_left(tmp_path: Path) -> None:
+    folder = make_reward_model(tmp_path, "gpt2")
+    left = next(check for check in verify(str(folder)) if "left padded" in check.name)
+    assert left.ok
+    assert "not tried" in left.detail
+
+
+def test_a_folder_of_something_else_is_the_user_s_mistake(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no reward model"):
+        verify(str(tmp_path))
+
+
+def test_the_manifest_under_test_is_the_one_that_was_saved() -> None:
+    assert Manifest.load(llama_adapter()).golden

@@ -1,0 +1,110 @@
+"""Reward models as training leaves them, without the training: random adapters and heads that matter to the score."""
+
+import json
+import shutil
+import tempfile
+from atexit import register
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from qlora_rm.artifacts.golden import make_golden
+from qlora_rm.artifacts.manifest import Base, Manifest, Reward, Training, make_contract
+from qlora_rm.backbone.adapter import attach_adapter
+from qlora_rm.backbone.load import load_backbone
+from qlora_rm.backbone.precision import DTYPES
+from qlora_rm.backbone.scoring import score_sequences
+from qlora_rm.config import AdapterConfig, BackboneConfig, Quantization
+from qlora_rm.preferences import Candidates, Tokenization
+from tests.models_for_tests import save_backbone
+from tests.tokenizers_for_tests import small_tokenizer, word_piece_tokenizer
+
+HELD_OUT = [
+    Candidates(
+        [{"role": "user", "content": "What is the capital of France?"}],
+        tuple([{"role": "assistant", "content": answer}] for answer in ("Paris.", "I do not know.", "The dog.")),
+    ),
+    Candidates(
+        [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "Boil an egg?"},
+            {"role": "assistant", "content": "Yes."},
+            {"role": "user", "content": "How long?"},
+        ],
+        tuple([{"role": "assistant", "content": answer}] for answer in ("Eight minutes.", "Ask the fox.")),
+    ),
+]
+HELD_OUT_TEXT = [Candidates("What is the capital of France? ", ("Paris.", "I do not know."))]
+
+
+def make_reward_model(
+    folder: Path,
+    architecture: str = "llama",
+    *,
+    quantization: Quantization = "4bit",
+    adapter: AdapterConfig | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    rows: int | None = None,
+    max_length: int | None = 256,
+    golden: bool = True,
+    compute: str = "fp32",
+) -> Path:
+    """Write `folder/base` and `folder/model`, an adapter on it (a whole model for `AdapterConfig(use_lora=False)`)."""
+    adapter = adapter or AdapterConfig(lora_r=8, lora_alpha=16)
+    tokenizer = tokenizer or (word_piece_tokenizer() if architecture == "distilbert" else small_tokenizer())
+    base, output = save_backbone(folder / "base", architecture, tokenizer, rows=rows), folder / "model"
+    config = BackboneConfig(model_name_or_path=base, quantization=quantization)
+    backbone = load_backbone(config, tokenizer, DTYPES[compute], full_fine_tuning=not adapter.use_lora)
+    model = attach_adapter(backbone, adapter) if adapter.use_lora else backbone.model
+    _pretend_to_train(model)
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    tokenization = Tokenization(tokenizer, max_length)
+    held_out = HELD_OUT if tokenizer.chat_template else HELD_OUT_TEXT
+    score = partial(score_sequences, model, pad_token_id=tokenizer.pad_token_id, autocast=DTYPES[compute])
+    Manifest(
+        contract=make_contract(tokenizer, tokenization),
+        base=Base.of(base),
+        quantization=quantization,
+        compute_dtype=compute,
+        training=Training(50, {"objective": "bradley_terry"}, "abc", {"rows": {"toy": 4}}),
+        reward=Reward(0.5, 1.5, 4),
+        golden=make_golden(held_out, tokenization, score) if golden else [],
+    ).save(output)
+    return output
+
+
+def _pretend_to_train(model: torch.nn.Module) -> None:
+    """Random LoRA B (so that the adapter changes the scores), another head, and DoRA magnitudes of their own."""
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        noise = torch.randn(parameter.shape, generator=generator)
+        if "lora_B" in name or "score" in name or "classifier" in name:
+            parameter.data.copy_(noise * (0.1 if "lora_B" in name else 0.5))
+        elif "magnitude" in name:
+            parameter.data.mul_(1 + 0.05 * noise)
+
+
+@cache
+def _llama() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="qlora_rm_test_"))
+    register(shutil.rmtree, folder, ignore_errors=True)
+    return make_reward_model(folder)
+
+
+def llama_adapter() -> Path:
+    """A 4-bit Llama's adapter folder, made once per test session: read it, or `copy_of` it to change it."""
+    return _llama()
+
+
+def copy_of(folder: Path, target: Path) -> Path:
+    return Path(shutil.copytree(folder, target))
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(content | changes), encoding="utf-8")
