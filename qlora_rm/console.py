@@ -1,7 +1,9 @@
 """What a run says to the person who started it: once, from the first process of the job."""
 
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Sequence
 
 
@@ -27,3 +29,14 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
         )
 
     return [line(cells[0]), "  ".join("-" * w for w in widths), *(line(row) for row in cells[1:])]
+
+
+def quiet_libraries() -> None:
+    """Silence notices of libraries that ask nothing of the user; to be called before the libraries are imported.
+
+    Each goes when its library stops saying it: PEFT and TRL calling what transformers 5 has renamed, DeepSpeed
+    calling what torch 2.13 has, and bitsandbytes missing a package of kernels that only a model hub can give.
+    """
+    for renamed in ("`is_gradient_checkpointing` is deprecated", "`torch.distributed.all_gather_into_tensor`"):
+        warnings.filterwarnings("ignore", message=renamed, category=FutureWarning)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

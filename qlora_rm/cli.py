@@ -1,0 +1,249 @@
+"""The doors: parse, call, print. Libraries are imported by the command that needs them, so that help is instant."""
+
+import argparse
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any, NoReturn
+
+from qlora_rm import __version__
+from qlora_rm.config import AdapterConfig, BackboneConfig, DataConfig, ObjectiveConfig, ScoringConfig
+from qlora_rm.console import quiet_libraries, say, table
+from qlora_rm.errors import UserError
+from qlora_rm.options import add_options, read_options
+
+EVALUATED = ("dataset", "dataset_config", "dataset_split", "columns", "hh_turns", "on_bad_row")
+TRAIN_HELP = (
+    "The training loop's own options (output_dir, learning_rate, max_steps, per_device_train_batch_size, ...) are those "
+    "of TRL's RewardConfig and transformers' TrainingArguments; `qlora-rm train --help_all` prints them all."
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are `UserError`s."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}. See `{self.prog} --help`.")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command.
+
+    Returns: 0, or 1 where a check of `verify` failed, 2 for a mistake of the user's, 130 after Ctrl-C.
+    """
+    quiet_libraries()
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        if argv[:1] == ["train"] and not {"-h", "--help"} & set(argv):
+            return _train(argv[1:])
+        options = _parser().parse_args(argv)
+        return options.run(options) or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # whoever reads our output has seen enough; Python flushes once more on its way out
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _train(argv: list[str]) -> int:
+    from qlora_rm.training.run import main as train
+
+    train(["--help" if word == "--help_all" else word for word in argv])
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="qlora-rm", description="Scalar reward models from human preferences on 4-bit backbones.")
+    parser.add_argument("--version", action="version", version=f"qlora-rm {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, about, add in (
+        ("train", "Train a reward model on preferences.", _add_train),
+        ("eval", "Measure how often a reward model agrees with preferences.", _add_eval),
+        ("score", "Score the rows of a file, or rank the responses to one prompt.", _add_score),
+        ("merge", "Make one stock model of an adapter and its base, and prove its scores.", _add_merge),
+        ("verify", "Prove that a model still gives the scores it was trained to give.", _add_verify),
+        ("demo", "Walk the whole road on a small model and made-up preferences.", _add_demo),
+    ):
+        command = commands.add_parser(name, help=about, description=about, allow_abbrev=False)
+        command.set_defaults(run=add(command))
+    return parser
+
+
+Run = Callable[[argparse.Namespace], int | None]
+
+
+def _add_train(command: argparse.ArgumentParser) -> Run:
+    command.epilog = TRAIN_HELP
+    command.add_argument("--config", metavar="FILE", help="YAML file of options; flags beat it.")
+    for config in (DataConfig, BackboneConfig, AdapterConfig, ObjectiveConfig):
+        add_options(command, config)
+    return lambda options: None
+
+
+def _add_eval(command: argparse.ArgumentParser) -> Run:
+    command.add_argument("model", metavar="MODEL", help="Folder of an adapter or whole model, or a hub id.")
+    command.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
+    command.add_argument("--output", metavar="FILE", help="Write the JSON to this file as well.")
+    add_options(command, DataConfig, EVALUATED)
+    add_options(command, ScoringConfig)
+    return _eval
+
+
+def _eval(options: argparse.Namespace) -> None:
+    data = read_options(options, DataConfig)
+    if not data.dataset:
+        raise UserError("No data given: pass --dataset FILE, FOLDER or HUB_ID.")
+    from qlora_rm.preferences import load_comparisons
+    from qlora_rm.report.evaluate import evaluate
+    from qlora_rm.report.files import as_json, writing
+
+    with writing(options.output) as file:
+        model = _load(options)
+        dataset, report = load_comparisons(data.dataset, data, model.tokenization)
+        say(*report.lines())
+        evaluation = evaluate(model, dataset)
+        result = as_json({"model": options.model, **evaluation.as_dict(), "data": report.as_dict()})
+        file.write(result)
+        print(result if options.json else "\n".join(evaluation.lines()), end="" if options.json else "\n")
+
+
+def _add_score(command: argparse.ArgumentParser) -> Run:
+    command.add_argument("model", metavar="MODEL", help="Folder of an adapter or whole model, or a hub id.")
+    rows = command.add_argument_group("Rows of a file")
+    rows.add_argument("--input", metavar="FILE", help="JSONL rows to score; - is standard input.")
+    rows.add_argument(
+        "--output", metavar="FILE", default="-", help="JSONL rows with their scores; - is standard output. [-]"
+    )
+    rows.add_argument(
+        "--score_column", metavar="NAME", help="Name of the added column; unset: score, or scores for a list."
+    )
+    add_options(command, DataConfig, ["on_bad_row"])
+    one = command.add_argument_group("One prompt")
+    one.add_argument(
+        "--prompt", help="A user's message; text before the responses where the model has no chat template."
+    )
+    one.add_argument("--responses", nargs="+", metavar="TEXT", help="Responses to rank.")
+    one.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
+    add_options(command, ScoringConfig)
+    return _score
+
+
+def _score(options: argparse.Namespace) -> None:
+    if (options.input is None) == (options.prompt is None):
+        raise UserError("Give --input FILE, or --prompt TEXT with --responses TEXT ...: one of the two.")
+    if options.prompt is None:
+        _score_file(options)
+    elif not options.responses:
+        raise UserError("--prompt needs --responses TEXT ...")
+    else:
+        _rank(options)
+
+
+def _score_file(options: argparse.Namespace) -> None:
+    from qlora_rm.report.files import json_line, reading, writing
+    from qlora_rm.report.scored_rows import score_rows
+
+    with reading(options.input) as lines, writing(options.output) as file:
+        model, skipped, count = _load(options), Counter[str](), 0
+        for row in score_rows(
+            model, lines, options.input, on_bad_row=options.on_bad_row, column=options.score_column, skipped=skipped
+        ):
+            file.write(json_line(row))
+            count += 1
+    say(
+        f"{count - skipped.total():,} of {count:,} rows scored",
+        *(f"skipped {n} x {kind}" for kind, n in skipped.items()),
+    )
+
+
+def _rank(options: argparse.Namespace) -> None:
+    from qlora_rm.report.files import as_json
+    from qlora_rm.report.scored_rows import rank
+
+    ranked = rank(_load(options), options.prompt, options.responses)
+    if options.json:
+        print(
+            as_json([{"rank": i, "score": score, "response": text} for i, (score, text) in enumerate(ranked, 1)]),
+            end="",
+        )
+        return
+    width = 60
+    rows = [(text if len(text) <= width else f"{text[: width - 3]}...", f"{score:.4f}") for score, text in ranked]
+    print(*table(("response", "score"), [(" ".join(text.split()), score) for text, score in rows]), sep="\n")
+
+
+def _add_merge(command: argparse.ArgumentParser) -> Run:
+    command.add_argument("adapter", metavar="ADAPTER", help="Folder of an adapter that qlora-rm trained.")
+    command.add_argument(
+        "--output", metavar="DIR", required=True, help="Folder to write; it must not exist, or be empty."
+    )
+    command.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="Dtype of the weights. [bf16]")
+    add_options(command, ScoringConfig, ["base", "trust_remote_code"])
+    return _merge
+
+
+def _merge(options: argparse.Namespace) -> None:
+    from qlora_rm.artifacts.merge import merge
+
+    merged = merge(
+        options.adapter,
+        options.output,
+        dtype=options.dtype,
+        base=options.base,
+        trust_remote_code=options.trust_remote_code,
+    )
+    print(
+        f"{options.output}: {merged.method} to {merged.dtype}; scores differ from the golden ones by {merged.drift:.2g} at most"
+    )
+
+
+def _add_verify(command: argparse.ArgumentParser) -> Run:
+    command.add_argument("model", metavar="DIR", help="Folder of an adapter or whole model that qlora-rm wrote.")
+    command.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
+    add_options(command, ScoringConfig, ["base", "trust_remote_code"])
+    return _verify
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from qlora_rm.artifacts.verify import verify
+    from qlora_rm.report.files import as_json
+
+    checks = verify(options.model, base=options.base, trust_remote_code=options.trust_remote_code)
+    failed = sum(not check.ok for check in checks)
+    if options.json:
+        print(as_json({"ok": failed == 0, "checks": [asdict(check) for check in checks]}), end="")
+    else:
+        width = max(len(check.name) for check in checks)
+        print(*(f"{'ok  ' if c.ok else 'FAIL'}  {c.name.ljust(width)}  {c.detail}".rstrip() for c in checks), sep="\n")
+        print(
+            f"{options.model}: "
+            + (f"{failed} of {len(checks)} checks failed" if failed else f"all {len(checks)} checks hold")
+        )
+    return 1 if failed else 0
+
+
+def _add_demo(command: argparse.ArgumentParser) -> Run:
+    command.add_argument("--only-make", action="store_true", help="Stop once the backbone and the data are made.")
+    return _demo
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from qlora_rm.demo.walk import demo
+
+    demo(only_make=options.only_make)
+
+
+def _load(options: argparse.Namespace) -> Any:
+    """The `RewardModel` of the positional MODEL under the scoring options."""
+    from qlora_rm.artifacts.load import RewardModel
+
+    return RewardModel.load(options.model, **asdict(read_options(options, ScoringConfig)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,60 @@
+"""Command-line options out of the dataclasses of `config.py`: one description per option, no library loaded."""
+
+import argparse
+import types
+from collections.abc import Collection
+from dataclasses import MISSING, Field, fields
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+T = TypeVar("T")
+
+
+def add_options(parser: argparse.ArgumentParser, config: type, only: Collection[str] | None = None) -> None:
+    """Give `parser` a flag for each field of the dataclass `config`, or for those named in `only`.
+
+    A bool is `--name` and `--no_name`, a `Literal` has choices, a list takes one word or more.
+    """
+    group = parser.add_argument_group(_title(config))
+    hints = get_type_hints(config)
+    for item in fields(config):
+        if only is None or item.name in only:
+            _add(group, item, hints[item.name])
+
+
+def read_options(namespace: argparse.Namespace, config: type[T]) -> T:
+    """An instance of `config` from what was given; fields that were no options keep their defaults."""
+    given = vars(namespace)
+    return config(**{item.name: given[item.name] for item in fields(config) if item.name in given})  # type: ignore[arg-type]
+
+
+def _title(config: type) -> str:
+    return (config.__doc__ or config.__name__).splitlines()[0].rstrip(".")
+
+
+def _add(group: Any, item: "Field[Any]", hint: Any) -> None:
+    made: Any = item.default_factory
+    default = item.default if made is MISSING else made()
+    text = item.metadata["help"]
+    if hint is bool:
+        group.add_argument(f"--{item.name}", action="store_true", default=default, help=text)
+        if default:
+            group.add_argument(
+                f"--no_{item.name}", dest=item.name, action="store_false", help=f"The reverse of --{item.name}."
+            )
+        return
+    kind, many = _value_type(hint)
+    if default not in (None, []):
+        text += f" [{default}]"
+    settings: dict[str, Any] = {"choices": get_args(kind)} if get_origin(kind) is Literal else {"type": kind}
+    if get_origin(kind) is not Literal:
+        settings["metavar"] = item.name.upper()
+    group.add_argument(f"--{item.name}", default=default, nargs="+" if many else None, help=text, **settings)
+
+
+def _value_type(hint: Any) -> tuple[Any, bool]:
+    """The type of one value, and whether there may be several."""
+    if get_origin(hint) in (Union, types.UnionType):
+        hint = next(part for part in get_args(hint) if part is not type(None))
+    if get_origin(hint) is list:
+        return get_args(hint)[0], True
+    return hint, False
