@@ -196,8 +196,8 @@ def _finish(
     """
     output = Path(str(trainer.args.output_dir))
     metrics = trainer.evaluate() if data.held_out is not None else {}
-    golden = make_golden(data.golden_candidates, tokenization, partial(_score, trainer))
     trainer.save_model(str(output))
+    golden = make_golden(data.golden_candidates, tokenization, partial(_score, trainer))
     trainer.accelerator.wait_for_everyone()
     if trainer.args.should_save:
         trainer.save_state()

@@ -184,3 +184,24 @@ def test_scores_do_not_depend_on_the_batch(folders, tokenizer):
 
 def test_every_architecture_here_is_tested():
     assert {*CAUSAL, *ENCODERS, "mixtral"} == set(BACKBONES)
+
+
+def test_an_evaluation_changes_no_gradient(folders, tokenizer):
+    """On CPUs with AVX512-BF16 bitsandbytes would repack the weights in eval mode and pass no gradient from then on."""
+    model = attach_adapter(load(folders("llama"), tokenizer), AdapterConfig(lora_r=4)).train()
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(std=0.1)
+
+    def gradients():
+        model.zero_grad()
+        model(input_ids=torch.tensor([SEQUENCES[0]] * 2)).logits.sum().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    before = gradients()
+    score_sequences(model, SEQUENCES, pad_token_id=tokenizer.pad_token_id)
+    assert model.training
+    after = gradients()
+    assert before.keys() == after.keys()
+    for name, gradient in before.items():
+        torch.testing.assert_close(after[name], gradient, rtol=0, atol=0, msg=name)
