@@ -1,0 +1,145 @@
+"""The demo's backbone: a tokenizer and a small Llama, trained from nothing as a language model.
+
+What lies in the folder afterwards is a plain `LlamaForCausalLM` directory, as a user would have it from a hub.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from qlora_rm.preferences.comparison import Message
+
+BOS, TURN, EOS, RESERVED = "<|begin|>", "<|turn|>", "<|end|>", "<|reserved_0|>"
+CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{{ '<|turn|>' + message['role'] + '\n' + message['content'] + '<|end|>' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|turn|>assistant\n' }}{% endif %}"
+)
+SECONDS_BETWEEN_LINES = 5.0
+POOL = 8  # batches drawn at once, to sort their conversations by length
+IGNORED = -100  # label of the padding in transformers' loss
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Shape and pretraining of the backbone. All linear layers are multiples of 64 wide: NF4's blocks fill up."""
+
+    vocab_size: int = 2048
+    hidden_size: int = 128
+    intermediate_size: int = 256
+    layers: int = 4
+    heads: int = 4
+    context: int = 1024
+    steps: int = 500
+    conversations_per_step: int = 32
+    learning_rate: float = 5e-3
+
+
+def write_backbone(
+    folder: Path, corpus: Sequence[Sequence[Message]], *, seed: int = 0, recipe: Recipe | None = None
+) -> None:
+    """Train a tokenizer and a small causal LM on `corpus` and save both into `folder`.
+
+    Arguments:
+        folder: created where it is missing.
+        corpus: conversations, each a sequence of role/content turns.
+        seed: the same seed gives the same weights (on the same machine and number of threads).
+        recipe: shape and length of the pretraining.
+    """
+    recipe = recipe or Recipe()
+    tokenizer = train_tokenizer(corpus, recipe.vocab_size)
+    texts = [tokenizer.apply_chat_template(list(turns), tokenize=False) for turns in corpus]
+    sequences = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(_config(tokenizer, recipe))
+        print(
+            f"backbone: {model.num_parameters():,} parameters, {len(tokenizer):,} tokens, {len(texts):,} conversations"
+        )
+        pretrain(model, sequences, recipe)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def train_tokenizer(corpus: Sequence[Sequence[Message]], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with a chat template, and a reserved token that is free to be the pad token."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BOS, TURN, EOS, RESERVED],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator((f"{turn['role']}\n{turn['content']}" for turns in corpus for turn in turns), trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=BOS, eos_token=EOS)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def _config(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=recipe.hidden_size,
+        intermediate_size=recipe.intermediate_size,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.heads,
+        max_position_embeddings=recipe.context,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+
+
+def pretrain(model: LlamaForCausalLM, sequences: list[list[int]], recipe: Recipe) -> None:
+    """Next-token training with AdamW: a short warm-up, then a straight line down to zero."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
+    warm_up = max(1, recipe.steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warm_up, (recipe.steps - step) / (recipe.steps - warm_up + 1))
+    )
+    began = told = time.monotonic()
+    model.train()
+    data = batches(sequences, recipe.conversations_per_step)
+    for step in range(1, recipe.steps + 1):
+        input_ids, labels = next(data)
+        loss = model(input_ids=input_ids, labels=labels, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step in (1, recipe.steps) or time.monotonic() - told > SECONDS_BETWEEN_LINES:
+            told = time.monotonic()
+            print(f"backbone: step {step}/{recipe.steps}, loss {loss.item():.3f}, {told - began:.0f} s", flush=True)
+    model.eval()
+
+
+def batches(sequences: list[list[int]], size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless right-padded (input_ids, labels), each [size, T], in random order and of like lengths.
+
+    Causal attention never looks at the padding on the right, so there is no attention mask.
+    """
+    pool = POOL * size
+    assert len(sequences) >= pool
+    while True:
+        order = torch.randperm(len(sequences)).tolist()
+        for start in range(0, len(order) - pool + 1, pool):
+            drawn = sorted((sequences[index] for index in order[start : start + pool]), key=len)
+            for batch in torch.randperm(POOL).tolist():
+                rows = [torch.tensor(ids) for ids in drawn[batch * size : (batch + 1) * size]]
+                yield (
+                    pad_sequence(rows, batch_first=True),
+                    pad_sequence(rows, batch_first=True, padding_value=IGNORED),
+                )

@@ -1,0 +1,80 @@
+"""`qlora-rm demo`: the whole road on a small scale, through the very doors a real run uses."""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from qlora_rm.demo.backbone import write_backbone
+from qlora_rm.demo.preferences import write_preferences
+from qlora_rm.errors import UserError
+
+FOLDER = Path("runs/demo")
+RECIPE = Path("recipes/demo.yaml")
+MARK = FOLDER / ".made_by_qlora_rm_demo"
+
+PROMPT = "What do bees do in winter?"
+RESPONSES = ("They huddle around their queen and live on stored honey.", "Ask somebody else, I could not care less.")
+
+NEXT = """
+With your own data (JSONL rows with prompt, chosen, rejected; text or turns) and your own backbone:
+
+  accelerate launch --config_file accelerate_configs/single_gpu.yaml qlora_rm/train.py \\
+      --config recipes/hh_rlhf_7b.yaml --model_name_or_path YOUR_BACKBONE --dataset YOUR_ROWS.jsonl
+
+or, without a GPU, on the demo's backbone:
+
+  qlora-rm train --model_name_or_path runs/demo/backbone --dataset YOUR_ROWS.jsonl --output_dir runs/mine"""
+
+
+def demo(*, only_make: bool = False) -> None:
+    """Make the demo's backbone and data, then train, evaluate, merge, verify and score, printing every command."""
+    if not RECIPE.exists():
+        raise UserError(f"The demo runs {RECIPE}: start it in the root of a checkout of the project.")
+    began = time.monotonic()
+    make()
+    if not only_make:
+        walk()
+        print(
+            f"\nThe demo took {time.monotonic() - began:.0f} s. Loss and accuracy over the steps: {FOLDER}/reward_model/curves.png"
+        )
+        print(NEXT)
+
+
+def make() -> None:
+    """A fresh `runs/demo` with `data/` and `backbone/`."""
+    if FOLDER.exists() and not MARK.exists():
+        raise UserError(f"{FOLDER} was not made by the demo; move it away first.")
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    FOLDER.mkdir(parents=True)
+    MARK.touch()
+    train, held_out = write_preferences(FOLDER / "data")
+    print(f"data: {train}, {held_out}", flush=True)
+    rows = [json.loads(line) for line in train.read_text(encoding="utf-8").splitlines()]
+    corpus = [row["prompt"] + row[side] for row in rows for side in ("chosen", "rejected")]
+    write_backbone(FOLDER / "backbone", corpus)
+
+
+def walk() -> None:
+    """The commands a user would type, one after the other."""
+    model, merged, held_out = f"{FOLDER}/reward_model", f"{FOLDER}/merged", f"{FOLDER}/data/held_out.jsonl"
+    run("accelerate", "launch", "qlora_rm/train.py", "--config", str(RECIPE))
+    run("qlora-rm", "eval", model, "--dataset", held_out)
+    run("qlora-rm", "merge", model, "--output", merged, "--dtype", "fp32")
+    run("qlora-rm", "verify", merged)
+    run("qlora-rm", "score", merged, "--prompt", PROMPT, "--responses", *RESPONSES)
+    run("qlora-rm", "score", merged, "--input", held_out, "--output", f"{FOLDER}/scored.jsonl")
+
+
+def run(*command: str) -> None:
+    """Print and run a command with this interpreter's own scripts first on the path; stop the demo where it fails."""
+    print(f"\n$ {shlex.join(command)}", flush=True)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    threads = str(os.cpu_count() or 1)
+    done = subprocess.run(command, env={"OMP_NUM_THREADS": threads, **os.environ, "PATH": path})
+    if done.returncode != 0:
+        raise UserError(f"The demo stopped: `{command[0]} {command[1]} ...` ended with exit status {done.returncode}.")
