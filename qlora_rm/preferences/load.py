@@ -12,6 +12,7 @@ from qlora_rm.preferences.comparison import Candidates, Comparison, Origin
 from qlora_rm.preferences.contents import Row
 from qlora_rm.preferences.faults import Ledger, RowFault
 from qlora_rm.preferences.formats import parse_comparison, recognize
+from qlora_rm.preferences.gather import gather
 from qlora_rm.preferences.sources import Entry, Rows, Source, read_rows, sources
 from qlora_rm.preferences.split import digest, hold_out, lowest, repeat
 from qlora_rm.preferences.table import Table
@@ -71,8 +72,12 @@ def load_preferences(config: DataConfig, tokenization: Tokenization, *, need_eva
     _require_both(table, train, held, need_eval)
     parts = {"training": Part.of(table.facts, train)} | ({"held-out": Part.of(eval_table.facts, held)} if held else {})
     contents = [table.facts[row].content for row in train], [eval_table.facts[row].content for row in held]
+    training = table.dataset().select(train)
+    if config.group_by_prompt:
+        training = gather(training, [table.facts[row].prompt for row in train])
+        notes = [*notes, f"training: {len(train):,} comparisons gathered by prompt into {len(training):,}"]
     return PreferenceData(
-        train=table.dataset().select(train),
+        train=training,
         held_out=eval_table.dataset().select(held) if held else None,
         report=Report(ledgers, parts, [*notes, *mixing, *choice]),
         fingerprint=digest(*contents[0], b"held out", *contents[1]).hex(),

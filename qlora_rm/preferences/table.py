@@ -2,8 +2,9 @@
 
 import heapq
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -26,10 +27,12 @@ SCHEMA = pa.schema(
         "weight": pa.float32(),
         "source": pa.string(),
         "length": pa.int32(),
+        "tokens": pa.int32(),
         "origin": pa.string(),
     }
 )
-"""One row per comparison: `Tokens`, `Preferences`, the longest sequence's length in tokens, and `file, row N`."""
+"""One row per comparison: `Tokens`, `Preferences`, the longest sequence's length, how many tokens the comparison has
+with its shared beginning counted once, and `file, row N`."""
 
 BATCH = 1000
 SAMPLE = 64
@@ -79,6 +82,7 @@ class Table:
             "weight": preferences.weight,
             "source": preferences.source,
             "length": len(tokens.prompt_ids) + max(map(len, tokens.response_ids)),
+            "tokens": len(tokens.prompt_ids) + sum(map(len, tokens.response_ids)),
             "origin": str(comparison.origin),
         }
         key = prompt_key(comparison.candidates)
@@ -127,6 +131,15 @@ class Table:
         if self._pending:
             self._batches.append(pa.RecordBatch.from_pylist(self._pending, SCHEMA))
             self._pending.clear()
+
+
+def dataset_of(rows: Iterable[dict[str, Any]]) -> "Dataset":
+    """A dataset of rows by `SCHEMA`, a thousand of them as Python objects at a time."""
+    from datasets import Dataset
+
+    rows = iter(rows)
+    batches = iter(lambda: list(islice(rows, BATCH)), [])
+    return Dataset(pa.Table.from_batches([pa.RecordBatch.from_pylist(batch, SCHEMA) for batch in batches], SCHEMA))
 
 
 def _content(row: dict[str, Any]) -> Digest:
