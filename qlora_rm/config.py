@@ -66,6 +66,11 @@ class DataConfig:
         "What to do with sequences over --max_length: cut the oldest part of the prompt, the same cut for all "
         "responses of a prompt; drop the comparison; or stop.",
     )
+    group_by_prompt: bool = option(
+        False,
+        "Gather the training comparisons of one prompt, where they stand in several rows, into one: the prompt and "
+        "identical responses are then computed once. Every pair keeps its weight; a batch counts prompts.",
+    )
     on_bad_row: Literal["error", "skip"] = option(
         "error", "Stop at the first faulty row, or skip faulty rows and count them by kind."
     )
@@ -121,6 +126,11 @@ class BackboneConfig:
     attn_implementation: str | None = option(
         None, "Attention kernel (sdpa, eager, flash_attention_2, ...); the library's choice if unset."
     )
+    share_prefix: Literal["auto", "true", "false"] = option(
+        "auto",
+        "Compute the beginning that responses share once. auto: where a probe finds the scores of plain batches, else "
+        "plain batches; true: that is an error; false: plain batches.",
+    )
     head_init_std: float | None = option(
         None,
         "Standard deviation of a new score head; 0 starts every score at 0. Unset: 1/sqrt(hidden_size + 1), as in "
@@ -129,6 +139,7 @@ class BackboneConfig:
 
     def __post_init__(self) -> None:
         require(0 <= self.max_unquantized <= 1, f"--max_unquantized {self.max_unquantized} must lie between 0 and 1.")
+        self.share_prefix = str(self.share_prefix).lower()  # type: ignore[assignment]  # YAML reads true as a boolean
         require(self.head_init_std is None or self.head_init_std >= 0, "--head_init_std must not be negative.")
 
 

@@ -17,7 +17,7 @@ from qlora_rm.artifacts.golden import GoldenItem, Tolerance, drift, scores_of, t
 from qlora_rm.artifacts.load import tokenization_of
 from qlora_rm.artifacts.manifest import SCORE_POSITION, Manifest, hash_of_template
 from qlora_rm.backbone.precision import DTYPES
-from qlora_rm.backbone.scoring import score_sequences
+from qlora_rm.backbone.scoring import Layout, score_sequences
 from qlora_rm.preferences.faults import RowFault
 from qlora_rm.preferences.tokenization import EOS_RULE
 
@@ -50,7 +50,7 @@ class Subject:
     unread: list[str]
     computes_in: str
 
-    def score(self, sequences: list[list[int]], pad: int, padding_side: str = "right", alone: bool = False) -> Tensor:
+    def score(self, sequences: list[list[int]], pad: int, layout: Layout = "right", alone: bool = False) -> Tensor:
         """Scores [S], in batches or each sequence alone."""
         return score_sequences(
             self.model,
@@ -58,7 +58,7 @@ class Subject:
             pad_token_id=pad,
             autocast=DTYPES[self.computes_in],
             tokens_per_batch=1 if alone else 8192,
-            padding_side=padding_side,
+            layout=layout,
         )
 
 

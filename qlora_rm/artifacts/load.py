@@ -15,7 +15,7 @@ from qlora_rm.backbone.adapter import load_adapter
 from qlora_rm.backbone.load import Backbone, load_backbone, read_model_config
 from qlora_rm.backbone.paths import is_local
 from qlora_rm.backbone.precision import DTYPES, NAMES, Precision
-from qlora_rm.backbone.scoring import score_sequences
+from qlora_rm.backbone.scoring import Layout, score_sequences
 from qlora_rm.backbone.tokenizer import load_tokenizer
 from qlora_rm.config import BackboneConfig, Quantization
 from qlora_rm.console import say
@@ -100,7 +100,7 @@ class RewardModel:
         """Name of the dtype of the arithmetic."""
         return NAMES[self.autocast or torch.float32]
 
-    def score_token_ids(self, sequences: Sequence[Sequence[int]], padding_side: str = "right") -> Tensor:
+    def score_token_ids(self, sequences: Sequence[list[int]], layout: Layout | None = None) -> Tensor:
         """Scores of S token sequences, float32 [S] on the CPU."""
         return score_sequences(
             self.model,
@@ -108,7 +108,7 @@ class RewardModel:
             pad_token_id=self.tokenizer.pad_token_id,
             autocast=self.autocast,
             tokens_per_batch=self.tokens_per_batch,
-            padding_side=padding_side,
+            layout=layout,
         )
 
     def score_or_fault(self, candidates: Sequence[Candidates]) -> list[list[float] | RowFault]:

@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from qlora_rm.backbone.head import compute_in_own_precision, head_modules, initialize, is_in_head
 from qlora_rm.backbone.inventory import unquantized_share
+from qlora_rm.backbone.packed import share_prefixes
 from qlora_rm.backbone.paths import require_model
 from qlora_rm.config import BackboneConfig
 from qlora_rm.console import say
@@ -77,6 +78,7 @@ def load_backbone(
     model.config.use_cache = False
     if config.quantization != "none":
         _require_quantized(model, config)
+    share_prefixes(model, config.share_prefix)
     return Backbone(model, head, has_new_head)
 
 

@@ -1,11 +1,16 @@
-"""Scores of token sequences outside the trainer: the one way evaluation, scoring and proofs read a model."""
+"""Batches of token sequences, and their scores outside the trainer: the one way evaluation and proofs read a model."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+
+from qlora_rm.backbone.packed import forest_batch, row_multiple, sharing_model
+
+Layout = Literal["forest", "right", "left"]
 
 
 def pad_batch(sequences: Sequence[Sequence[int]], pad_token_id: int, side: str = "right") -> dict[str, Tensor]:
@@ -20,41 +25,55 @@ def pad_batch(sequences: Sequence[Sequence[int]], pad_token_id: int, side: str =
 
 def score_sequences(
     model: nn.Module,
-    sequences: Sequence[Sequence[int]],
+    sequences: Sequence[list[int]],
     *,
     pad_token_id: int,
     autocast: torch.dtype | None = None,
     tokens_per_batch: int = 8192,
-    padding_side: str = "right",
+    layout: Layout | None = None,
 ) -> Tensor:
     """Scores of S token sequences, float32 [S] on the CPU, in the order given.
 
     Arguments:
         model: any sequence-classification model with one label, in a wrapper or not; put back into the mode it was in.
         autocast: the dtype of the training run's autocast, so that scores are computed as they were trained.
-        tokens_per_batch: upper bound of a batch's padded size in tokens (a single longer sequence stands alone).
+        tokens_per_batch: upper bound of a batch's size in tokens (a single longer sequence stands alone).
+        layout: a forest, each shared beginning once, or a batch padded on one side; unset: a forest where the model
+            takes one (`packed.share_prefixes`).
     """
     scores = torch.empty(len(sequences))
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
     context = torch.autocast(device.type, autocast) if autocast not in (None, torch.float32) else nullcontext()
+    layout = layout or ("forest" if sharing_model(model) is not None else "right")
     with torch.no_grad(), context:
-        for indices in batches_by_length([len(s) for s in sequences], tokens_per_batch):
-            batch = pad_batch([sequences[i] for i in indices], pad_token_id, padding_side)
+        for indices in batches(sequences, tokens_per_batch, in_order=layout == "forest"):
+            members = [sequences[i] for i in indices]
+            if layout == "forest":
+                batch = forest_batch(members, pad_token_id, row_multiple(model))
+            else:
+                batch = pad_batch(members, pad_token_id, layout)
             logits = model(**{name: tensor.to(device) for name, tensor in batch.items()}).logits
             scores[indices] = logits[:, 0].float().cpu()
     model.train(was_training)
     return scores
 
 
-def batches_by_length(lengths: Sequence[int], tokens_per_batch: int) -> Iterator[list[int]]:
-    """Indices in batches of similar length, longest first, so that too large a batch fails at once."""
+def batches(sequences: Sequence[list[int]], tokens_per_batch: int, *, in_order: bool) -> Iterator[list[int]]:
+    """Indices of the sequences that are scored together.
+
+    Either in sorted order, so that sequences which begin alike meet; or by length, longest first, so that padding is
+    short and too large a batch fails at once.
+    """
+    order = sorted(range(len(sequences)), key=sequences.__getitem__ if in_order else lambda i: -len(sequences[i]))
     batch: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batch and lengths[batch[0]] * (len(batch) + 1) > tokens_per_batch:
+    longest = 0
+    for i in order:
+        if batch and max(longest, len(sequences[i])) * (len(batch) + 1) > tokens_per_batch:
             yield batch
-            batch = []
+            batch, longest = [], 0
         batch.append(i)
+        longest = max(longest, len(sequences[i]))
     if batch:
         yield batch

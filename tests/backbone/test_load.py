@@ -177,7 +177,7 @@ def test_scores_do_not_depend_on_the_batch(folders, tokenizer):
     model = load(folders("llama"), tokenizer).model
     together = score_sequences(model, SEQUENCES, pad_token_id=tokenizer.pad_token_id)
     alone = torch.cat([score_sequences(model, [s], pad_token_id=tokenizer.pad_token_id) for s in SEQUENCES])
-    left = score_sequences(model, SEQUENCES, pad_token_id=tokenizer.pad_token_id, padding_side="left")
+    left = score_sequences(model, SEQUENCES, pad_token_id=tokenizer.pad_token_id, layout="left")
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(together, left, atol=1e-5, rtol=1e-5)
 

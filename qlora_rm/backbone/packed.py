@@ -1,0 +1,237 @@
+"""Scoring a prefix forest: its attention mask, the forward pass that reads scores at leaves, and the probe.
+
+Shapes: R rows, L tokens a row, S sequences, H hidden size.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutputWithPast
+
+from qlora_rm.console import say
+from qlora_rm.errors import UserError
+from qlora_rm.preferences.forest import Forest, grow
+
+SharePrefix = Literal["auto", "true", "false"]
+Mask = Tensor | BlockMask
+
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""Largest relative difference of hidden states, packed against plain, that rounding explains, by compute dtype."""
+
+FLEX_BLOCK = 128
+"""FlexAttention works in blocks of this many tokens; rows of other lengths are padded to a multiple."""
+
+
+class PrefixSharing:
+    """Mixin for a `...ForSequenceClassification` with a linear `score` head: `forward` takes a forest too.
+
+    Called with `subtree_end` and `leaves` it returns logits [S, 1], one per sequence of the forest; without them it is
+    the class's own forward pass.
+    """
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        subtree_end: Tensor | None = None,
+        leaves: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if subtree_end is None or leaves is None:
+            given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids, **kwargs}
+            return super().forward(**{name: value for name, value in given.items() if value is not None})  # type: ignore[misc]
+        assert input_ids is not None and position_ids is not None
+        states = leaf_states(self, input_ids, position_ids, subtree_end, leaves)  # type: ignore[arg-type]
+        return SequenceClassifierOutputWithPast(logits=self.score(states))  # type: ignore[attr-defined]
+
+
+def leaf_states(
+    model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, subtree_end: Tensor, leaves: Tensor
+) -> Tensor:
+    """The backbone's last hidden states at the leaves of a forest, [S, H]."""
+    masks = attention_masks(model.config, position_ids, subtree_end, _dtype(model))
+    hidden = model.base_model(
+        input_ids=input_ids, attention_mask=masks, position_ids=position_ids, use_cache=False
+    ).last_hidden_state
+    return hidden[leaves[:, 0], leaves[:, 1]]
+
+
+def attention_masks(
+    config: PretrainedConfig, position_ids: Tensor, subtree_end: Tensor, dtype: torch.dtype
+) -> Mask | dict[str, Mask]:
+    """The forest's mask as the model's attention takes it: one, or one per kind of layer where it has several kinds."""
+    kinds = getattr(config, "layer_types", None)
+
+    def mask(kind: str) -> Mask:
+        window = config.sliding_window if kind == "sliding_attention" else None
+        chunk = config.attention_chunk_size if kind == "chunked_attention" else None
+        if config._attn_implementation == "flex_attention":
+            return block_mask(position_ids, subtree_end, window, chunk)
+        visible = dense_mask(position_ids, subtree_end, window, chunk)
+        if config._attn_implementation == "eager":  # adds its mask to the attention logits
+            return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
+        return visible
+
+    if kinds:
+        return {kind: mask(kind) for kind in set(kinds)}
+    return mask("sliding_attention" if getattr(config, "sliding_window", None) else "full_attention")
+
+
+def dense_mask(
+    position_ids: Tensor, subtree_end: Tensor, window: int | None = None, chunk: int | None = None
+) -> Tensor:
+    """Which token may see which, bool [R, 1, L (query), L (key)]: k <= q < subtree_end[k].
+
+    A sliding window and attention in chunks count by depth (position), not by place in the row: a token's own
+    sequence is all it sees, and there depth is what index is in a plain batch.
+    """
+    q = torch.arange(subtree_end.shape[1], device=subtree_end.device)
+    mask = (q <= q[:, None]) & (q[:, None] < subtree_end[:, None, :])
+    if window is not None:
+        mask &= position_ids[:, :, None] - position_ids[:, None, :] < window
+    if chunk is not None:
+        mask &= position_ids[:, :, None] // chunk == position_ids[:, None, :] // chunk
+    return mask[:, None]
+
+
+def block_mask(
+    position_ids: Tensor, subtree_end: Tensor, window: int | None = None, chunk: int | None = None
+) -> BlockMask:
+    """The same for FlexAttention, built on the device from the two index tensors; blocks nobody sees are skipped."""
+
+    def may_see(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        seen = (k <= q) & (q < subtree_end[b, k])
+        if window is not None:
+            seen = seen & (position_ids[b, q] - position_ids[b, k] < window)
+        if chunk is not None:
+            seen = seen & (position_ids[b, q] // chunk == position_ids[b, k] // chunk)
+        return seen
+
+    rows, length = subtree_end.shape
+    return create_block_mask(may_see, rows, None, length, length, device=subtree_end.device)
+
+
+def forest_batch(sequences: Sequence[list[int]], pad_token_id: int, multiple_of: int = 1) -> dict[str, Tensor]:
+    """The forward pass's inputs for S sequences, each shared beginning once."""
+    return as_tensors(grow(sequences, pad_token_id, multiple_of))
+
+
+def as_tensors(forest: Forest) -> dict[str, Tensor]:
+    """`input_ids`, `position_ids`, `subtree_end` int64 [R, L] and `leaves` int64 [S, 2]."""
+    names = ("input_ids", "position_ids", "subtree_end", "leaves")
+    return {name: torch.from_numpy(getattr(forest, name)) for name in names}
+
+
+def sharing_model(model: nn.Module) -> PreTrainedModel | None:
+    """The model inside its wrappers that takes forests, or None where prefixes are not shared."""
+    return next((module for module in model.modules() if isinstance(module, PrefixSharing)), None)  # type: ignore[return-value]
+
+
+def row_multiple(model: nn.Module) -> int:
+    """What row lengths of a forest must be a multiple of for this model's attention kernel."""
+    shares = sharing_model(model)
+    return FLEX_BLOCK if shares is not None and shares.config._attn_implementation == "flex_attention" else 1
+
+
+def share_prefixes(model: PreTrainedModel, choice: SharePrefix) -> bool:
+    """Let `model` take forests where that gives the scores of plain batches; decides, and says why.
+
+    Arguments:
+        model: loaded, outside any wrapper; its class gains the mixin in place, under its own name, which saved
+            configurations carry.
+        choice: "auto" falls back to plain batches with one line; "true" makes that an error; "false" is plain batches.
+
+    Raises:
+        UserError: `choice` is "true" and packed scores differ, or cannot be computed.
+    """
+    if choice == "false":
+        return False
+    reasons = []
+    for kernel in _kernels(model):
+        reason = _try(model, kernel)
+        if reason is None:
+            say(f"shared prompts: computed once ({kernel} attention; packed equals plain)")
+            return True
+        reasons.append(f"{kernel} attention: {reason}")
+    told = "; ".join(reasons) or "no linear score head on a causal backbone, or a model already sharded by ZeRO-3"
+    if choice == "true":
+        raise UserError(f"--share_prefix true, but prompts cannot be shared here ({told}). Use --share_prefix auto.")
+    say(f"shared prompts: computed again for each response, in plain padded batches ({told})")
+    return False
+
+
+def _kernels(model: PreTrainedModel) -> list[str]:
+    """Attention kernels to try, the best first. FlexAttention skips what the mask hides, but has no backward on CPU."""
+    sharded = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    if sharded or not isinstance(getattr(model, "score", None), nn.Linear):
+        return []
+    current = str(model.config._attn_implementation)
+    if model.device.type == "cuda" and model._supports_flex_attn:
+        return ["flex_attention", current if current in ("sdpa", "eager") else "sdpa"]
+    return [current if current in ("sdpa", "eager", "flex_attention") else "sdpa"]
+
+
+def _try(model: PreTrainedModel, kernel: str) -> str | None:
+    """Switch `model` to sharing with `kernel` and probe it; put everything back and say why where it does not hold."""
+    own_class, own_kernel = type(model), model.config._attn_implementation
+    try:
+        model.set_attn_implementation(kernel)
+        plain, packed = probe(model)
+        model.__class__ = type(own_class.__name__, (PrefixSharing, own_class), {})
+    except Exception as error:  # whatever an architecture does with a mask it was not written for
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:100] if str(error).strip() else ''}"
+    else:
+        difference = float((packed - plain).norm() / plain.norm().clamp(min=1e-12))
+        allowed = TOLERANCE[_dtype(model)]
+        if difference <= allowed:
+            return None
+        reason = f"packed and plain hidden states differ by {difference:.1e}, more than the {allowed:.0e} of rounding"
+    model.__class__ = own_class
+    model.set_attn_implementation(own_kernel)
+    return reason
+
+
+def probe(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
+    """Hidden states at the ends of three short sequences, two sharing a beginning: one by one, and packed; [3, H].
+
+    Hidden states rather than scores: a head that starts at zero gives any sequence the same score.
+    """
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.randint(vocabulary // 4, vocabulary, (28,), generator=torch.Generator().manual_seed(0)).tolist()
+    sequences = [ids[:12] + ids[12:17], ids[:12] + ids[17:19], ids[19:]]
+    pad = model.config.get_text_config().pad_token_id or 0
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            plain = [_last_state(model, sequence) for sequence in sequences]
+            batch = forest_batch(
+                sequences, pad, FLEX_BLOCK if model.config._attn_implementation == "flex_attention" else 1
+            )
+            packed = leaf_states(model, **{name: tensor.to(model.device) for name, tensor in batch.items()})
+    finally:
+        model.train(was_training)
+    return torch.stack(plain).float(), packed.float()
+
+
+def _dtype(model: PreTrainedModel) -> torch.dtype:
+    """Of the hidden states: that of the embeddings they start from."""
+    return next(model.get_input_embeddings().parameters()).dtype
+
+
+def _last_state(model: PreTrainedModel, sequence: list[int]) -> Tensor:
+    ids = torch.tensor([sequence], device=model.device)
+    return model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, -1]
+
+
+MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "subtree_end", "leaves")
+
+
+def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of a training batch, what the forward pass takes: a forest's tensors, or a padded batch's."""
+    return {name: batch[name] for name in MODEL_INPUTS if name in batch}
