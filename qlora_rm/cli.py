@@ -2,10 +2,12 @@
 
 import argparse
 import os
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, NoReturn
 
 from qlora_rm import __version__
@@ -67,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         ("score", "Score the rows of a file, or rank the responses to one prompt.", _add_score),
         ("merge", "Make one stock model of an adapter and its base, and prove its scores.", _add_merge),
         ("verify", "Prove that a model still gives the scores it was trained to give.", _add_verify),
+        ("bench", "Measure what computing shared prompts once gains, beside TRL's trainer.", _add_bench),
         ("demo", "Walk the whole road on a small model and made-up preferences.", _add_demo),
     ):
         command = commands.add_parser(name, help=about, description=about, allow_abbrev=False)
@@ -236,6 +239,19 @@ def _demo(options: argparse.Namespace) -> None:
     from qlora_rm.demo.walk import demo
 
     demo(only_make=options.only_make)
+
+
+def _add_bench(command: argparse.ArgumentParser) -> Run:
+    command.add_argument(
+        "names", nargs="*", metavar="NAME", help="hh, finegrained, oasst, zh, short, sweep; unset: all."
+    )
+    return _bench
+
+
+def _bench(options: argparse.Namespace) -> int:
+    if not Path("benchmarks/prefix_sharing.py").exists():
+        raise UserError("The benchmarks stand in benchmarks/: start this in the root of a checkout of the project.")
+    return subprocess.run([sys.executable, "-m", "benchmarks.prefix_sharing", *options.names]).returncode
 
 
 def _load(options: argparse.Namespace) -> Any:

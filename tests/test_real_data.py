@@ -17,7 +17,9 @@ FAULTY = {"hh": 4, "pandalm": 60}
 def backbone(tmp_path_factory, shared_data) -> str:
     """A small Llama whose tokenizer has learned English and Chinese from the rows themselves."""
     texts = (shared_data / "llamafactory_dpo_demo/data").glob("dpo_*_demo.json")
-    corpus = [json.dumps(row, ensure_ascii=False) for path in texts for row in json.loads(path.read_text(encoding="utf-8"))]
+    corpus = [
+        json.dumps(row, ensure_ascii=False) for path in texts for row in json.loads(path.read_text(encoding="utf-8"))
+    ]
     tokenizer = small_tokenizer().train_new_from_iterator(corpus, 4096, show_progress=False)
     return save_backbone(tmp_path_factory.mktemp("backbone"), "llama", tokenizer)
 

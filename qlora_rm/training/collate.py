@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_rm.backbone.packed import forest_batch
 from qlora_rm.backbone.scoring import pad_batch
 
 
@@ -15,9 +16,15 @@ class Collator:
     """Batches of B comparisons with S sequences in all; the keys are `training/objective.py`'s, and the model's inputs.
 
     `weight` stands first: transformers and accelerate read the number of examples off a batch's first tensor.
+
+    Attributes:
+        share_prefix: lay the sequences out as a forest, each shared beginning once, instead of padding them.
+        row_multiple: length that a forest's rows are padded to a multiple of.
     """
 
     pad_token_id: int
+    share_prefix: bool = False
+    row_multiple: int = 1
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         sequences: list[list[int]] = []
@@ -34,7 +41,7 @@ class Collator:
             tie_comparison += [b] * len(row["ties"])
         return {
             "weight": torch.tensor([row["weight"] for row in rows], dtype=torch.float),
-            **pad_batch(sequences, self.pad_token_id),
+            **self._inputs(sequences),
             "comparison": torch.tensor(comparison),
             "wins": torch.tensor(wins, dtype=torch.long).reshape(-1, 2),
             "win_comparison": torch.tensor(win_comparison, dtype=torch.long),
@@ -42,3 +49,8 @@ class Collator:
             "ties": torch.tensor(ties, dtype=torch.long).reshape(-1, 2),
             "tie_comparison": torch.tensor(tie_comparison, dtype=torch.long),
         }
+
+    def _inputs(self, sequences: list[list[int]]) -> dict[str, Tensor]:
+        if self.share_prefix:
+            return forest_batch(sequences, self.pad_token_id, self.row_multiple)
+        return pad_batch(sequences, self.pad_token_id)

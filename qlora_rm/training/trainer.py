@@ -8,24 +8,28 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 from trl import RewardTrainer
 
+from qlora_rm.backbone.packed import model_inputs, row_multiple, sharing_model
 from qlora_rm.training.arguments import TrainingConfig
 from qlora_rm.training.checkpoints import checkpoint_folder, mark_whole, unmark
 from qlora_rm.training.collate import Collator
 from qlora_rm.training.objective import Objective, evaluate_batch, summarize
+from qlora_rm.training.sampling import EvenLoadSampler
 
-COLUMNS = ["prompt_ids", "response_ids", "wins", "ties", "margins", "weight", "length"]
-"""Of the data set: what the collator reads, and the length that `train_sampling_strategy: group_by_length` reads."""
+COLUMNS = ["prompt_ids", "response_ids", "wins", "ties", "margins", "weight", "length", "tokens"]
+"""Of the data set: what the collator reads, and the sizes that samplers read."""
 
 
 class PreferenceTrainer(RewardTrainer):
     """RewardTrainer over tokenized comparisons (the columns of `preferences.load_preferences`).
 
     What it overrides, and why: the loss (K responses, weights, ties, rankings), preparation of the data (done
-    before), the evaluation step (exact over uneven batches and ranks), the checkpoint (marked when whole).
+    before), the order (even micro-batches), the evaluation step (exact over uneven batches and ranks), the checkpoint
+    (marked when whole).
 
     Arguments:
         objective: the loss.
@@ -52,7 +56,7 @@ class PreferenceTrainer(RewardTrainer):
             super().__init__(
                 model=model,
                 args=args,
-                data_collator=Collator(self.pad_token_id),
+                data_collator=Collator(self.pad_token_id, sharing_model(model) is not None, row_multiple(model)),
                 train_dataset=train,
                 eval_dataset=held_out,
                 processing_class=tokenizer,
@@ -66,6 +70,16 @@ class PreferenceTrainer(RewardTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = COLUMNS  # type: ignore[assignment]
 
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        """The seeded random order with even micro-batches, unless another `train_sampling_strategy` is asked for."""
+        args = self.args
+        data: Any = train_dataset if train_dataset is not None else self.train_dataset
+        if args.train_sampling_strategy != "random":
+            return super()._get_train_sampler(train_dataset)
+        seed = args.data_seed if args.data_seed is not None else args.seed
+        batches_per_step = args.world_size * args.gradient_accumulation_steps
+        return EvenLoadSampler(data["tokens"], self._train_batch_size, batches_per_step, seed)
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -78,7 +92,7 @@ class PreferenceTrainer(RewardTrainer):
 
     def _log_batch(self, scores: Tensor, losses: Tensor, inputs: dict[str, Tensor]) -> None:
         """Running means under TRL's names, over all ranks; one gather a step."""
-        extremes = torch.stack([scores.min(), scores.max(), inputs["attention_mask"].sum().float()])
+        extremes = torch.stack([scores.min(), scores.max(), (inputs["input_ids"] != self.pad_token_id).sum().float()])
         sums = evaluate_batch(scores, losses, inputs).sum(0)
         gathered = self.accelerator.gather(torch.cat([sums, extremes])[None])
         step = summarize(gathered[:, : len(sums)])
@@ -125,7 +139,7 @@ class PreferenceTrainer(RewardTrainer):
 
 def score_batch(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     """Scores of the batch's sequences, float32 [S]."""
-    return model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, 0].float()
+    return model(**model_inputs(inputs)).logits[:, 0].float()
 
 
 def exact_metrics(prediction: EvalPrediction) -> dict[str, float]:

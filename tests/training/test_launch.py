@@ -34,9 +34,9 @@ def launch(config: str, flags: list[str], *more: str) -> subprocess.CompletedPro
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory, backbone_folder, rows_file):
-    """The same global batch in one process: two accumulated batches where two ranks have one each."""
+    """The same global batch in one process, in plain padded batches: two accumulated where two ranks have one each."""
     out = tmp_path_factory.mktemp("one") / "out"
-    main(short_run(backbone_folder, rows_file, out, gradient_accumulation_steps=2))
+    main(short_run(backbone_folder, rows_file, out, gradient_accumulation_steps=2, share_prefix="false"))
     return load_file(out / "adapter_model.safetensors")
 
 

@@ -76,6 +76,17 @@ def test_resume_ends_with_the_very_adapter_of_the_uninterrupted_run(flags, tmp_p
     assert [e["loss"] for e in log(through) if "loss" in e] == [e["loss"] for e in log(resumed) if "loss" in e]
 
 
+def test_sharing_prompts_changes_no_adapter(flags, tmp_path):
+    """Thirty optimizer steps, each shared prompt computed once, against plain padded batches."""
+    shared, plain = tmp_path / "shared", tmp_path / "plain"
+    steps = {"max_steps": 30, "eval_steps": 30, "save_steps": 30}
+    main(flags(output_dir=str(shared), share_prefix="true", **steps))
+    main(flags(output_dir=str(plain), share_prefix="false", **steps))
+    one, two = weights(shared), weights(plain)
+    for name, weight in one.items():
+        torch.testing.assert_close(weight, two[name], rtol=0, atol=1e-4, msg=name)
+
+
 def test_old_checkpoints_go_and_the_run_is_not_overwritten(flags, tmp_path):
     main(flags(save_steps=2, save_total_limit=2))
     assert sorted(p.name for p in (tmp_path / "out").glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-8"]
@@ -100,6 +111,7 @@ def test_zero_head_starts_at_ln_2(flags, tmp_path):
         {"label_smoothing": 0.1, "per_device_eval_batch_size": 5},
         {"gradient_checkpointing": True},
         {"train_sampling_strategy": "group_by_length"},
+        {"group_by_prompt": True},
     ],
     ids=lambda choice: "-".join(choice),
 )

@@ -1,0 +1,92 @@
+"""docs/performance.md and its plot, from the committed results; `qlora-rm bench` ends by calling it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE, PLOT = ROOT / "docs" / "performance.md", ROOT / "docs" / "performance.png"
+
+HEAD = """# What computing shared prompts once gains
+
+Written by `qlora-rm bench` from `benchmarks/results/`; how each side is set up stands at the head of
+`benchmarks/prefix_sharing.py`. Both sides run in one process, one after the other, on the same comparisons, with the
+same 4-bit backbone, adapters and fp32 arithmetic. "shared" is this trainer without gradient checkpointing.
+"""
+TITLES = {
+    "hh": "HH-RLHF harmless, pairs",
+    "finegrained": "Fine-grained RLHF, K = 4, long passages in the prompt",
+    "oasst": "OASST, ranked siblings in conversation trees",
+    "zh": "Chinese pairs (LLaMA-Factory's demo set)",
+    "short": "Where it cannot help: prompts of 4 tokens before responses of 250",
+}
+
+
+def write_page() -> None:
+    """Everything that has a result; a benchmark not yet run is left out."""
+    found = {
+        path.stem.removeprefix("prefix_sharing_"): json.loads(path.read_text())
+        for path in RESULTS.glob("prefix_sharing_*.json")
+    }
+    parts = [HEAD]
+    for name, title in TITLES.items():
+        if name in found:
+            parts.append(f"## {title}\n\n{_machine(found[name]['machine'])}\n\n{_sides(found[name]['result'])}")
+    if "sweep" in found:
+        points = found["sweep"]["result"]
+        _plot(points)
+        parts.append(
+            f"## How it grows\n\n{_machine(found['sweep']['machine'])} Against this trainer's own padded batches.\n\n{_sweep(points)}\n\n![Speed-up over prompt share, K and length](performance.png)"
+        )
+    PAGE.write_text("\n\n".join(part.strip() for part in parts) + "\n", encoding="utf-8")
+
+
+def _machine(machine: dict[str, Any]) -> str:
+    return f"{machine['cpu']}, {machine['threads']} threads, torch {machine['versions']['torch']}, trl {machine['versions']['trl']}."
+
+
+def _sides(result: dict[str, Any]) -> str:
+    rows = ["| side | comparisons/s | shared is faster by | peak memory growth |", "|---|---|---|---|"]
+    for side, measured in result["sides"].items():
+        ratio = result["speedup_over"].get(side)
+        rows.append(
+            f"| {side} | {result['comparisons'] / measured['seconds']:.3f} | {f'{ratio:.2f}x' if ratio else ''} | {measured['peak_mb']:,.0f} MB |"
+        )
+    said = f"{result['comparisons']} comparisons, {result['tokens']:,} tokens, {result['distinct_tokens']:,} of them distinct."
+    if "score_difference" in result:
+        said += f" Packed and padded scores differ by {result['score_difference']:.1e} at most."
+    return said + "\n\n" + "\n".join(rows)
+
+
+def _sweep(points: list[dict[str, Any]]) -> str:
+    rows = ["| prompt share | K | length | plain, comparisons/s | shared | speed-up |", "|---|---|---|---|---|---|"]
+    for p in points:
+        per_second = {side: p["comparisons"] / p["sides"][side]["seconds"] for side in ("plain", "shared")}
+        rows.append(
+            f"| {p['share']:.0%} | {p['k']} | {p['length']} | {per_second['plain']:.2f} | {per_second['shared']:.2f} | {p['speedup_over']['plain']:.2f}x |"
+        )
+    return "\n".join(rows)
+
+
+def _plot(points: list[dict[str, Any]]) -> None:
+    panels = {
+        "prompt share (K 2, 512 tokens)": ("share", lambda p: p["k"] == 2 and p["length"] == 512),
+        "K (share 75 %, 512 tokens)": ("k", lambda p: p["share"] == 0.75 and p["length"] == 512),
+        "length (share 75 %, K 2)": ("length", lambda p: p["share"] == 0.75 and p["k"] == 2),
+    }
+    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    for axes, (title, (key, chosen)) in zip(figure.subplots(1, 3, sharey=True), panels.items(), strict=True):
+        line = sorted((p[key], p["speedup_over"]["plain"]) for p in points if chosen(p))
+        axes.plot(*zip(*line, strict=True), "o-")
+        axes.axhline(1, color="grey", linewidth=0.8)
+        axes.set(xlabel=title, ylim=(0, None))
+        axes.grid(alpha=0.3)
+    figure.supylabel("times faster than padded batches")
+    figure.savefig(PLOT, dpi=110)
+
+
+if __name__ == "__main__":
+    write_page()
