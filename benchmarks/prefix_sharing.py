@@ -12,9 +12,13 @@ and from there into docs/performance.md.
     shared default  the same at its defaults, that is with checkpointing
     bare            forward and backward of as many tokens as `shared` holds, as dense causal sequences
 
+`trl best` keeps unused columns: TRL drops the column of lengths and then cannot group by it.
+
 TRL casts adapters to bf16, which a CPU multiplies slowly; its runs here keep fp32 adapters, to its advantage.
 """
 
+import ctypes
+import gc
 import gzip
 import json
 import os
@@ -51,15 +55,15 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"
 RESULTS = ROOT / "benchmarks" / "results"
 MAX_LENGTH = 1024
-BATCH = 8
 
 
 @dataclass(frozen=True)
 class Bench:
-    """A backbone on disk and the tokenizer its rows are read with."""
+    """A backbone on disk, the tokenizer its rows are read with, and how many comparisons make a micro-batch."""
 
     folder: str
     tokenizer: PreTrainedTokenizerBase
+    batch: int
 
     def model(self, share_prefix: str = "true") -> Any:
         """A fresh copy of backbone and adapter: the same weights every time."""
@@ -68,7 +72,7 @@ class Bench:
         return attach_adapter(load_backbone(config, self.tokenizer, torch.float32), AdapterConfig())
 
 
-def make_bench(folder: Path, hidden: int, layers: int, texts: Sequence[str]) -> Bench:
+def make_bench(folder: Path, hidden: int, layers: int, texts: Sequence[str], batch: int) -> Bench:
     """A random Llama of `hidden` width; the tokenizer is trained on the rows themselves, 32k entries at most."""
     tokenizer = small_tokenizer().train_new_from_iterator(texts, 32_000, show_progress=False)
     shape = {"hidden_size": hidden, "intermediate_size": hidden * 8 // 3 // 64 * 64, "num_hidden_layers": layers}
@@ -77,15 +81,15 @@ def make_bench(folder: Path, hidden: int, layers: int, texts: Sequence[str]) -> 
     config = LlamaConfig(**shape, **heads, vocab_size=32_000, pad_token_id=tokenizer.pad_token_id)
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return Bench(str(folder), tokenizer)
+    return Bench(str(folder), tokenizer, batch)
 
 
 # ---- the sides -------------------------------------------------------------------------------------------------------
 
 
-def settings(folder: str, rows: Dataset, **changes: Any) -> dict[str, Any]:
+def settings(bench: Bench, **changes: Any) -> dict[str, Any]:
     return {
-        "output_dir": folder, "per_device_train_batch_size": BATCH, "gradient_accumulation_steps": 1, "num_train_epochs": 1,
+        "output_dir": bench.folder, "per_device_train_batch_size": bench.batch, "gradient_accumulation_steps": 1, "num_train_epochs": 1,
         "bf16": False, "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "max_length": None, "eval_strategy": "no",
         "logging_steps": 1000, "learning_rate": 1e-4, "warmup_steps": 0, "dataloader_pin_memory": False, **changes,
     }  # fmt: skip
@@ -101,14 +105,14 @@ def trl(bench: Bench, rows: Dataset, **changes: Any) -> Callable[[], None]:
     model = bench.model("false")
     with keep_trainables(model):
         trainer = RewardTrainer(
-            model, RewardConfig(**settings(bench.folder, rows, **changes)), train_dataset=Dataset.from_list(pairs),
+            model, RewardConfig(**settings(bench, **changes)), train_dataset=Dataset.from_list(pairs),
             processing_class=bench.tokenizer,
         )  # fmt: skip
     return trainer.train
 
 
 def ours(bench: Bench, rows: Dataset, share_prefix: str, **changes: Any) -> Callable[[], None]:
-    args = TrainingConfig(**settings(bench.folder, rows, **changes))
+    args = TrainingConfig(**settings(bench, **changes))
     objective = Objective(ObjectiveConfig(ties="half"))
     return PreferenceTrainer(bench.model(share_prefix), args, bench.tokenizer, rows, None, objective).train
 
@@ -133,7 +137,7 @@ def bare(bench: Bench, rows: Dataset) -> Callable[[], None]:
     model = bench.model("false").train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     trainer = PreferenceTrainer(
-        bench.model("true"), TrainingConfig(**settings(bench.folder, rows)), bench.tokenizer, rows, None,
+        bench.model("true"), TrainingConfig(**settings(bench)), bench.tokenizer, rows, None,
         Objective(ObjectiveConfig()),
     )  # fmt: skip
     pad = bench.tokenizer.pad_token_id
@@ -151,7 +155,9 @@ def bare(bench: Bench, rows: Dataset) -> Callable[[], None]:
 
 SIDES: dict[str, Callable[[Bench, Dataset], Callable[[], None]]] = {
     "trl": trl,
-    "trl best": lambda b, r: trl(b, r, gradient_checkpointing=False, train_sampling_strategy="group_by_length"),
+    "trl best": lambda b, r: trl(
+        b, r, gradient_checkpointing=False, train_sampling_strategy="group_by_length", remove_unused_columns=False
+    ),
     "plain": lambda b, r: ours(b, r, "false", gradient_checkpointing=False),
     "packed": packed,
     "shared": lambda b, r: ours(b, r, "true", gradient_checkpointing=False),
@@ -182,6 +188,8 @@ def measure(bench: Bench, rows: Dataset, sides: Sequence[str], repeats: int = 1)
 
 def reset_peak_memory() -> float:
     """Start a new high-water mark of the resident set; returns what is resident now, MB."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what an earlier side freed would hide what this one takes
     Path("/proc/self/clear_refs").write_text("5")
     return peak_memory()
 
@@ -229,21 +237,21 @@ def score_difference(bench: Bench, rows: Dataset) -> float:
 # ---- the runs --------------------------------------------------------------------------------------------------------
 
 REAL = {
-    "hh": ("hh", 32, ["trl", "trl best", "packed", "shared default", "shared", "bare"]),
-    "finegrained": ("finegrained", 16, ["plain", "packed", "shared", "bare"]),
-    "oasst": ("oasst", 24, ["trl best", "plain", "packed", "shared"]),
-    "zh": ("llamafactory_zh", 24, ["trl best", "plain", "packed", "shared"]),
+    "hh": ("hh", 32, 8, ["trl", "trl best", "packed", "shared default", "shared", "bare"]),
+    "finegrained": ("finegrained", 8, 2, ["plain", "packed", "shared", "bare"]),
+    "oasst": ("oasst", 16, 4, ["plain", "packed", "shared"]),
+    "zh": ("llamafactory_zh", 16, 4, ["trl best", "packed", "shared"]),
 }
 
 
 def run_real(name: str, scratch: Path) -> dict[str, Any]:
-    source, count, sides = REAL[name]
+    source, count, batch, sides = REAL[name]
     texts = Path(REAL_DATA[source](DATA, scratch))
     lines = [json.dumps(row, ensure_ascii=False) for row in _texts(texts)]
-    bench = make_bench(scratch / f"backbone_{name}", 768, 12, lines)
+    bench = make_bench(scratch / f"backbone_{name}", 768, 12, lines, batch)
     rows = real_rows(bench, source, count, scratch)
     print(
-        f"{name}: {len(rows)} comparisons, micro-batches of {BATCH}, Llama 768 x 12, 4 bit, LoRA r=16, fp32", flush=True
+        f"{name}: {len(rows)} comparisons, micro-batches of {batch}, Llama 768 x 12, 4 bit, LoRA r=16, fp32", flush=True
     )
     difference = score_difference(bench, rows.select(range(min(8, len(rows)))))
     return summary(rows, measure(bench, rows, sides)) | {"score_difference": difference}
@@ -256,7 +264,7 @@ def _texts(path: Path) -> list[Any]:
 
 def run_short(scratch: Path) -> dict[str, Any]:
     """Where sharing cannot help: prompts of 4 tokens before responses of 250."""
-    bench = make_bench(scratch / "backbone_short", 512, 8, ["short"])
+    bench = make_bench(scratch / "backbone_short", 512, 8, ["short"], 8)
     rows = made_rows(32, 254, 4 / 254, 2)
     print("short prompts: 4 of 254 tokens", flush=True)
     return summary(rows, measure(bench, rows, ["packed", "shared"], repeats=3))
@@ -264,13 +272,13 @@ def run_short(scratch: Path) -> dict[str, Any]:
 
 def run_sweep(scratch: Path) -> list[dict[str, Any]]:
     """How the gain grows with the prompt's share, with K, and with length."""
-    bench = make_bench(scratch / "backbone_sweep", 256, 4, ["sweep"])
+    bench = make_bench(scratch / "backbone_sweep", 256, 4, ["sweep"], 4)
     points = [{"share": s, "k": 2, "length": 512} for s in (0, 0.25, 0.5, 0.75, 0.9, 0.95)]
     points += [{"share": 0.75, "k": k, "length": 512} for k in (4, 8, 16)]
     points += [{"share": 0.75, "k": 2, "length": n} for n in (256, 1024, 2048, 4096)]
     results = []
     for point in points:
-        rows = made_rows(BATCH * 2 if point["length"] <= 1024 else BATCH, **point)
+        rows = made_rows(16 if point["length"] <= 1024 else 4, **point)
         print(f"prompt share {point['share']:.0%}, K {point['k']}, {point['length']} tokens", flush=True)
         results.append(point | summary(rows, measure(bench, rows, ["plain", "shared"], repeats=2)))
     return results

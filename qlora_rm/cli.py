@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from qlora_rm import __version__
 from qlora_rm.config import AdapterConfig, BackboneConfig, DataConfig, ObjectiveConfig, ScoringConfig
-from qlora_rm.console import quiet_libraries, say, table
+from qlora_rm.console import quiet_libraries, rank_prefix, say, table
 from qlora_rm.errors import UserError
 from qlora_rm.options import add_options, read_options
 
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         options = _parser().parse_args(argv)
         return options.run(options) or 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{rank_prefix()}error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -106,6 +106,13 @@ def _as_assignments(columns: list[str] | dict[str, str] | None) -> list[str] | N
     return words
 
 
+SharePrefix = Literal["auto", "true", "false"]
+SHARE_PREFIX_HELP = (
+    "Compute the beginning that responses share once. auto: where a probe finds the scores of plain batches, else plain "
+    "batches; true: that is an error; false: plain batches."
+)
+
+
 @dataclass
 class BackboneConfig:
     """The model that is loaded, how it is quantized, and the score head on top of it."""
@@ -126,11 +133,7 @@ class BackboneConfig:
     attn_implementation: str | None = option(
         None, "Attention kernel (sdpa, eager, flash_attention_2, ...); the library's choice if unset."
     )
-    share_prefix: Literal["auto", "true", "false"] = option(
-        "auto",
-        "Compute the beginning that responses share once. auto: where a probe finds the scores of plain batches, else "
-        "plain batches; true: that is an error; false: plain batches.",
-    )
+    share_prefix: SharePrefix = option("auto", SHARE_PREFIX_HELP)
     head_init_std: float | None = option(
         None,
         "Standard deviation of a new score head; 0 starts every score at 0. Unset: 1/sqrt(hidden_size + 1), as in "
@@ -139,7 +142,6 @@ class BackboneConfig:
 
     def __post_init__(self) -> None:
         require(0 <= self.max_unquantized <= 1, f"--max_unquantized {self.max_unquantized} must lie between 0 and 1.")
-        self.share_prefix = str(self.share_prefix).lower()  # type: ignore[assignment]  # YAML reads true as a boolean
         require(self.head_init_std is None or self.head_init_std >= 0, "--head_init_std must not be negative.")
 
 
@@ -216,6 +218,7 @@ class ScoringConfig:
     tokens_per_batch: int = option(
         8192, "Upper bound of a batch's padded size in tokens; lower it when memory runs out."
     )
+    share_prefix: SharePrefix = option("auto", SHARE_PREFIX_HELP)
     trust_remote_code: bool = option(False, "Run the model code that a hub repository brings with it.")
 
     def __post_init__(self) -> None:

@@ -12,6 +12,11 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def rank_prefix() -> str:
+    """What tells the lines of other processes from those of the main one."""
+    return "" if is_main_process() else f"[rank {os.environ['RANK']}] "
+
+
 def say(*lines: str) -> None:
     """Print lines to standard error on the main process; standard output is kept for results."""
     if is_main_process():

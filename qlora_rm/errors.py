@@ -1,4 +1,4 @@
-"""The one exception that is written for people."""
+"""The one exception that is written for people, and what is told of the others."""
 
 
 class UserError(Exception):
@@ -7,3 +7,8 @@ class UserError(Exception):
     The doors (`cli.py`, `train.py`) print it without a traceback and exit with status 2. Everything else that is
     raised is a defect of ours or of a library, and keeps its traceback.
     """
+
+
+def first_line(error: Exception) -> str:
+    """What a library said, without the lines that follow; its kind of error where it said nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -42,7 +42,7 @@ def save_backbone(
         vocab_size=rows or len(tokenizer),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id < (rows or len(tokenizer)) else None,
     )
     # weights from a library's initialization are so small that every attention head sees nearly the same
     for parameter in model.parameters():

@@ -74,3 +74,10 @@ def word_piece_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
     )
+
+
+def with_new_pad_token() -> PreTrainedTokenizerFast:
+    """One entry more than the vocabulary it was trained with: the pad token, last."""
+    tokenizer = small_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    return tokenizer

@@ -17,9 +17,9 @@ from qlora_rm.backbone.paths import is_local
 from qlora_rm.backbone.precision import DTYPES, NAMES, Precision
 from qlora_rm.backbone.scoring import Layout, score_sequences
 from qlora_rm.backbone.tokenizer import load_tokenizer
-from qlora_rm.config import BackboneConfig, Quantization
+from qlora_rm.config import BackboneConfig, Quantization, SharePrefix
 from qlora_rm.console import say
-from qlora_rm.errors import UserError
+from qlora_rm.errors import UserError, first_line
 from qlora_rm.preferences.comparison import Candidates
 from qlora_rm.preferences.faults import RowFault
 from qlora_rm.preferences.tokenization import Tokenization
@@ -54,6 +54,7 @@ class RewardModel:
         quantization: Quantization | None = None,
         precision: Precision = "auto",
         tokens_per_batch: int = 8192,
+        share_prefix: SharePrefix = "auto",
         trust_remote_code: bool = False,
     ) -> Self:
         """Load an adapter folder, a merged or fully fine-tuned folder, or a reward model from the hub.
@@ -82,9 +83,9 @@ class RewardModel:
             tokenization = tokenization_of(manifest, tokenizer)
         if kind == "adapter":
             assert manifest is not None
-            model = _load_adapter(folder, manifest, tokenizer, base, quantization, trust_remote_code)
+            model = _load_adapter(folder, manifest, tokenizer, base, quantization, share_prefix, trust_remote_code)
         else:
-            model = _load_model(folder, manifest, tokenizer, compute, quantization, trust_remote_code)
+            model = _load_model(folder, manifest, tokenizer, compute, quantization, share_prefix, trust_remote_code)
         if compute is torch.float32:
             compute_in_fp32(model)
         model.requires_grad_(False)
@@ -194,16 +195,13 @@ def load_stock(folder: str, trust_remote_code: bool = False) -> tuple[PreTrained
     return model, info
 
 
-def first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
 def _load_adapter(
     folder: str,
     manifest: Manifest,
     tokenizer: PreTrainedTokenizerBase,
     base: str | None,
     quantization: Quantization | None,
+    share_prefix: SharePrefix,
     trust_remote_code: bool,
 ) -> nn.Module:
     """The adapter on its base, the base quantized from the dtype it was quantized from in training."""
@@ -222,6 +220,7 @@ def _load_adapter(
         model_revision=revision,
         quantization=quantization or manifest.quantization,  # type: ignore[arg-type]
         max_unquantized=1,
+        share_prefix=share_prefix,
     )
     backbone: Backbone = load_backbone(
         config, tokenizer, DTYPES[manifest.compute_dtype], trust_remote_code=trust_remote_code
@@ -235,6 +234,7 @@ def _load_model(
     tokenizer: PreTrainedTokenizerBase,
     dtype: torch.dtype,
     quantization: Quantization | None,
+    share_prefix: SharePrefix,
     trust_remote_code: bool,
 ) -> nn.Module:
     """A whole model; one that was trained whole keeps its fp32 weights, as it had them in training."""
@@ -243,7 +243,9 @@ def _load_model(
         raise UserError(
             f"{folder} is no reward model: a {architecture} has no score head. Train one on it with `qlora-rm train`."
         )
-    config = BackboneConfig(model_name_or_path=folder, quantization=quantization or "none", max_unquantized=1)
+    config = BackboneConfig(
+        model_name_or_path=folder, quantization=quantization or "none", max_unquantized=1, share_prefix=share_prefix
+    )
     trained_whole = manifest is not None and manifest.merge is None
     backbone = load_backbone(
         config, tokenizer, dtype, trust_remote_code=trust_remote_code, full_fine_tuning=trained_whole

@@ -17,11 +17,11 @@ from qlora_rm.artifacts.checks import (
     check_vocabulary,
     check_weights,
 )
-from qlora_rm.artifacts.load import RewardModel, artefact_kind, first_line, load_stock, read_tokenizer
+from qlora_rm.artifacts.load import RewardModel, artefact_kind, load_stock, read_tokenizer
 from qlora_rm.artifacts.manifest import Manifest
 from qlora_rm.backbone.head import head_modules, is_in_head
 from qlora_rm.backbone.precision import NAMES
-from qlora_rm.errors import UserError
+from qlora_rm.errors import UserError, first_line
 
 T = TypeVar("T")
 

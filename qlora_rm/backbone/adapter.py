@@ -9,13 +9,12 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
 
 from qlora_rm.backbone.head import is_in_head
 from qlora_rm.backbone.load import Backbone
 from qlora_rm.config import AdapterConfig
-from qlora_rm.errors import UserError
+from qlora_rm.errors import UserError, first_line
 
 LINEAR = (nn.Linear, Conv1D, bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
 
@@ -39,10 +38,8 @@ def attach_adapter(backbone: Backbone, config: AdapterConfig) -> PeftModel:
         # PEFT adds `score` and `classifier` itself
         modules_to_save=[name for name in backbone.head if name not in ("score", "classifier")] or None,
     )
-    # ZeRO-3 gathers unquantized weights and adapters in one buffer of one dtype; goes when DeepSpeed #8072 is fixed.
-    one_dtype = is_deepspeed_zero3_enabled() and not getattr(backbone.model, "is_quantized", False)
     try:
-        model = get_peft_model(backbone.model, lora, autocast_adapter_dtype=not one_dtype)
+        model = get_peft_model(backbone.model, lora)
     except ValueError as error:
         raise UserError(f"The adapter could not be attached: {error}") from error
     _train_only(model)
@@ -59,9 +56,7 @@ def load_adapter(backbone: Backbone, folder: str, *, trainable: bool) -> PeftMod
     try:
         model = PeftModel.from_pretrained(backbone.model, folder, is_trainable=trainable)
     except (RuntimeError, ValueError) as error:
-        raise UserError(
-            f"The adapter {folder} does not fit this backbone: {str(error).strip().splitlines()[0]}"
-        ) from error
+        raise UserError(f"The adapter {folder} does not fit this backbone: {first_line(error)}") from error
     _train_only(model) if trainable else model.requires_grad_(False)
     return model
 
@@ -113,5 +108,5 @@ def _train_only(model: PeftModel) -> None:
     for name, parameter in model.named_parameters():
         trainable = "lora_" in name or ".modules_to_save." in name
         parameter.requires_grad_(trainable)
-        if trainable and parameter.dtype in (torch.float16, torch.bfloat16) and not hasattr(parameter, "ds_id"):
+        if trainable and parameter.dtype in (torch.float16, torch.bfloat16):
             parameter.data = parameter.data.float()

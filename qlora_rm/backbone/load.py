@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_utils import set_zero3_state
 from transformers.utils import logging as transformers_logging
 
@@ -24,7 +25,7 @@ from qlora_rm.backbone.packed import share_prefixes
 from qlora_rm.backbone.paths import require_model
 from qlora_rm.config import BackboneConfig
 from qlora_rm.console import say
-from qlora_rm.errors import UserError
+from qlora_rm.errors import UserError, first_line
 
 
 @dataclass(frozen=True)
@@ -73,12 +74,13 @@ def load_backbone(
     _require_whole(name, model, fresh, head)
     has_new_head = bool(fresh)
     _prepare_head(model, head, fresh, config.head_init_std, seed)
-    _match_tokenizer(model, tokenizer)
+    _match_tokenizer(model, tokenizer, may_grow=full_fine_tuning)
     _keep_compute_dtype_on_cpu(model)
     model.config.use_cache = False
     if config.quantization != "none":
         _require_quantized(model, config)
-    share_prefixes(model, config.share_prefix)
+    _to_device(model, config)
+    share_prefixes(model, config.share_prefix, config.attn_implementation)
     return Backbone(model, head, has_new_head)
 
 
@@ -88,7 +90,7 @@ def read_model_config(name: str, revision: str | None = None, trust_remote_code:
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise UserError(f"No model could be loaded from {name}: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"No model could be loaded from {name}: {first_line(error)}") from error
     is_classifier = any(a.endswith("ForSequenceClassification") for a in config.architectures or [])
     if is_classifier and config.num_labels != 1:
         raise UserError(f"{name} is a classifier with {config.num_labels} labels; a reward model has one.")
@@ -134,7 +136,7 @@ def _load_model(
                 output_loading_info=True,
             )
         except (OSError, ValueError) as error:
-            raise UserError(f"The backbone {name} could not be loaded: {str(error).strip().splitlines()[0]}") from error
+            raise UserError(f"The backbone {name} could not be loaded: {first_line(error)}") from error
     return model, set(info["missing_keys"])
 
 
@@ -175,14 +177,30 @@ def _prepare_head(model: PreTrainedModel, head: list[str], fresh: set[str], std:
         say("score head: sharded by ZeRO-3 as it was made, so it keeps the library's own small initialization")
 
 
-def _match_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """The model's pad id is the tokenizer's, and its embedding has a row for every token."""
+def _match_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, may_grow: bool) -> None:
+    """The model's pad id is the tokenizer's, and its embedding has a row for every token.
+
+    Only a pad token may be without a row where embeddings are frozen: no sequence contains it, and so it does not
+    matter that its row is random and not saved.
+    """
     rows = embedding_rows(model)
     if len(tokenizer) > rows:
+        if not may_grow and (len(tokenizer) > rows + 1 or tokenizer.pad_token_id != rows):
+            raise UserError(
+                f"The tokenizer has {len(tokenizer)} tokens, the backbone embeddings for {rows}: the others would be random and "
+                "frozen. Use the backbone's own tokenizer, or fine-tune whole (--no_use_lora)."
+            )
         say(f"embedding: grown from {rows} to {len(tokenizer)} rows to hold the tokenizer's new tokens")
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
         config.pad_token_id = tokenizer.pad_token_id
+
+
+def _to_device(model: PreTrainedModel, config: BackboneConfig) -> None:
+    """Onto this process's GPU, so that the probe runs where training will; quantized weights already are there, and
+    ZeRO-3 places what it shards."""
+    if torch.cuda.is_available() and config.quantization == "none" and not is_deepspeed_zero3_enabled():
+        nn.Module.to(model, torch.device("cuda", torch.cuda.current_device()))
 
 
 def _keep_compute_dtype_on_cpu(model: PreTrainedModel) -> None:

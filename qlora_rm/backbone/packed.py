@@ -4,7 +4,7 @@ Shapes: R rows, L tokens a row, S sequences, H hidden size.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +12,11 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
+from qlora_rm.config import SharePrefix
 from qlora_rm.console import say
-from qlora_rm.errors import UserError
+from qlora_rm.errors import UserError, first_line
 from qlora_rm.preferences.forest import Forest, grow
 
-SharePrefix = Literal["auto", "true", "false"]
 Mask = Tensor | BlockMask
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -65,6 +65,7 @@ def attention_masks(
     config: PretrainedConfig, position_ids: Tensor, subtree_end: Tensor, dtype: torch.dtype
 ) -> Mask | dict[str, Mask]:
     """The forest's mask as the model's attention takes it: one, or one per kind of layer where it has several kinds."""
+    config = config.get_text_config()  # of a model of text and images, the part that is the backbone
     kinds = getattr(config, "layer_types", None)
 
     def mask(kind: str) -> Mask:
@@ -133,18 +134,19 @@ def sharing_model(model: nn.Module) -> PreTrainedModel | None:
 
 
 def row_multiple(model: nn.Module) -> int:
-    """What row lengths of a forest must be a multiple of for this model's attention kernel."""
-    shares = sharing_model(model)
-    return FLEX_BLOCK if shares is not None and shares.config._attn_implementation == "flex_attention" else 1
+    """What row lengths of a forest must be a multiple of for the attention kernel of a model, in its wrappers or not."""
+    inner = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+    return FLEX_BLOCK if inner.config._attn_implementation == "flex_attention" else 1
 
 
-def share_prefixes(model: PreTrainedModel, choice: SharePrefix) -> bool:
+def share_prefixes(model: PreTrainedModel, choice: SharePrefix, kernel: str | None = None) -> bool:
     """Let `model` take forests where that gives the scores of plain batches; decides, and says why.
 
     Arguments:
         model: loaded, outside any wrapper; its class gains the mixin in place, under its own name, which saved
             configurations carry.
         choice: "auto" falls back to plain batches with one line; "true" makes that an error; "false" is plain batches.
+        kernel: the attention kernel the user asked for, if any; no other is tried then.
 
     Raises:
         UserError: `choice` is "true" and packed scores differ, or cannot be computed.
@@ -152,46 +154,60 @@ def share_prefixes(model: PreTrainedModel, choice: SharePrefix) -> bool:
     if choice == "false":
         return False
     reasons = []
-    for kernel in _kernels(model):
-        reason = _try(model, kernel)
+    obstacle = _obstacle(model)
+    for candidate in [] if obstacle else _kernels(model, kernel):
+        reason = _try(model, candidate)
         if reason is None:
-            say(f"shared prompts: computed once ({kernel} attention; packed equals plain)")
+            say(f"shared prompts: computed once ({candidate} attention; packed equals plain)")
             return True
-        reasons.append(f"{kernel} attention: {reason}")
-    told = "; ".join(reasons) or "no linear score head on a causal backbone, or a model already sharded by ZeRO-3"
+        reasons.append(f"{candidate} attention: {reason}")
+    told = obstacle or "; ".join(reasons) or f"{kernel} attention takes no mask"
     if choice == "true":
         raise UserError(f"--share_prefix true, but prompts cannot be shared here ({told}). Use --share_prefix auto.")
     say(f"shared prompts: computed again for each response, in plain padded batches ({told})")
     return False
 
 
-def _kernels(model: PreTrainedModel) -> list[str]:
-    """Attention kernels to try, the best first. FlexAttention skips what the mask hides, but has no backward on CPU."""
-    sharded = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-    if sharded or not isinstance(getattr(model, "score", None), nn.Linear):
-        return []
-    current = str(model.config._attn_implementation)
-    if model.device.type == "cuda" and model._supports_flex_attn:
-        return ["flex_attention", current if current in ("sdpa", "eager") else "sdpa"]
-    return [current if current in ("sdpa", "eager", "flex_attention") else "sdpa"]
+def _obstacle(model: PreTrainedModel) -> str | None:
+    """Why no kernel could share here, seen before any is tried; what a short probe would not show among them."""
+    if not isinstance(getattr(model, "score", None), nn.Linear):
+        return "no linear score head on a causal backbone"
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        return "already sharded by ZeRO-3, and so cannot be probed"
+    if any(buffer.dtype == torch.bool and buffer.dim() == 4 for buffer in model.buffers()):
+        return "this architecture masks by place in the row, with a mask of its own"  # GPT-Neo's local layers
+    return None
+
+
+def _kernels(model: PreTrainedModel, asked: str | None) -> list[str]:
+    """Attention kernels to try, the best first: those that take a mask.
+
+    FlexAttention skips what the mask hides, but has no backward on a CPU, and none with attention dropout.
+    """
+    if asked is not None:
+        return [asked] if asked in ("sdpa", "eager", "flex_attention") else []
+    config = model.config.get_text_config()
+    dropout = any(getattr(config, name, 0) for name in ("attention_dropout", "attn_pdrop"))
+    flex = ["flex_attention"] if model.device.type == "cuda" and model._supports_flex_attn and not dropout else []
+    current = str(config._attn_implementation)
+    return [*flex, current if current in ("sdpa", "eager") else "sdpa"]
 
 
 def _try(model: PreTrainedModel, kernel: str) -> str | None:
     """Switch `model` to sharing with `kernel` and probe it; put everything back and say why where it does not hold."""
     own_class, own_kernel = type(model), model.config._attn_implementation
+    allowed = TOLERANCE.get(_dtype(model), TOLERANCE[torch.float32])
     try:
         model.set_attn_implementation(kernel)
         plain, packed = probe(model)
-        model.__class__ = type(own_class.__name__, (PrefixSharing, own_class), {})
     except Exception as error:  # whatever an architecture does with a mask it was not written for
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:100] if str(error).strip() else ''}"
+        reason = f"{type(error).__name__}: {first_line(error)[:100]}"
     else:
-        difference = float((packed - plain).norm() / plain.norm().clamp(min=1e-12))
-        allowed = TOLERANCE[_dtype(model)]
+        difference = float(((packed - plain).norm(dim=-1) / plain.norm(dim=-1).clamp(min=1e-12)).max())
         if difference <= allowed:
+            model.__class__ = type(own_class.__name__, (PrefixSharing, own_class), {})
             return None
         reason = f"packed and plain hidden states differ by {difference:.1e}, more than the {allowed:.0e} of rounding"
-    model.__class__ = own_class
     model.set_attn_implementation(own_kernel)
     return reason
 
@@ -210,9 +226,7 @@ def probe(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
     try:
         with torch.no_grad():
             plain = [_last_state(model, sequence) for sequence in sequences]
-            batch = forest_batch(
-                sequences, pad, FLEX_BLOCK if model.config._attn_implementation == "flex_attention" else 1
-            )
+            batch = forest_batch(sequences, pad, row_multiple(model))
             packed = leaf_states(model, **{name: tensor.to(model.device) for name, tensor in batch.items()})
     finally:
         model.train(was_training)

@@ -11,21 +11,24 @@ def is_local(name: str) -> bool:
     return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
-def require_model(name: str) -> None:
-    """Raise `UserError` where a local `name` is no model folder; hub ids are left to the library."""
-    if not is_local(name):
-        return
+def require_folder(name: str) -> None:
+    """Raise `UserError` where a local `name` does not exist; hub ids are left to the library."""
     folder = Path(name).expanduser()
-    if not folder.exists():
-        near = difflib.get_close_matches(
-            folder.name, [p.name for p in folder.parent.glob("*")] if folder.parent.exists() else [], 1
-        )
-        hint = f" Did you mean {folder.parent / near[0]}?" if near else ""
-        raise UserError(f"There is no folder {name}.{hint}")
-    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+    if not is_local(name) or folder.exists():
+        return
+    near = difflib.get_close_matches(folder.name, [p.name for p in folder.parent.glob("*")], 1)
+    raise UserError(f"There is no folder {name}." + (f" Did you mean {folder.parent / near[0]}?" if near else ""))
+
+
+def require_model(name: str) -> None:
+    """Raise `UserError` where a local `name` is no model folder, and say what it is instead."""
+    require_folder(name)
+    folder = Path(name).expanduser()
+    if not is_local(name) or (folder / "config.json").exists():
+        return
+    if (folder / "adapter_config.json").exists():
         raise UserError(
-            f"{name} holds an adapter, not a backbone. To go on training it pass --adapter {name}; to make one model of it "
-            f"and its base use `qlora-rm merge {name}`."
+            f"{name} holds an adapter, not a backbone. To go on training it pass --adapter {name}; to make one model of "
+            f"it and its base use `qlora-rm merge {name}`."
         )
-    if not (folder / "config.json").exists() and not (folder / "tokenizer_config.json").exists():
-        raise UserError(f"{name} is not a model folder: it holds neither config.json nor tokenizer_config.json.")
+    raise UserError(f"{name} is not a model folder: it holds no config.json.")

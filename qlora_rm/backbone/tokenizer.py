@@ -5,9 +5,9 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from qlora_rm.backbone.paths import require_model
+from qlora_rm.backbone.paths import require_folder
 from qlora_rm.console import say
-from qlora_rm.errors import UserError
+from qlora_rm.errors import UserError, first_line
 
 # Names under which vocabularies reserve tokens nobody writes, most pad-like first.
 RESERVED = re.compile(
@@ -31,11 +31,11 @@ def load_tokenizer(
         chat_template_path: a Jinja file, or a folder or hub id whose tokenizer's template is taken.
         eos_token: an existing token to use as end of sequence instead of the tokenizer's own.
     """
-    require_model(name)
+    require_folder(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise UserError(f"No tokenizer could be loaded from {name}: {_first_line(error)}") from error
+        raise UserError(f"No tokenizer could be loaded from {name}: {first_line(error)}") from error
     if eos_token is not None:
         if eos_token not in tokenizer.get_vocab():
             raise UserError(f"--eos_token {eos_token!r} is not in the vocabulary of the tokenizer {name}.")
@@ -81,12 +81,8 @@ def _read_template(path: str, trust_remote_code: bool) -> str:
             return Path(path).read_text(encoding="utf-8")
         except OSError as error:
             raise UserError(f"--chat_template_path {path}: {error.strerror}.") from error
-    require_model(path)
+    require_folder(path)
     template = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code).chat_template
     if template is None:
         raise UserError(f"--chat_template_path {path}: the tokenizer there has no chat template.")
     return template
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

@@ -23,7 +23,7 @@ RESPONSES = ("They huddle around their queen and live on stored honey.", "Ask so
 NEXT = """
 With your own data (JSONL rows with prompt, chosen, rejected; text or turns) and your own backbone:
 
-  accelerate launch --config_file accelerate_configs/single_gpu.yaml qlora_rm/train.py \\
+  accelerate launch --quiet --config_file accelerate_configs/single_gpu.yaml qlora_rm/train.py \\
       --config recipes/hh_rlhf_7b.yaml --model_name_or_path YOUR_BACKBONE --dataset YOUR_ROWS.jsonl
 
 or, without a GPU, on the demo's backbone:
@@ -62,7 +62,7 @@ def make() -> None:
 def walk() -> None:
     """The commands a user would type, one after the other."""
     model, merged, held_out = f"{FOLDER}/reward_model", f"{FOLDER}/merged", f"{FOLDER}/data/held_out.jsonl"
-    run("accelerate", "launch", "qlora_rm/train.py", "--config", str(RECIPE))
+    run("accelerate", "launch", "--quiet", "qlora_rm/train.py", "--config", str(RECIPE))
     run("qlora-rm", "eval", model, "--dataset", held_out)
     run("qlora-rm", "merge", model, "--output", merged, "--dtype", "fp32")
     run("qlora-rm", "verify", merged)

@@ -64,14 +64,12 @@ class Forest:
         input_ids, position_ids, subtree_end: int64 [R, L]. A padding token sees itself alone, so that no row of the
             mask is empty.
         leaves: int64 [S, 2], row and column at which each sequence's score is read.
-        tokens: how many tokens are not padding.
     """
 
     input_ids: NDArray[np.int64]
     position_ids: NDArray[np.int64]
     subtree_end: NDArray[np.int64]
     leaves: NDArray[np.int64]
-    tokens: int
 
 
 def grow(sequences: Sequence[Ids], pad_token_id: int, multiple_of: int = 1) -> Forest:
@@ -95,7 +93,7 @@ def grow(sequences: Sequence[Ids], pad_token_id: int, multiple_of: int = 1) -> F
         position_ids[row, stretch] = tree.depth
         subtree_end[row, stretch] = np.asarray(tree.subtree_end) + start
         leaves[members] = [(row, start + leaf) for leaf in tree.leaves]
-    return Forest(input_ids, position_ids, subtree_end, leaves, sum(len(tree.ids) for tree in trees))
+    return Forest(input_ids, position_ids, subtree_end, leaves)
 
 
 def group(sequences: Sequence[Ids]) -> list[list[int]]:

@@ -14,13 +14,19 @@ if TYPE_CHECKING:
 def gather(dataset: "Dataset", prompts: Sequence[Digest]) -> "Dataset":
     """One row per prompt, in order of first appearance.
 
+    Only rows whose pairs weigh the same are gathered, so that every pair keeps its weight; rows with ties stay as they
+    are, since how much a tie weighs is the objective's choice.
+
     Arguments:
         dataset: rows by `table.SCHEMA`.
         prompts: the hash of each row's prompt.
     """
-    members: dict[Digest, list[int]] = {}
-    for row, prompt in enumerate(prompts):
-        members.setdefault(prompt, []).append(row)
+    members: dict[Any, list[int]] = {}
+    for row, (prompt, wins, ties, weight) in enumerate(
+        zip(prompts, dataset["wins"], dataset["ties"], dataset["weight"], strict=True)
+    ):
+        alike = row if ties or not wins else round(weight / len(wins), 9)
+        members.setdefault((prompt, bool(ties or not wins), alike), []).append(row)
 
     def rows() -> Iterator[dict[str, Any]]:
         for group in members.values():
@@ -32,8 +38,8 @@ def gather(dataset: "Dataset", prompts: Sequence[Digest]) -> "Dataset":
 def merged(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One comparison of the rows' distinct responses, with all their pairs.
 
-    A comparison's loss is its weight times the mean over its pairs. Weights add up, so a pair keeps the weight it had
-    in a row of its own; a pair that stands in several rows, in either order, counts as often as it stands there.
+    A comparison's loss is its weight times the mean over its pairs. Weights add up, so where all pairs weigh the same
+    each keeps its weight; a pair that stands in several rows, in either order, counts as often as it stands there.
     """
     index: dict[tuple[int, ...], int] = {}
     wins, ties, margins = [], [], []

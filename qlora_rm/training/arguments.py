@@ -1,5 +1,6 @@
 """The training loop's options: TRL's RewardConfig with this project's defaults, and the parser of the train door."""
 
+import argparse
 import difflib
 import json
 import os
@@ -124,8 +125,12 @@ class Parser(TrlParser):
         word = message.rpartition(" --")[2].partition(" ")[0].partition("=")[0]
         raise UserError(f"{message}.{self._hint(word)}")
 
-    def check_file(self, path: str) -> None:
-        """Refuse a configuration file that cannot be read or has an unknown key."""
+    def read_file(self, path: str) -> dict[str, Any]:
+        """The options of a YAML file, checked as flags are: argparse trusts the defaults it is given.
+
+        Raises:
+            UserError: the file cannot be read, has an unknown key, or a value that is not among its choices.
+        """
         try:
             content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
@@ -134,9 +139,25 @@ class Parser(TrlParser):
             raise UserError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from error
         if not isinstance(content, dict):
             raise UserError(f"--config {path} must hold one mapping of option: value.")
-        for key in content:
-            if key not in self._known and key != "env":
+        os.environ.update({name: str(value) for name, value in content.pop("env", {}).items()})
+        actions = {action.dest: action for action in self._actions}
+        for key, value in content.items():
+            if key not in self._known:
                 raise UserError(f"--config {path}: unknown key {key!r}.{self._hint(str(key))}")
+            content[key] = self._checked(actions[key], value, f"--config {path}: {key}")
+        return content
+
+    def _checked(self, action: argparse.Action, value: Any, where: str) -> Any:
+        if action.nargs == "+" and value is not None and not isinstance(value, (list, dict)):
+            return [value]  # one data set needs no list
+        if action.choices is not None and value is not None:
+            # YAML reads true and false as booleans where the choice is a word
+            word = str(value).lower() if isinstance(value, bool) else str(value)
+            choices = [str(choice) for choice in action.choices]
+            if word not in choices:
+                raise UserError(f"{where}: {value!r} is not one of {', '.join(choices)}.")
+            return word
+        return value
 
     @property
     def _known(self) -> set[str]:
@@ -157,12 +178,13 @@ def parse(argv: list[str]) -> Options:
     kinds: list[Any] = [DataConfig, BackboneConfig, AdapterConfig, ObjectiveConfig, TrainingConfig]
     parser = Parser(kinds, prog="qlora-rm train", allow_abbrev=False)
     if "--config" in argv:
-        where = argv.index("--config") + 1
-        if where == len(argv):
+        where = argv.index("--config")
+        if where + 1 == len(argv):
             raise UserError("--config needs the path of a YAML file.")
-        parser.check_file(argv[where])
+        parser.set_defaults_with_config(**parser.read_file(argv[where + 1]))
+        argv = argv[:where] + argv[where + 2 :]
     try:
-        *options, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
+        *options, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     except (ValueError, TypeError) as error:
         raise UserError(str(error)) from error
     if unknown:

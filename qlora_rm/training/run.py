@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl.trainer.utils import disable_dropout_in_model
 
 from qlora_rm.artifacts.golden import GoldenItem, make_golden
+from qlora_rm.artifacts.manifest import FILE_NAME as MANIFEST
 from qlora_rm.artifacts.manifest import Base, Manifest, Reward, Training, make_contract
 from qlora_rm.backbone.adapter import attach_adapter, load_adapter, read_adapter_config
 from qlora_rm.backbone.inventory import inventory
@@ -19,7 +20,7 @@ from qlora_rm.backbone.load import load_backbone
 from qlora_rm.backbone.precision import NAMES, best_dtype
 from qlora_rm.backbone.scoring import score_sequences
 from qlora_rm.backbone.tokenizer import load_tokenizer
-from qlora_rm.config import require
+from qlora_rm.config import BackboneConfig, require
 from qlora_rm.console import say
 from qlora_rm.errors import UserError
 from qlora_rm.preferences import PreferenceData, Tokenization, load_preferences
@@ -70,12 +71,16 @@ def train(options: Options) -> dict[str, float]:
     tokenization = Tokenization(tokenizer, args.max_length, options.data.over_long)
     data = load_preferences(options.data, tokenization, need_eval=args.eval_strategy != "no")
     say(*data.report.lines())
-    train_set = _comparisons_with_signal(data.train, options)
+    _require_same_data(data.fingerprint, resume)
+    if options.objective.objective == "plackett_luce" and any(any(margins) for margins in data.train["margins"]):
+        say("margins: not read, a Plackett-Luce likelihood has no place for them")
+    train_set = _comparisons_with_signal(data.train, options, "training")
+    held_out = None if data.held_out is None else _comparisons_with_signal(data.held_out, options, "held-out")
 
     model = load_model(options, tokenizer)
     say(*inventory(model))
     manifest = _describe(options, tokenization, data)
-    trainer = _make_trainer(options, model, tokenizer, train_set, data.held_out, manifest)
+    trainer = _make_trainer(options, model, tokenizer, train_set, held_out, manifest)
     say(f"going on from {resume}" if resume else f"training on {len(train_set):,} comparisons")
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     return _finish(trainer, manifest, data, tokenization)
@@ -109,14 +114,31 @@ def _require_names(options: Options) -> None:
     """What must be given, and what cannot go together, before anything is loaded."""
     adapter, backbone = options.adapter, options.backbone
     if adapter.adapter:
-        base = read_adapter_config(adapter.adapter)["base_model_name_or_path"]
-        backbone.model_name_or_path = backbone.model_name_or_path or base
+        _take_from_adapter(adapter.adapter, backbone)
     require(bool(backbone.model_name_or_path), "No backbone given: pass --model_name_or_path FOLDER_OR_HUB_ID.")
+    require(
+        not (options.data.group_by_prompt and options.objective.objective == "plackett_luce"),
+        "--group_by_prompt makes pairs of several rows one comparison, which is no ranking: use --objective bradley_terry.",
+    )
     require(bool(options.data.dataset), "No data given: pass --dataset FILE, FOLDER or HUB_ID.")
     require(
         adapter.use_lora or backbone.quantization == "none",
         "A quantized backbone cannot be fine-tuned whole: pass --quantization none with --no_use_lora, or train an adapter.",
     )
+
+
+def _take_from_adapter(folder: str, backbone: BackboneConfig) -> None:
+    """Base and tokenizer (its template and pad token) are the adapter's, unless others are asked for."""
+    base = read_adapter_config(folder).get("base_model_name_or_path")
+    backbone.model_name_or_path = backbone.model_name_or_path or base
+    if backbone.tokenizer_name_or_path is None and (Path(folder) / "tokenizer_config.json").exists():
+        backbone.tokenizer_name_or_path = folder
+    if (Path(folder) / MANIFEST).exists():
+        trained = Manifest.load(folder).quantization
+        if trained != backbone.quantization:
+            say(
+                f"warning: the adapter {folder} was trained on a base in {trained}, this run loads it in {backbone.quantization}"
+            )
 
 
 def _require_writable(output_dir: str) -> None:
@@ -129,17 +151,33 @@ def _require_writable(output_dir: str) -> None:
         raise UserError(f"--output_dir {folder} is not writable.")
 
 
-def _comparisons_with_signal(train_set: Dataset, options: Options) -> Dataset:
+def _require_same_data(fingerprint: str, resume: Path | None) -> None:
+    """All ranks read the same comparisons, and a resumed run those it began with; otherwise some would be seen twice
+    and others never."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        everyones: list[str | None] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everyones, fingerprint)
+        require(
+            len(set(everyones)) == 1, "The processes read different data: give every host the same files and options."
+        )
+    began = Manifest.load(resume).training if resume is not None else None
+    require(
+        began is None or began.data_fingerprint == fingerprint,
+        f"The data is not what the checkpoint {resume} was trained on: resume with the same files and data options.",
+    )
+
+
+def _comparisons_with_signal(rows: Dataset, options: Options, part: str) -> Dataset:
     """Without the comparisons that hold nothing but ties, where ties are ignored; counted and said."""
     if options.objective.ties != "ignore":
-        return train_set
-    kept = [i for i, wins in enumerate(train_set["wins"]) if wins]
-    if len(kept) < len(train_set):
+        return rows
+    kept = [i for i, wins in enumerate(rows["wins"]) if wins]
+    if len(kept) < len(rows):
         say(
-            f"left out: {len(train_set) - len(kept):,} comparisons that hold nothing but ties (--ties half or rao_kupper uses them)"
+            f"{part}: left out {len(rows) - len(kept):,} comparisons of ties alone (--ties half or rao_kupper uses them)"
         )
-    require(bool(kept), "Every training comparison is a tie: nothing to learn from. Use --ties half or rao_kupper.")
-    return train_set.select(kept)
+    require(bool(kept), f"Every {part} comparison is a tie: nothing to tell apart. Use --ties half or rao_kupper.")
+    return rows.select(kept)
 
 
 def _make_trainer(

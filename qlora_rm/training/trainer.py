@@ -52,11 +52,12 @@ class PreferenceTrainer(RewardTrainer):
         self.objective = objective
         self.pad_token_id = tokenizer.pad_token_id
         self.checkpoint_files = checkpoint_files
+        self.shares_prefix = sharing_model(model) is not None
         with keep_trainables(model):
             super().__init__(
                 model=model,
                 args=args,
-                data_collator=Collator(self.pad_token_id, sharing_model(model) is not None, row_multiple(model)),
+                data_collator=Collator(self.pad_token_id, self.shares_prefix, row_multiple(model)),
                 train_dataset=train,
                 eval_dataset=held_out,
                 processing_class=tokenizer,
@@ -78,7 +79,14 @@ class PreferenceTrainer(RewardTrainer):
             return super()._get_train_sampler(train_dataset)
         seed = args.data_seed if args.data_seed is not None else args.seed
         batches_per_step = args.world_size * args.gradient_accumulation_steps
-        return EvenLoadSampler(data["tokens"], self._train_batch_size, batches_per_step, seed)
+        if self.shares_prefix:
+            loads = list(data["tokens"])
+        else:
+            loads = [
+                len(responses) * longest
+                for responses, longest in zip(data["response_ids"], data["length"], strict=True)
+            ]
+        return EvenLoadSampler(loads, self._train_batch_size, batches_per_step, seed)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -155,7 +163,9 @@ def keep_trainables(model: nn.Module) -> Iterator[None]:
     too; at usual learning rates most updates are then smaller than a bf16 step and vanish (trl #7268: 22 % of a
     run's progress lost, measured). Goes when TRL leaves adapters alone.
     """
-    masters = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad and p.numel()}
+    quantized = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad} if quantized else {}
+    masters = {name: p.detach().clone() for name, p in trainable.items()}
     yield
     for name, parameter in model.named_parameters():
         if name in masters:

@@ -21,7 +21,7 @@ from qlora_rm.config import AdapterConfig
 from qlora_rm.errors import UserError
 from tests.models_for_tests import save_backbone
 from tests.reward_models_for_tests import copy_of, edit_json, llama_adapter, make_reward_model
-from tests.tokenizers_for_tests import small_tokenizer
+from tests.tokenizers_for_tests import small_tokenizer, with_new_pad_token
 
 KINDS: dict[str, dict[str, Any]] = {
     "rslora": {"adapter": AdapterConfig(lora_r=8, lora_alpha=4, use_rslora=True)},
@@ -31,7 +31,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "gpt2_dora": {"architecture": "gpt2", "adapter": AdapterConfig(lora_r=8, use_dora=True)},
     "gpt2_unquantized": {"architecture": "gpt2", "quantization": "none"},
     "distilbert": {"architecture": "distilbert"},
-    "grown_embedding": {"rows": 440},
+    "grown_embedding": {"tokenizer": with_new_pad_token(), "rows": len(small_tokenizer())},
 }
 
 

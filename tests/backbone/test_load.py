@@ -151,6 +151,14 @@ def test_wrong_folders_are_named(tokenizer, folders, tmp_path):
         load(str(tmp_path), tokenizer)
 
 
+def test_new_tokens_of_content_need_a_backbone_that_is_trained_whole(folders):
+    """Their embeddings would be random, frozen and not saved; a pad token's row is never looked at."""
+    tokenizer = small_tokenizer()
+    tokenizer.add_tokens(["<new>", "<newer>"])
+    with pytest.raises(UserError, match="random and frozen"):
+        load(folders("llama"), tokenizer)
+
+
 def test_targets_layers_dora_and_rslora(folders, tokenizer):
     model = attach_adapter(
         load(folders("llama"), tokenizer),

@@ -53,6 +53,17 @@ PLAIN = {
     "falcon-alibi": t.FalconConfig(**{k: v for k, v in ALIKE.items() if k != "intermediate_size"}, alibi=True),
     "bloom": t.BloomConfig(hidden_size=64, n_layer=2, n_head=4, vocab_size=200, pad_token_id=0, num_labels=1),
     "jamba": t.JambaConfig(**SHAPE, num_experts=2, mamba_d_state=8, use_mamba_kernels=False),
+    "gpt_neo": t.GPTNeoConfig(
+        hidden_size=64,
+        num_layers=2,
+        num_heads=4,
+        attention_types=[[["global", "local"], 1]],
+        vocab_size=200,
+        pad_token_id=0,
+        num_labels=1,
+        window_size=8,
+        max_position_embeddings=256,
+    ),
     "distilbert": t.DistilBertConfig(dim=64, n_layers=2, n_heads=4, hidden_dim=128, vocab_size=200, num_labels=1),
 }
 

@@ -26,27 +26,28 @@ def sequences(row):
 
 
 def pairs(rows):
-    """Every win as its two token sequences, with its margin."""
+    """Every win as its two token sequences, with its margin and its weight."""
     return sorted(
-        (sequences(row)[i], sequences(row)[j], round(margin, 3))
+        (sequences(row)[i], sequences(row)[j], round(margin, 3), row["weight"] / len(row["wins"]))
         for row in rows
         for (i, j), margin in zip(row["wins"], row["margins"], strict=True)
     )
 
 
 def test_pairs_and_weights_are_kept_and_responses_stand_once(tmp_path):
+    """The row of weight 2 stays apart: gathered, its pair would lose weight to the others."""
     apart, gathered = list(load(tmp_path).train), list(load(tmp_path, group_by_prompt=True).train)
-    assert len(apart) == 4 and len(gathered) == 2
+    assert len(apart) == 4 and len(gathered) == 3
     assert pairs(gathered) == pairs(apart)
-    cat, dog = gathered
+    cat, dog, heavy = gathered
     assert len(cat["response_ids"]) == 3 and len(set(sequences(cat))) == 3
-    assert (cat["weight"], dog["weight"]) == (4.0, 1.0)
+    assert (cat["weight"], dog["weight"], heavy["weight"]) == (2.0, 1.0, 2.0)
     assert cat["tokens"] == len(cat["prompt_ids"]) + sum(map(len, cat["response_ids"]))
     assert cat["length"] == max(map(len, sequences(cat)))
 
 
 def test_it_is_told(tmp_path):
     assert any(
-        "4 comparisons gathered by prompt into 2" in line
+        "4 comparisons gathered by prompt into 3" in line
         for line in load(tmp_path, group_by_prompt=True).report.lines()
     )

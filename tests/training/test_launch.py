@@ -1,5 +1,6 @@
 """Two real ranks on this CPU: DDP, DeepSpeed ZeRO-2 and ZeRO-3 with real NF4 end where one process ends."""
 
+import json
 import os
 import subprocess
 import sys
@@ -65,6 +66,24 @@ def test_two_ranks_end_where_one_process_ends(one_process, backbone_folder, rows
     assert manifest.golden and manifest.reward.n == 48
     for item in manifest.golden:
         assert model.score([item.candidates()])[0] == pytest.approx(item.scores, abs=1e-4)
+
+
+def test_uneven_ends_starve_no_rank_and_count_every_held_out_pair_once(backbone_folder, rows_file, tmp_path):
+    """67 training and 29 held-out comparisons over two ranks; the same model evaluated by one process agrees."""
+    shares = {"eval_fraction": 0.3, "eval_strategy": "epoch", "save_strategy": "epoch", "per_device_eval_batch_size": 3}
+    two, one = tmp_path / "two", tmp_path / "one"
+    done = launch("cpu_ddp", short_run(backbone_folder, rows_file, two, max_steps=-1, **shares))
+    assert done.returncode == 0, done.stderr[-5000:]
+    main(short_run(backbone_folder, rows_file, one, adapter=two, learning_rate=0, **shares | {"max_steps": 1}))
+    last = [entry for entry in log_of(two) if "eval_loss" in entry][-1]
+    alone = [entry for entry in log_of(one) if "eval_loss" in entry][-1]
+    for name in ("eval_loss", "eval_accuracy", "eval_margin", "eval_mean_reward", "eval_std_reward"):
+        assert last[name] == pytest.approx(alone[name], abs=1e-5), name
+    assert Manifest.load(two).reward.n == 58
+
+
+def log_of(folder: Path) -> list[dict]:
+    return json.loads((folder / "trainer_state.json").read_text())["log_history"]
 
 
 @pytest.mark.parametrize("config", ["cpu_zero2", "cpu_zero3"])

@@ -87,6 +87,13 @@ def test_sharing_prompts_changes_no_adapter(flags, tmp_path):
         torch.testing.assert_close(weight, two[name], rtol=0, atol=1e-4, msg=name)
 
 
+def test_a_run_is_not_resumed_on_other_data(flags, tmp_path):
+    main(flags())
+    other = write_rows(tmp_path / "other.jsonl", preference_rows(96, seed=1))
+    with pytest.raises(UserError, match="not what the checkpoint"):
+        main(flags(dataset=other, max_steps=12, resume_from_checkpoint="auto"))
+
+
 def test_old_checkpoints_go_and_the_run_is_not_overwritten(flags, tmp_path):
     main(flags(save_steps=2, save_total_limit=2))
     assert sorted(p.name for p in (tmp_path / "out").glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-8"]
@@ -136,7 +143,7 @@ def test_k_responses(flags, tmp_path, choice, capfd):
     main(flags(dataset=write_rows(tmp_path / "k.jsonl", rows), max_steps=4, **choice))
     accuracy = [entry["eval_accuracy"] for entry in log(tmp_path / "out") if "eval_accuracy" in entry]
     assert accuracy[-1] > 0.9
-    assert ("nothing but ties" in capfd.readouterr().err) == ("ties" not in choice)
+    assert ("of ties alone" in capfd.readouterr().err) == ("ties" not in choice)
 
 
 def test_an_adapter_and_its_head_go_on_from_where_they_were(flags, tmp_path):
@@ -223,6 +230,8 @@ def test_mistakes_are_told_in_one_message(flags, mistake):
         ("[1, 2]", "mapping"),
         ("a: [", "YAML"),
         ("max_steps: many\n", "max_steps"),
+        ("ties: rao-kupper\n", "rao_kupper"),
+        ("on_bad_row: Error\n", "error, skip"),
     ],
 )
 def test_mistakes_in_the_yaml(flags, tmp_path, text, named):
@@ -234,10 +243,11 @@ def test_mistakes_in_the_yaml(flags, tmp_path, text, named):
 
 def test_flags_beat_yaml_and_yaml_beats_defaults(flags, tmp_path):
     path = tmp_path / "run.yaml"
-    path.write_text("max_steps: 2\nlora_r: 2\n")
+    path.write_text("max_steps: 2\nlora_r: 2\nlora_target_modules: q_proj\nshare_prefix: true\n")
     main(["--config", str(path), *flags(max_steps=None), "--lora_r", "3"])
     assert Manifest.load(tmp_path / "out").training.steps == 2
-    assert json.loads((tmp_path / "out/adapter_config.json").read_text())["r"] == 3
+    adapter = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert adapter["r"] == 3 and adapter["target_modules"] == ["q_proj"], "a single word in YAML is a list of one"
 
 
 def test_an_output_that_cannot_be_written_stops_before_anything_is_loaded(flags, tmp_path):

@@ -12,6 +12,7 @@ from qlora_rm.training.trainer import keep_trainables
 
 def test_a_cast_of_the_trainables_is_undone_to_the_bit():
     model = nn.Linear(3, 3)
+    model.is_loaded_in_4bit = True
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     with keep_trainables(model):
         for parameter in model.parameters():
