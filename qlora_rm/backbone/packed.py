@@ -200,6 +200,8 @@ def _try(model: PreTrainedModel, kernel: str) -> str | None:
     try:
         model.set_attn_implementation(kernel)
         plain, packed = probe(model)
+        if kernel == "flex_attention":  # the one that is compiled, forward and backward apart
+            probe_backward(model)
     except Exception as error:  # whatever an architecture does with a mask it was not written for
         reason = f"{type(error).__name__}: {first_line(error)[:100]}"
     else:
@@ -217,20 +219,42 @@ def probe(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
 
     Hidden states rather than scores: a head that starts at zero gives any sequence the same score.
     """
-    vocabulary = model.config.get_text_config().vocab_size
-    ids = torch.randint(vocabulary // 4, vocabulary, (28,), generator=torch.Generator().manual_seed(0)).tolist()
-    sequences = [ids[:12] + ids[12:17], ids[:12] + ids[17:19], ids[19:]]
-    pad = model.config.get_text_config().pad_token_id or 0
+    sequences, batch = _probe_batch(model)
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
             plain = [_last_state(model, sequence) for sequence in sequences]
-            batch = forest_batch(sequences, pad, row_multiple(model))
-            packed = leaf_states(model, **{name: tensor.to(model.device) for name, tensor in batch.items()})
+            packed = leaf_states(model, **batch)
     finally:
         model.train(was_training)
     return torch.stack(plain).float(), packed.float()
+
+
+def probe_backward(model: PreTrainedModel) -> None:
+    """One forward and backward pass over the probe's forest in training mode; raises what the kernel raises."""
+    _, batch = _probe_batch(model)
+    was_training = model.training
+    hook = model.get_input_embeddings().register_forward_hook(
+        lambda module, inputs, output: output.requires_grad_(True)
+    )
+    model.train()
+    try:
+        with torch.enable_grad():
+            leaf_states(model, **batch).sum().backward()
+    finally:
+        hook.remove()
+        model.train(was_training)
+        model.zero_grad(set_to_none=True)
+
+
+def _probe_batch(model: PreTrainedModel) -> tuple[list[list[int]], dict[str, Tensor]]:
+    config = model.config.get_text_config()
+    ids = torch.randint(config.vocab_size // 4, config.vocab_size, (28,), generator=torch.Generator().manual_seed(0))
+    shared, ends, other = ids[:12].tolist(), ids[12:19].tolist(), ids[19:].tolist()
+    sequences = [shared + ends[:5], shared + ends[5:], other]
+    batch = forest_batch(sequences, config.pad_token_id or 0, row_multiple(model))
+    return sequences, {name: tensor.to(model.device) for name, tensor in batch.items()}
 
 
 def _dtype(model: PreTrainedModel) -> torch.dtype:

@@ -12,6 +12,7 @@ from qlora_rm.backbone.packed import (
     block_mask,
     dense_mask,
     forest_batch,
+    probe_backward,
     share_prefixes,
     sharing_model,
 )
@@ -145,6 +146,30 @@ def test_where_packed_is_not_plain_it_falls_back_and_says_so(architecture, capfd
     assert (type(model), model.config._attn_implementation) == (before, kernel)
     with pytest.raises(UserError, match="--share_prefix true"):
         share_prefixes(model, "true")
+
+
+def test_a_kernel_without_a_backward_pass_is_found_before_training(capfd):
+    """FlexAttention has none on a CPU: what its probe says here is what any failing kernel says on a GPU."""
+    model = build(SHARING["llama"], attn_implementation="sdpa")
+    if torch.cuda.is_available():
+        pytest.skip("FlexAttention has a backward pass on CUDA")
+    assert not share_prefixes(model, "auto", "flex_attention")
+    assert "flex_attention attention: " in capfd.readouterr().err
+    assert model.config._attn_implementation == "sdpa" and not model.training
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_probe_of_the_backward_pass_leaves_no_trace():
+    model = build(SHARING["llama"])
+    probe_backward(model)
+    assert all(p.grad is None for p in model.parameters()) and not model.training
+    assert not model.get_input_embeddings()._forward_hooks
+
+
+def test_a_kernel_that_takes_no_mask_is_left_alone(capfd):
+    model = build(SHARING["llama"])
+    assert not share_prefixes(model, "auto", "flash_attention_2")
+    assert "takes no mask" in capfd.readouterr().err
 
 
 def test_false_shares_nothing():

@@ -119,6 +119,7 @@ def test_zero_head_starts_at_ln_2(flags, tmp_path):
         {"gradient_checkpointing": True},
         {"train_sampling_strategy": "group_by_length"},
         {"group_by_prompt": True},
+        {"report_to": "tensorboard"},
     ],
     ids=lambda choice: "-".join(choice),
 )
