@@ -52,13 +52,14 @@ def _sides(result: dict[str, Any]) -> str:
     rows = ["| side | comparisons/s | shared is faster by | peak memory growth |", "|---|---|---|---|"]
     for side, measured in result["sides"].items():
         ratio = result["speedup_over"].get(side)
+        memory = f"{measured['peak_mb']:,.0f} MB" if measured["peak_mb"] is not None else ""
         rows.append(
-            f"| {side} | {result['comparisons'] / measured['seconds']:.3f} | {f'{ratio:.2f}x' if ratio else ''} | {measured['peak_mb']:,.0f} MB |"
+            f"| {side} | {result['comparisons'] / measured['seconds']:.3f} | {f'{ratio:.2f}x' if ratio else ''} | {memory} |"
         )
     said = f"{result['comparisons']} comparisons, {result['tokens']:,} tokens, {result['distinct_tokens']:,} of them distinct."
     if "score_difference" in result:
         said += f" Packed and padded scores differ by {result['score_difference']:.1e} at most."
-    return said + "\n\n" + "\n".join(rows)
+    return "\n\n".join([said, *([result["note"]] if "note" in result else []), "\n".join(rows)])
 
 
 def _sweep(points: list[dict[str, Any]]) -> str:

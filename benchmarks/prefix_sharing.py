@@ -49,7 +49,7 @@ from qlora_rm.training.arguments import TrainingConfig
 from qlora_rm.training.objective import Objective
 from qlora_rm.training.trainer import PreferenceTrainer, keep_trainables
 from tests.real_data import REAL_DATA
-from tests.tokenizers_for_tests import small_tokenizer
+from tests.tokenizers_for_tests import tokenizer_of
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"
@@ -74,7 +74,7 @@ class Bench:
 
 def make_bench(folder: Path, hidden: int, layers: int, texts: Sequence[str], batch: int) -> Bench:
     """A random Llama of `hidden` width; the tokenizer is trained on the rows themselves, 32k entries at most."""
-    tokenizer = small_tokenizer().train_new_from_iterator(texts, 32_000, show_progress=False)
+    tokenizer = tokenizer_of(texts, 32_000)
     shape = {"hidden_size": hidden, "intermediate_size": hidden * 8 // 3 // 64 * 64, "num_hidden_layers": layers}
     heads = {"num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 64, "max_position_embeddings": 8192}
     torch.manual_seed(0)

@@ -7,7 +7,7 @@ import pytest
 from qlora_rm.cli import main
 from tests.models_for_tests import save_backbone
 from tests.real_data import REAL_DATA
-from tests.tokenizers_for_tests import small_tokenizer
+from tests.tokenizers_for_tests import tokenizer_of
 
 # of the files of real rows, what only the skip option gets past: see SOURCES and tests/preferences/test_real_data.py
 FAULTY = {"hh": 4, "pandalm": 60}
@@ -20,7 +20,7 @@ def backbone(tmp_path_factory, shared_data) -> str:
     corpus = [
         json.dumps(row, ensure_ascii=False) for path in texts for row in json.loads(path.read_text(encoding="utf-8"))
     ]
-    tokenizer = small_tokenizer().train_new_from_iterator(corpus, 4096, show_progress=False)
+    tokenizer = tokenizer_of(corpus, 4096)
     return save_backbone(tmp_path_factory.mktemp("backbone"), "llama", tokenizer)
 
 

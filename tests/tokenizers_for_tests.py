@@ -1,5 +1,6 @@
 """Small tokenizers made on the spot: byte-level BPE, so that every text in any script has ids."""
 
+from collections.abc import Iterable
 from functools import cache
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -40,6 +41,13 @@ def small_tokenizer(
         pad_token=PAD,
     )
     tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def tokenizer_of(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """The same kind, its merges learned from `texts`, for sequences of a realistic length."""
+    tokenizer = small_tokenizer().train_new_from_iterator(texts, vocab_size, show_progress=False)
+    tokenizer.chat_template = CHATML  # training anew drops it
     return tokenizer
 
 
