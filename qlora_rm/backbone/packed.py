@@ -139,6 +139,12 @@ def row_multiple(model: nn.Module) -> int:
     return FLEX_BLOCK if inner.config._attn_implementation == "flex_attention" else 1
 
 
+def dense_width(model: nn.Module) -> int | None:
+    """The backbone's hidden size where attention works through a dense mask, None where it skips what the mask hides."""
+    config = next(module for module in model.modules() if isinstance(module, PreTrainedModel)).config
+    return None if config._attn_implementation == "flex_attention" else config.get_text_config().hidden_size
+
+
 def share_prefixes(model: PreTrainedModel, choice: SharePrefix, kernel: str | None = None) -> bool:
     """Let `model` take forests where that gives the scores of plain batches; decides, and says why.
 

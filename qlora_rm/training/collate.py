@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_rm.backbone.packed import forest_batch
+from qlora_rm.backbone.packed import as_tensors
 from qlora_rm.backbone.scoring import pad_batch
+from qlora_rm.preferences.forest import grow, pays
 
 
 @dataclass(frozen=True)
@@ -20,11 +21,14 @@ class Collator:
     Attributes:
         share_prefix: lay the sequences out as a forest, each shared beginning once, instead of padding them.
         row_multiple: length that a forest's rows are padded to a multiple of.
+        width: the backbone's hidden size, where its attention kernel works through the whole mask: a batch whose forest
+            would then be more work is padded all the same. None where the kernel skips what is hidden.
     """
 
     pad_token_id: int
     share_prefix: bool = False
     row_multiple: int = 1
+    width: int | None = None
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         sequences: list[list[int]] = []
@@ -52,5 +56,7 @@ class Collator:
 
     def _inputs(self, sequences: list[list[int]]) -> dict[str, Tensor]:
         if self.share_prefix:
-            return forest_batch(sequences, self.pad_token_id, self.row_multiple)
+            forest = grow(sequences, self.pad_token_id, self.row_multiple)
+            if self.width is None or pays(forest, sequences, self.width):
+                return as_tensors(forest)
         return pad_batch(sequences, self.pad_token_id)

@@ -13,7 +13,7 @@ from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBas
 from transformers.trainer_utils import rotate_checkpoints
 from trl import RewardTrainer
 
-from qlora_rm.backbone.packed import model_inputs, row_multiple, sharing_model
+from qlora_rm.backbone.packed import dense_width, model_inputs, row_multiple, sharing_model
 from qlora_rm.training.arguments import TrainingConfig
 from qlora_rm.training.checkpoints import checkpoint_folder, mark_whole, unmark
 from qlora_rm.training.collate import Collator
@@ -57,7 +57,7 @@ class PreferenceTrainer(RewardTrainer):
             super().__init__(
                 model=model,
                 args=args,
-                data_collator=Collator(self.pad_token_id, self.shares_prefix, row_multiple(model)),
+                data_collator=Collator(self.pad_token_id, self.shares_prefix, row_multiple(model), dense_width(model)),
                 train_dataset=train,
                 eval_dataset=held_out,
                 processing_class=tokenizer,

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_rm.preferences.forest import LONGEST_TREE, group, grow, grow_tree, pack
+from qlora_rm.preferences.forest import LONGEST_TREE, group, grow, grow_tree, pack, pays
 
 token = st.integers(1, 3)
 sequence = st.lists(token, min_size=1, max_size=8)
@@ -84,3 +84,14 @@ def test_a_pair_shares_its_prompt_and_strangers_share_nothing():
 
 def test_a_shared_begin_token_alone_makes_no_tree():
     assert len(group([[1, *[5] * 40], [1, *[6] * 40]])) == 2
+
+
+def test_a_forest_pays_where_it_is_less_work():
+    prompt = list(range(1000))
+    pairs = [[*prompt, 5000 + i, *range(10 * i)] for i in range(4)]
+    assert pays(grow(pairs, pad_token_id=0), pairs, width=768)
+    strangers = [[10_000 * i + j for j in range(300)] for i in range(4)]
+    assert not pays(grow(strangers, pad_token_id=0), strangers, width=256), (
+        "one length, nothing shared: no mask is less work"
+    )
+    assert pays(grow([*strangers, [1]], pad_token_id=0), [*strangers, [1]], width=256), "padding is work too"
