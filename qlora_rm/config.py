@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from qlora_rm.errors import UserError
 
-MessageColumns = dict[str, str]
 Quantization = Literal["none", "4bit", "8bit"]
 
 
@@ -91,7 +90,7 @@ class DataConfig:
         )
 
     @property
-    def renames(self) -> MessageColumns:
+    def renames(self) -> dict[str, str]:
         """Field name -> column name in the user's rows."""
         return dict(item.split("=", 1) for item in self.columns or [])
 

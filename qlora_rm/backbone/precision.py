@@ -23,8 +23,3 @@ def best_dtype() -> tuple[torch.dtype, str]:
     if torch.cpu._is_amx_tile_supported():
         return torch.bfloat16, "bf16: this CPU has AMX tiles"
     return torch.float32, "fp32: this CPU has no bf16 matrix units (AMX)"
-
-
-def resolve_dtype(precision: Precision) -> torch.dtype:
-    """The dtype for a `--dtype` choice."""
-    return best_dtype()[0] if precision == "auto" else DTYPES[precision]
