@@ -1,9 +1,6 @@
 """Two real ranks on this CPU: DDP, DeepSpeed ZeRO-2 and ZeRO-3 with real NF4 end where one process ends."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,24 +10,9 @@ from safetensors.torch import load_file
 from qlora_rm.artifacts.load import RewardModel
 from qlora_rm.artifacts.manifest import Manifest
 from qlora_rm.training.run import main
+from tests.launching import launch, short_run
 
-ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
-
-
-def launch(config: str, flags: list[str], *more: str) -> subprocess.CompletedProcess[str]:
-    """What a user types, on two CPU ranks."""
-    command = [
-        str(Path(sys.executable).with_name("accelerate")),
-        "launch",
-        "--config_file",
-        f"accelerate_configs/{config}.yaml",
-        *more,
-    ]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*command, "qlora_rm/train.py", *flags], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
-    )
 
 
 @pytest.fixture(scope="module")
@@ -39,15 +21,6 @@ def one_process(tmp_path_factory, backbone_folder, rows_file):
     out = tmp_path_factory.mktemp("one") / "out"
     main(short_run(backbone_folder, rows_file, out, gradient_accumulation_steps=2, share_prefix="false"))
     return load_file(out / "adapter_model.safetensors")
-
-
-def short_run(backbone: str, rows: str, out: Path, **changes) -> list[str]:
-    options = {
-        "model_name_or_path": backbone, "dataset": rows, "eval_fraction": 0.25, "output_dir": out, "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 1, "learning_rate": 1e-3, "max_steps": 8, "eval_steps": 4, "save_steps": 4, "bf16": False,
-        "disable_tqdm": True, "logging_steps": 1,
-    } | changes  # fmt: skip
-    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
 
 
 @pytest.mark.parametrize("config", ["cpu_ddp", "cpu_zero2", "cpu_zero3"])

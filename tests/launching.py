@@ -1,0 +1,33 @@
+"""Real launches of the train door on CPU ranks, as a user types them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def launch(config: str, flags: list[str], *more: str) -> subprocess.CompletedProcess[str]:
+    """What a user types, on the CPU ranks of `accelerate_configs/<config>.yaml` (two, unless `more` says otherwise)."""
+    command = [
+        str(Path(sys.executable).with_name("accelerate")),
+        "launch",
+        "--config_file",
+        f"accelerate_configs/{config}.yaml",
+        "--main_process_port=0",  # the next free one, so that launches beside one another do not meet
+        *more,
+    ]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, "qlora_rm/train.py", *flags], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+    )
+
+
+def short_run(backbone: str, rows: str, out: Path, **changes) -> list[str]:
+    options = {
+        "model_name_or_path": backbone, "dataset": rows, "eval_fraction": 0.25, "output_dir": out, "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 1, "learning_rate": 1e-3, "max_steps": 8, "eval_steps": 4, "save_steps": 4, "bf16": False,
+        "disable_tqdm": True, "logging_steps": 1,
+    } | changes  # fmt: skip
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
