@@ -85,14 +85,15 @@ class ExpertLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # to be asked for once: checkpointing computes them again
         grad_x = grad_A = grad_B = None
         if ctx.needs_input_grad[0]:
             matrices = _Matrices(ctx.weight, ctx.transposed, grad.dtype)
             grad_x = grad.new_zeros(len(grad), matrices.in_features)
             for e, span in _spans(ctx.rows):
                 grad_x[span] = grad[span] @ matrices[e]
-        if ctx.saved_tensors:
-            x, A, B = ctx.saved_tensors
+        if saved:
+            x, A, B = saved
             grad_A, grad_B = torch.zeros_like(A), torch.zeros_like(B)
             for e, span in _spans(ctx.rows):
                 a, b = (factor.to(grad.dtype) for factor in _of_expert(A, B, e, len(ctx.rows)))
@@ -127,14 +128,21 @@ class _Matrices:
         return (matrix.T if self.transposed else matrix).to(self.dtype)
 
     def _dequantized(self, e: int) -> Tensor:
+        """In rows of one block: bitsandbytes 0.50's CPU kernel takes wrong constants where blocks straddle rows."""
         part = QuantState(
             absmax=self.absmax[e],
-            shape=self.shape[1:],
+            shape=torch.Size((self.absmax.shape[1], self.state.blocksize)),
             dtype=self.state.dtype,
             blocksize=self.state.blocksize,
             quant_type=self.state.quant_type,
         )
-        return dequantize_4bit(self.stored[e], part)
+        return dequantize_4bit(self.stored[e], part).view(self.shape[1:])
+
+
+def unpacked(weight: Params4bit) -> Tensor:
+    """All experts' weights, dequantized to fp32 on the CPU one after the other."""
+    matrices = _Matrices(weight, False, torch.float32)
+    return torch.stack([matrices[e].cpu() for e in range(len(matrices.stored))])
 
 
 def logical_shape(weight: nn.Parameter) -> torch.Size:

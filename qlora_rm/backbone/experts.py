@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Params4bit
 from peft.tuners.lora import ParamWrapper
 from peft.tuners.lora.bnb import dispatch_bnb_4bit, dispatch_bnb_8bit
@@ -20,7 +19,7 @@ from transformers.integrations.bitsandbytes import Bnb4bitQuantize
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
-from qlora_rm.backbone.expert_linear import ONE_BY_ONE, logical_shape
+from qlora_rm.backbone.expert_linear import ONE_BY_ONE, logical_shape, unpacked
 
 WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 BLOCK = 64
@@ -59,7 +58,7 @@ def gate_names(model: nn.Module) -> list[str]:
 class ExpertsQuantizer(Bnb4BitHfQuantizer):
     """bitsandbytes' 4-bit quantizer, which takes fused expert weights too where an expert is a whole number of blocks."""
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:  # type: ignore[override]
         super()._process_model_before_weight_loading(model, **kwargs)
         experts = fused_experts(model).values()
         if any(_can_pack(weight) for module in experts for weight in expert_weights(module).values()):
@@ -126,8 +125,7 @@ def unpack_experts(model: PreTrainedModel) -> None:
     for experts in fused_experts(model).values():
         for name, weight in expert_weights(experts).items():
             if isinstance(weight, Params4bit):
-                whole = dequantize_4bit(weight.data, weight.quant_state).float().cpu()
-                setattr(experts, name, nn.Parameter(whole, requires_grad=False))
+                setattr(experts, name, nn.Parameter(unpacked(weight), requires_grad=False))
         if experts.config._experts_implementation == ONE_BY_ONE:
             experts.config._experts_implementation = model.get_correct_experts_implementation(None)
 
