@@ -13,18 +13,13 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qlora_rm.backbone.experts import expert_weights, fused_experts, gate_names, lora_modules
+from qlora_rm.backbone.experts import PROJECTIONS, expert_weights, fused_experts, gate_names, lora_modules
 from qlora_rm.backbone.head import is_in_head
 from qlora_rm.backbone.load import Backbone
 from qlora_rm.config import AdapterConfig
 from qlora_rm.errors import UserError, first_line
 
 LINEAR = (nn.Linear, Conv1D, bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
-
-EXPERT_PROJECTIONS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
-"""Names of layers that PEFT, on a mixture of experts, takes for its experts', as transformers 4 had them: targeted so,
-a shared expert's or a dense layer's would be left out, and the experts adapted instead. `target_parameters` with the
-layer's weight says the same without that, and gives the same file."""
 
 
 def attach_adapter(backbone: Backbone, config: AdapterConfig) -> PeftModel:
@@ -58,14 +53,19 @@ def attach_adapter(backbone: Backbone, config: AdapterConfig) -> PeftModel:
 
 
 def _targets(backbone: Backbone, config: AdapterConfig) -> tuple[list[str], list[str]]:
-    """PEFT's `target_modules` and `target_parameters`."""
+    """PEFT's `target_modules` and `target_parameters`.
+
+    On a mixture of experts PEFT takes the names of an expert's projections for those of the fused experts, as
+    transformers 4 had them: a shared expert or a dense layer so named would be left out, and the experts adapted instead.
+    To target the layer's weight as a parameter says what is meant, and gives the same adapter.
+    """
     experts = fused_experts(backbone.model)
     if config.lora_experts and not experts:
         raise UserError("--lora_experts: this backbone has no fused expert weights. Leave the option out.")
     modules = config.lora_target_modules or linear_names(backbone)
     if not experts:
         return modules, []
-    by_weight = [name for name in modules if name.rpartition(".")[2] in EXPERT_PROJECTIONS]
+    by_weight = [name for name in modules if name.rpartition(".")[2] in PROJECTIONS]
     weights = [
         f"{layer}.weight"
         for layer, module in backbone.model.named_modules()

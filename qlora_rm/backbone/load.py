@@ -1,7 +1,7 @@
 """Loading a backbone with a score head: in 4 bit, counted, and with nothing initialized behind the user's back."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import bitsandbytes as bnb
@@ -123,21 +123,21 @@ def _load_model(
     """The model and the names of the parameters its checkpoint did not hold."""
     name = str(config.model_name_or_path)
     quantization = quantization_config(config.quantization, dtype)
+    how = {}
     if quantization is not None and getattr(model_config, "quantization_config", None) is None:
         quantization.llm_int8_skip_modules = _never_quantized(model_config, trust_remote_code)
-    else:
-        quantization = None  # a checkpoint saved in 4 bit brings its own configuration
-    with _quiet_transformers(), quantized_experts() if quantization is not None else nullcontext():
+        how["quantization_config"] = quantization  # a checkpoint saved in 4 bit brings its own, which None would hide
+    with _quiet_transformers(), quantized_experts():
         try:
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 name,
                 revision=config.model_revision,
                 num_labels=1,
                 dtype=dtype,
-                quantization_config=quantization,
                 attn_implementation=config.attn_implementation,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
+                **how,
             )
         except (OSError, ValueError) as error:
             raise UserError(f"The backbone {name} could not be loaded: {first_line(error)}") from error
