@@ -124,7 +124,13 @@ def _load_model(
     name = str(config.model_name_or_path)
     quantization = quantization_config(config.quantization, dtype)
     how = {}
-    if quantization is not None and getattr(model_config, "quantization_config", None) is None:
+    saved = getattr(model_config, "quantization_config", None)
+    if quantization is not None and saved is not None and saved.get("quant_method") != "bitsandbytes":
+        raise UserError(
+            f"{name} is saved in {saved.get('quant_method')}, from which --quantization {config.quantization} cannot be "
+            "made. Use a copy of it in 16 bit."
+        )
+    if quantization is not None and saved is None:
         quantization.llm_int8_skip_modules = _never_quantized(model_config, trust_remote_code)
         how["quantization_config"] = quantization  # a checkpoint saved in 4 bit brings its own, which None would hide
     with _quiet_transformers(), quantized_experts():

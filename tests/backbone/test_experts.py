@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import warnings
 
 import pytest
@@ -26,6 +27,7 @@ from qlora_rm.config import AdapterConfig, BackboneConfig
 from qlora_rm.errors import UserError
 from tests.backbone.test_packed import CASES, EXPERTS, LATENT, SHAPE, SHARING, assert_alike, build
 from tests.models_for_tests import save_backbone
+from tests.reward_models_for_tests import edit_json
 from tests.tokenizers_for_tests import small_tokenizer
 
 VOCABULARY = 512  # room for the tests' tokenizer
@@ -352,6 +354,14 @@ def test_forms_that_are_not_covered_end_in_a_clear_error(folders, tokenizer, tmp
     build(odd).save_pretrained(tmp_path / "odd")
     with pytest.raises(UserError, match=r"left \d\d% .*experts"):
         load(str(tmp_path / "odd"), tokenizer)
+
+
+def test_a_checkpoint_in_another_quantization_is_refused(folders, tokenizer, tmp_path):
+    """gpt-oss is published in MXFP4, DeepSeek-V3 in FP8."""
+    folder = shutil.copytree(folders("gpt_oss"), tmp_path / "published")
+    edit_json(folder / "config.json", quantization_config={"quant_method": "mxfp4"})
+    with pytest.raises(UserError, match=r"saved in mxfp4.*16 bit"):
+        load(str(folder), tokenizer)
 
 
 def test_a_checkpoint_saved_with_experts_in_16_bit_is_counted_and_told(folders, tokenizer, tmp_path, capfd):

@@ -12,7 +12,7 @@ from qlora_rm.artifacts.manifest import Manifest
 from qlora_rm.artifacts.merge import merge
 from qlora_rm.cli import main as qlora_rm
 from qlora_rm.training.run import main
-from tests.launching import launch, short_run
+from tests.launching import ROOT, launch, short_run
 from tests.models_for_tests import save_backbone
 from tests.tokenizers_for_tests import small_tokenizer
 
@@ -64,7 +64,11 @@ def test_zero3_shards_packed_experts_and_ends_where_one_process_ends(experts_fol
     options = {"lora_experts": True, "gradient_checkpointing": False, "max_steps": 4}
     main(short_run(base, rows_file, one, gradient_accumulation_steps=2, share_prefix="false", **options))
     flags = short_run(base, rows_file, two, engine="zero3", **options)
-    done = launch("cpu_zero3", flags, script="tests/training/experts_ranks.py")
+    engine = json.loads((ROOT / "ds_configs/cpu_zero3.json").read_text())
+    engine["zero_optimization"] |= {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}  # frees at once
+    (tmp_path / "engine.json").write_text(json.dumps(engine))
+    at_once = f"--deepspeed_config_file={tmp_path / 'engine.json'}"
+    done = launch("cpu_zero3", flags, at_once, script="tests/training/experts_ranks.py")
     assert done.returncode == 0, done.stderr[-5000:]
     alone, adapter = (load_file(folder / "adapter_model.safetensors") for folder in (one, two))
     assert adapter.keys() == alone.keys() and any(".experts." in name for name in adapter)
