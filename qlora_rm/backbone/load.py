@@ -131,7 +131,8 @@ def _load_model(
             "made. Use a copy of it in 16 bit."
         )
     if quantization is not None and saved is None:
-        quantization.llm_int8_skip_modules = _never_quantized(model_config, trust_remote_code)
+        skeleton = _skeleton(model_config, trust_remote_code)
+        quantization.llm_int8_skip_modules = head_modules(skeleton) + gate_names(skeleton)
         how["quantization_config"] = quantization  # a checkpoint saved in 4 bit brings its own, which None would hide
     with _quiet_transformers(), quantized_experts():
         try:
@@ -160,15 +161,14 @@ def _require_whole(name: str, model: PreTrainedModel, fresh: set[str], head: lis
         )
 
 
-def _never_quantized(model_config: PretrainedConfig, trust_remote_code: bool) -> list[str]:
-    """Modules of the head and gates that weigh experts, read from a skeleton of the model without weights.
+def _skeleton(model_config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
+    """The model without weights, to read from it which modules must never be quantized.
 
-    Under ZeRO-3 transformers would shard and initialize even the skeleton; `set_zero3_state` tells it that this is
-    done. Goes when transformers leaves models on the meta device alone.
+    Under ZeRO-3 transformers would shard and initialize even this; `set_zero3_state` tells it that this is done. Goes
+    when transformers leaves models on the meta device alone.
     """
     with torch.device("meta"), set_zero3_state(), _quiet_transformers():
-        skeleton = AutoModelForSequenceClassification.from_config(model_config, trust_remote_code=trust_remote_code)
-    return head_modules(skeleton) + gate_names(skeleton)
+        return AutoModelForSequenceClassification.from_config(model_config, trust_remote_code=trust_remote_code)
 
 
 def _prepare_head(model: PreTrainedModel, head: list[str], fresh: set[str], std: float | None, seed: int) -> None:
