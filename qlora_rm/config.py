@@ -156,6 +156,9 @@ class AdapterConfig:
     lora_target_modules: list[str] | None = option(
         None, "Names of the linear layers that get an adapter; unset: all linear layers of the backbone."
     )
+    lora_experts: bool = option(
+        False, "LoRA on the fused expert weights of a mixture of experts too (PEFT's target_parameters)."
+    )
     lora_layers: list[int] | None = option(None, "Indices of the transformer layers that get an adapter; unset: all.")
     use_rslora: bool = option(False, "Rank-stabilized scaling (Kalajdzievski 2023).")
     use_dora: bool = option(False, "Weight-decomposed adapter (DoRA, Liu et al. 2024).")
@@ -165,6 +168,10 @@ class AdapterConfig:
             self.lora_r > 0, f"--lora_r {self.lora_r} must be above 0; to train without an adapter use --no_use_lora."
         )
         require(0 <= self.lora_dropout < 1, f"--lora_dropout {self.lora_dropout} must be at least 0 and below 1.")
+        require(
+            not (self.lora_experts and (self.lora_dropout or self.use_dora)),
+            "--lora_experts goes with neither --lora_dropout nor --use_dora: PEFT has neither for expert weights.",
+        )
         require(
             self.use_lora or not self.adapter,
             "--adapter goes on from a LoRA adapter, --no_use_lora trains none: give one of them.",

@@ -8,7 +8,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def launch(config: str, flags: list[str], *more: str) -> subprocess.CompletedProcess[str]:
+def launch(
+    config: str, flags: list[str], *more: str, script: str = "qlora_rm/train.py"
+) -> subprocess.CompletedProcess[str]:
     """What a user types, on the CPU ranks of `accelerate_configs/<config>.yaml` (two, unless `more` says otherwise)."""
     command = [
         str(Path(sys.executable).with_name("accelerate")),
@@ -20,7 +22,7 @@ def launch(config: str, flags: list[str], *more: str) -> subprocess.CompletedPro
     ]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [*command, "qlora_rm/train.py", *flags], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+        [*command, script, *flags], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
     )
 
 

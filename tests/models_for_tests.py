@@ -23,6 +23,10 @@ BACKBONES: dict[str, Callable[..., t.PreTrainedModel]] = {
     "gemma3": lambda **ids: t.Gemma3ForCausalLM(t.Gemma3TextConfig(**SHAPE, head_dim=16, **ids)),
     "gpt2": lambda **ids: t.GPT2LMHeadModel(t.GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=512, **ids)),
     "mixtral": lambda **ids: t.MixtralForCausalLM(t.MixtralConfig(**SHAPE, num_local_experts=4, **ids)),
+    "qwen3_moe": lambda **ids: t.Qwen3MoeForCausalLM(
+        t.Qwen3MoeConfig(**SHAPE, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32, head_dim=16, **ids)
+    ),
+    "jetmoe": lambda **ids: t.JetMoeForCausalLM(t.JetMoeConfig(**SHAPE, kv_channels=16, num_local_experts=4, **ids)),
     "distilbert": lambda **ids: t.DistilBertForMaskedLM(
         t.DistilBertConfig(dim=64, n_layers=2, n_heads=4, hidden_dim=128, **ids)
     ),
@@ -30,6 +34,8 @@ BACKBONES: dict[str, Callable[..., t.PreTrainedModel]] = {
     "bert": lambda **ids: t.BertForMaskedLM(t.BertConfig(**ENCODER, **ids)),
 }
 CAUSAL = ("llama", "qwen2", "gemma3", "gpt2")
+EXPERTS = ("mixtral", "qwen3_moe")
+UNCOVERED = ("jetmoe",)  # expert weights of a form that stays in 16 bit
 ENCODERS = ("distilbert", "roberta", "bert")
 
 

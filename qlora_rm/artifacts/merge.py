@@ -21,6 +21,7 @@ from qlora_rm.artifacts.golden import GoldenItem, drift, make_golden, scores_of,
 from qlora_rm.artifacts.load import RewardModel, artefact_kind, load_stock
 from qlora_rm.artifacts.manifest import Manifest, Merge
 from qlora_rm.backbone.adapter import load_adapter
+from qlora_rm.backbone.experts import unpack_experts
 from qlora_rm.backbone.head import head_modules
 from qlora_rm.backbone.load import Backbone
 from qlora_rm.backbone.precision import DTYPES, NAMES
@@ -95,6 +96,7 @@ def dequantize(model: PreTrainedModel) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)):
             model.set_submodule(name, _plain_layer(module))
+    unpack_experts(model)
     if quantizer is not None:
         quantizer.remove_quantization_config(model)
     nn.Module.to(model, device="cpu", dtype=torch.float32)

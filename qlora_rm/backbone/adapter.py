@@ -1,16 +1,19 @@
 """The LoRA adapter: on the backbone's linear layers, never on the head, which is trained whole beside it."""
 
 import json
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import bitsandbytes as bnb
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from qlora_rm.backbone.experts import PROJECTIONS, expert_weights, fused_experts, gate_names, lora_modules
 from qlora_rm.backbone.head import is_in_head
 from qlora_rm.backbone.load import Backbone
 from qlora_rm.config import AdapterConfig
@@ -25,12 +28,14 @@ def attach_adapter(backbone: Backbone, config: AdapterConfig) -> PeftModel:
     `task_type` is SEQ_CLS, for it alone makes PEFT train and save the head; adapter weights are fp32.
     """
     backbone.model.requires_grad_(False)
+    modules, parameters = _targets(backbone, config)
     lora = LoraConfig(
         task_type=TaskType.SEQ_CLS,
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=config.lora_target_modules or linear_names(backbone),
+        target_modules=modules,
+        target_parameters=parameters or None,
         layers_to_transform=config.lora_layers,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
@@ -38,12 +43,54 @@ def attach_adapter(backbone: Backbone, config: AdapterConfig) -> PeftModel:
         # PEFT adds `score` and `classifier` itself
         modules_to_save=[name for name in backbone.head if name not in ("score", "classifier")] or None,
     )
+    lora._register_custom_module(lora_modules(backbone.model))  # type: ignore[arg-type]
     try:
         model = get_peft_model(backbone.model, lora)
     except ValueError as error:
         raise UserError(f"The adapter could not be attached: {error}") from error
     _train_only(model)
     return model
+
+
+def _targets(backbone: Backbone, config: AdapterConfig) -> tuple[list[str], list[str]]:
+    """PEFT's `target_modules` and `target_parameters`.
+
+    On a mixture of experts PEFT takes the names of an expert's projections for those of the fused experts, as
+    transformers 4 had them: a shared expert or a dense layer so named would be left out, and the experts adapted instead.
+    To target the layer's weight as a parameter says what is meant, and gives the same adapter.
+    """
+    experts = fused_experts(backbone.model)
+    if config.lora_experts and not experts:
+        raise UserError("--lora_experts: this backbone has no fused expert weights. Leave the option out.")
+    modules = config.lora_target_modules or linear_names(backbone)
+    if not experts:
+        return modules, []
+    by_weight = [name for name in modules if name.rpartition(".")[2] in PROJECTIONS]
+    weights = [
+        f"{layer}.weight"
+        for layer, module in backbone.model.named_modules()
+        if isinstance(module, LINEAR) and any(f".{layer}".endswith(f".{name}") for name in by_weight)
+    ]
+    if weights and (config.lora_dropout or config.use_dora):
+        raise UserError(
+            f"--lora_dropout and --use_dora do not go with {', '.join(by_weight)} on a mixture of experts (PEFT has neither "
+            "there). Leave them out, or name other layers by --lora_target_modules."
+        )
+    if config.lora_experts:
+        weights += [f"{module}.{name}" for module, holder in experts.items() for name in expert_weights(holder)]
+    modules = [name for name in modules if name not in by_weight]
+    if not modules and not weights:
+        raise UserError(
+            f"--lora_target_modules {' '.join(by_weight)} names no linear layer here. For the experts pass --lora_experts."
+        )
+    return modules, _in_layers(weights, config.lora_layers)
+
+
+def _in_layers(parameters: Iterable[str], layers: list[int] | None) -> list[str]:
+    """Parameters of the given transformer layers by their full names; of all, by what stands behind the layer's number."""
+    if layers is None:
+        return sorted({re.split(r"\.\d+\.", name)[-1] for name in parameters})
+    return [name for name in parameters if any(f".{layer}." in name for layer in layers)]
 
 
 def load_adapter(backbone: Backbone, folder: str, *, trainable: bool) -> PeftModel:
@@ -54,7 +101,10 @@ def load_adapter(backbone: Backbone, folder: str, *, trainable: bool) -> PeftMod
     """
     require_head(folder, backbone)
     try:
-        model = PeftModel.from_pretrained(backbone.model, folder, is_trainable=trainable)
+        config = PeftConfig.from_pretrained(folder)
+        if isinstance(config, LoraConfig):
+            config._register_custom_module(lora_modules(backbone.model))  # type: ignore[arg-type]
+        model = PeftModel.from_pretrained(backbone.model, folder, is_trainable=trainable, config=config)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"The adapter {folder} does not fit this backbone: {first_line(error)}") from error
     _train_only(model) if trainable else model.requires_grad_(False)
@@ -94,11 +144,12 @@ def require_head(folder: str, backbone: Backbone) -> None:
 
 
 def linear_names(backbone: Backbone) -> list[str]:
-    """Last name parts of all linear layers inside the backbone (q_proj, ...), the head's excluded."""
+    """Last name parts of all linear layers inside the backbone (q_proj, ...) but the head's and gates of experts."""
     model: PreTrainedModel = backbone.model
+    gates = set(gate_names(model))
     names = set()
     for name, module in model.named_modules():
-        if isinstance(module, LINEAR) and not is_in_head(name, backbone.head):
+        if isinstance(module, LINEAR) and not is_in_head(name, backbone.head) and name not in gates:
             names.add(name.rpartition(".")[2])
     return sorted(names)
 

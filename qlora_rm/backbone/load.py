@@ -19,6 +19,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_utils import set_zero3_state
 from transformers.utils import logging as transformers_logging
 
+from qlora_rm.backbone.experts import fused_experts, gate_names, quantized_experts
 from qlora_rm.backbone.head import compute_in_own_precision, head_modules, initialize, is_in_head
 from qlora_rm.backbone.inventory import unquantized_share
 from qlora_rm.backbone.packed import share_prefixes
@@ -26,6 +27,9 @@ from qlora_rm.backbone.paths import require_model
 from qlora_rm.config import BackboneConfig
 from qlora_rm.console import say
 from qlora_rm.errors import UserError, first_line
+
+WORTH_SAYING = 0.1
+"""Share of unquantized weights above which a load that allows it says so; routers and small gates stay below."""
 
 
 @dataclass(frozen=True)
@@ -119,21 +123,28 @@ def _load_model(
     """The model and the names of the parameters its checkpoint did not hold."""
     name = str(config.model_name_or_path)
     quantization = quantization_config(config.quantization, dtype)
-    if quantization is not None and getattr(model_config, "quantization_config", None) is None:
-        quantization.llm_int8_skip_modules = _head_names(model_config, trust_remote_code)
-    else:
-        quantization = None  # a checkpoint saved in 4 bit brings its own configuration
-    with _quiet_transformers():
+    how = {}
+    saved = getattr(model_config, "quantization_config", None)
+    if quantization is not None and saved is not None and saved.get("quant_method") != "bitsandbytes":
+        raise UserError(
+            f"{name} is saved in {saved.get('quant_method')}, from which --quantization {config.quantization} cannot be "
+            "made. Use a copy of it in 16 bit."
+        )
+    if quantization is not None and saved is None:
+        skeleton = _skeleton(model_config, trust_remote_code)
+        quantization.llm_int8_skip_modules = head_modules(skeleton) + gate_names(skeleton)
+        how["quantization_config"] = quantization  # a checkpoint saved in 4 bit brings its own, which None would hide
+    with _quiet_transformers(), quantized_experts():
         try:
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 name,
                 revision=config.model_revision,
                 num_labels=1,
                 dtype=dtype,
-                quantization_config=quantization,
                 attn_implementation=config.attn_implementation,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
+                **how,
             )
         except (OSError, ValueError) as error:
             raise UserError(f"The backbone {name} could not be loaded: {first_line(error)}") from error
@@ -150,15 +161,14 @@ def _require_whole(name: str, model: PreTrainedModel, fresh: set[str], head: lis
         )
 
 
-def _head_names(model_config: PretrainedConfig, trust_remote_code: bool) -> list[str]:
-    """Modules that must never be quantized: the head's, read from a skeleton of the model without weights.
+def _skeleton(model_config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
+    """The model without weights, to read from it which modules must never be quantized.
 
-    Under ZeRO-3 transformers would shard and initialize even the skeleton; `set_zero3_state` tells it that this is
-    done. Goes when transformers leaves models on the meta device alone.
+    Under ZeRO-3 transformers would shard and initialize even this; `set_zero3_state` tells it that this is done. Goes
+    when transformers leaves models on the meta device alone.
     """
     with torch.device("meta"), set_zero3_state(), _quiet_transformers():
-        skeleton = AutoModelForSequenceClassification.from_config(model_config, trust_remote_code=trust_remote_code)
-    return head_modules(skeleton)
+        return AutoModelForSequenceClassification.from_config(model_config, trust_remote_code=trust_remote_code)
 
 
 def _prepare_head(model: PreTrainedModel, head: list[str], fresh: set[str], std: float | None, seed: int) -> None:
@@ -223,12 +233,15 @@ def embedding_rows(model: PreTrainedModel) -> int:
 
 def _require_quantized(model: PreTrainedModel, config: BackboneConfig) -> None:
     share, largest = unquantized_share(model)
+    left = f"{share:.0%} of the backbone's linear and expert weights unquantized, the largest being {largest}"
     if share > config.max_unquantized:
+        instead = "--quantization 4bit takes its experts too. " if config.quantization == "8bit" else ""
         raise UserError(
-            f"--quantization {config.quantization} left {share:.0%} of the backbone's linear and expert weights "
-            f"unquantized, the largest being {largest}. To train all the same pass --max_unquantized 1; to load "
-            "without quantization pass --quantization none."
+            f"--quantization {config.quantization} left {left}. {instead if fused_experts(model) else ''}To train all the "
+            "same pass --max_unquantized 1; to load without quantization pass --quantization none."
         )
+    if share > WORTH_SAYING:
+        say(f"quantization: {left}")
 
 
 @contextmanager

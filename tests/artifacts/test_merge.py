@@ -31,6 +31,14 @@ KINDS: dict[str, dict[str, Any]] = {
     "gpt2_dora": {"architecture": "gpt2", "adapter": AdapterConfig(lora_r=8, use_dora=True)},
     "gpt2_unquantized": {"architecture": "gpt2", "quantization": "none"},
     "distilbert": {"architecture": "distilbert"},
+    "mixtral": {"architecture": "mixtral"},
+    "mixtral_experts": {"architecture": "mixtral", "adapter": AdapterConfig(lora_r=4, lora_experts=True)},
+    "mixtral_unquantized_experts": {
+        "architecture": "mixtral",
+        "quantization": "none",
+        "adapter": AdapterConfig(lora_r=4, lora_experts=True),
+    },
+    "qwen3_moe_experts": {"architecture": "qwen3_moe", "adapter": AdapterConfig(lora_r=4, lora_experts=True)},
     "grown_embedding": {"tokenizer": with_new_pad_token(), "rows": len(small_tokenizer())},
 }
 

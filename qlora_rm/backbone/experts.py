@@ -1,0 +1,209 @@
+"""Experts in 4 bit: fused expert weights, quantized as they are loaded, and LoRA on them.
+
+transformers 5 holds all experts of a layer in two 3-D parameters, which bitsandbytes' quantizer passes over. Here each
+becomes one `Params4bit`, in the very bytes that `bitsandbytes.functional.quantize_4bit` makes of it. bitsandbytes' own
+way, `nn.parametrize`, dequantizes all experts at each use and lets autograd keep them: 16 bit at work.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from bitsandbytes.functional import quantize_4bit, quantize_blockwise
+from bitsandbytes.nn import Params4bit
+from peft.tuners.lora import ParamWrapper
+from peft.tuners.lora.bnb import dispatch_bnb_4bit, dispatch_bnb_8bit
+from peft.tuners.lora.layer import dispatch_default
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.integrations.bitsandbytes import Bnb4bitQuantize
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+
+from qlora_rm.backbone.expert_linear import ONE_BY_ONE, logical_shape, unpacked
+
+WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+"""Names of the linear layers of one expert that stands by itself: a shared one, or a dense layer's."""
+
+BLOCK = 64
+"""Weights that share a quantization constant, as in bitsandbytes' linear layers; no block may straddle two experts."""
+
+
+def is_fused_experts(module: nn.Module) -> bool:
+    """Whether a module is of transformers' common form (`use_experts_implementation`), which lets others compute it."""
+    return hasattr(module, "_apply_gate") and hasattr(module, "is_transposed")
+
+
+def fused_experts(model: nn.Module) -> dict[str, Any]:
+    """Name -> module that holds the experts of a layer."""
+    return {name: module for name, module in model.named_modules() if is_fused_experts(module)}
+
+
+def expert_weights(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The fused weights of such a module, packed or not."""
+    return {name: weight for name, weight in module.named_parameters(recurse=False) if name in WEIGHTS}
+
+
+def gate_names(model: nn.Module) -> list[str]:
+    """Linear layers that weigh experts: routers, and gates of a shared expert. Small, and neither quantized nor adapted.
+
+    Most architectures hold the router as a parameter of its own class, which is left alone anyhow.
+    """
+    names = []
+    for name, experts in fused_experts(model).items():
+        block = name.rpartition(".")[0]
+        for inner, layer in model.get_submodule(block).named_modules():
+            weighs = isinstance(layer, nn.Linear) and layer.out_features in (1, experts.num_experts)
+            if weighs and inner.rpartition(".")[2] not in PROJECTIONS:
+                names.append(f"{block}.{inner}")
+    return names
+
+
+class ExpertsQuantizer(Bnb4BitHfQuantizer):
+    """bitsandbytes' 4-bit quantizer, which takes fused expert weights too where an expert is a whole number of blocks.
+
+    A checkpoint that was saved in 4 bit is left as it is: transformers sets its other weights unchanged.
+    """
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        super()._process_model_before_weight_loading(model, **kwargs)
+        experts = fused_experts(model).values()
+        if not self.pre_quantized and any(
+            _can_pack(weight) for module in experts for weight in expert_weights(module).values()
+        ):
+            for module in experts:
+                module.config._experts_implementation = ONE_BY_ONE
+                module.lora = {}
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        module_name, _, name = param_name.rpartition(".")
+        module = model.get_submodule(module_name)
+        if self.pre_quantized or not is_fused_experts(module):
+            return super().param_needs_quantization(model, param_name, **kwargs)
+        return name in WEIGHTS and _can_pack(module.get_parameter(name))
+
+    def get_quantize_ops(self) -> Bnb4bitQuantize:
+        return _Quantize(self)
+
+
+class _Quantize(Bnb4bitQuantize):
+    """What the loader calls with each weight, whole and in 16 or 32 bit, before it sets it."""
+
+    def convert(  # type: ignore[override]
+        self, input_dict: dict[str, Any], *, model: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        settings = self.hf_quantizer.quantization_config
+        result: dict[str, Tensor] = {}
+        others = {}
+        for name, value in input_dict.items():
+            if is_fused_experts(model.get_submodule(name.rpartition(".")[0])):
+                weight = value[0] if isinstance(value, list) else value
+                result[name] = pack(weight, settings.bnb_4bit_quant_type, settings.bnb_4bit_use_double_quant)
+            else:
+                others[name] = value
+        return result | super().convert(others, model=model, **kwargs)
+
+
+def pack(weight: Tensor, quant_type: str, double_quant: bool) -> Params4bit:
+    """All experts' weights [E, ., .] as one parameter of packed bytes, uint8 [E . . / 2, 1], and a quantization state.
+
+    Bytes and state are those that `quantize_4bit` gives for the whole; expert by expert, since bitsandbytes' CPU kernel
+    takes 14 bytes a weight at work (0.50, measured).
+    """
+    parts = [quantize_4bit(expert, blocksize=BLOCK, quant_type=quant_type) for expert in weight]
+    state = parts[0][1]
+    state.shape, state.absmax = weight.shape, torch.cat([part.absmax for _, part in parts])
+    if double_quant:
+        state.offset = state.absmax.mean()
+        state.absmax, state.state2 = quantize_blockwise(state.absmax - state.offset, blocksize=256)
+        state.nested = True
+    return Params4bit(
+        torch.cat([packed for packed, _ in parts]),
+        quant_state=state,
+        blocksize=BLOCK,
+        compress_statistics=double_quant,
+        quant_type=quant_type,
+        bnb_quantized=True,
+    )
+
+
+def _can_pack(weight: nn.Parameter) -> bool:
+    return weight.dim() == 3 and weight[0].numel() % BLOCK == 0
+
+
+@contextmanager
+def quantized_experts() -> Iterator[None]:
+    """Let `from_pretrained` with `load_in_4bit` quantize fused expert weights too.
+
+    Goes when transformers' bitsandbytes quantizer does (5.23 passes over every parameter outside a linear layer).
+    """
+    stock = AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"]
+    AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] = ExpertsQuantizer
+    try:
+        yield
+    finally:
+        AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] = stock
+
+
+def unpack_experts(model: PreTrainedModel) -> None:
+    """Give the model's packed experts plain fp32 weights on the CPU, and transformers' own implementation, in place."""
+    for experts in fused_experts(model).values():
+        for name, weight in expert_weights(experts).items():
+            if isinstance(weight, Params4bit):
+                setattr(experts, name, nn.Parameter(unpacked(weight), requires_grad=False))
+        if experts.config._experts_implementation == ONE_BY_ONE:
+            experts.config._experts_implementation = model.get_correct_experts_implementation(None)
+
+
+class ExpertsLora(ParamWrapper):
+    """PEFT's LoRA of a fused expert weight, for one-by-one experts: same names, shapes, initialization and files.
+
+    PEFT's own adds B A to the whole weight at every forward pass; here the factors are lent to the experts module for
+    the time of its forward pass, and applied to the rows of each expert.
+    """
+
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+        self.num_experts, first, second = logical_shape(self.get_param())
+        self._param_ndim = 3
+        return first, second
+
+    @contextmanager
+    def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
+        experts: Any = self.get_base_layer()
+        for adapter in active_adapters:
+            if adapter in self.lora_A:
+                assert self.parameter_name not in experts.lora, "one adapter at a time"
+                factors = self.lora_A[adapter].weight, self.lora_B[adapter].weight, self.scaling[adapter]
+                experts.lora[self.parameter_name] = factors
+        try:
+            yield
+        finally:
+            experts.lora.pop(self.parameter_name, None)
+
+
+# PEFT tells wrappers of parameters by this name, and wraps one in another for a module's second parameter
+ExpertsLora.__name__ = "ParamWrapper"
+
+
+def lora_modules(model: nn.Module) -> dict[type[nn.Module], Callable[..., nn.Module | None]]:
+    """What makes the LoRA layers of targeted parameters, by the type of module that holds them (PEFT's custom modules).
+
+    One-by-one experts get `ExpertsLora`; a linear layer whose weight is targeted gets the LoRA layer that it would get
+    by its own name, for PEFT would add B A to its weight, which may be packed.
+    """
+    experts = {
+        type(module) for module in fused_experts(model).values() if module.config._experts_implementation == ONE_BY_ONE
+    }
+    return {**dict.fromkeys(experts, ExpertsLora), nn.Linear: _lora_of_linear}
+
+
+def _lora_of_linear(target: nn.Module, adapter_name: str, **kwargs: Any) -> nn.Module | None:
+    if kwargs.pop("parameter_name", None) is None:
+        return None  # targeted by its own name: PEFT knows what to do
+    for dispatch in (dispatch_bnb_8bit, dispatch_bnb_4bit, dispatch_default):
+        layer = dispatch(target, adapter_name, **kwargs)
+        if layer is not None:
+            return layer
+    return None
