@@ -136,10 +136,10 @@ def _load_model(
     head = _head_names(model_config, trust_remote_code)
     quantization = quantization_config(config.quantization, dtype)
     saved = getattr(model_config, "quantization_config", None)
-    if quantization is not None and saved is None:
+    how = {}
+    if quantization is not None and saved is None:  # a checkpoint saved in 4 bit brings its own, which None would hide
         quantization.llm_int8_skip_modules = head
-    else:
-        quantization = None  # a checkpoint saved in 4 bit brings its own configuration
+        how["quantization_config"] = quantization
     in_4_bit = config.quantization == "4bit" if saved is None else bool(saved.get("load_in_4bit"))
     with _quiet_transformers(), loading(head) if loading and in_4_bit else nullcontext():
         try:
@@ -148,10 +148,10 @@ def _load_model(
                 revision=config.model_revision,
                 num_labels=1,
                 dtype=dtype,
-                quantization_config=quantization,
                 attn_implementation=config.attn_implementation,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
+                **how,
             )
         except (OSError, ValueError) as error:
             raise UserError(f"The backbone {name} could not be loaded: {first_line(error)}") from error
