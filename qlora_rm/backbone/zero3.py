@@ -14,7 +14,7 @@ from typing import Any
 import bitsandbytes as bnb
 from deepspeed import zero
 from torch import Tensor, nn
-from transformers import core_model_loading, modeling_utils
+from transformers import PreTrainedModel, core_model_loading, modeling_utils
 from transformers.integrations import deepspeed_config
 
 from qlora_rm.backbone.head import is_in_head
@@ -49,7 +49,7 @@ def sharded_loading(whole: list[str]) -> Iterator[None]:
     init = zero.Init(module=nn.Module(), config_dict_or_path=deepspeed_config())
     set_parameter = core_model_loading.set_param_for_module
 
-    def set_and_shard(model: nn.Module, target_name: str, *rest: Any, **more: Any) -> None:
+    def set_and_shard(model: PreTrainedModel, target_name: str, *rest: Any, **more: Any) -> None:
         set_parameter(model, target_name, *rest, **more)
         if not is_in_head(target_name, whole):
             _shard(model.get_submodule(target_name.rpartition(".")[0]), init)
@@ -81,7 +81,7 @@ def free_weights_after_forward() -> None:
 
     Goes when bitsandbytes keeps the parameter, or saves it through autograd's `save_for_backward`.
     """
-    bnb.nn.Params4bit.view = _view_or_itself
+    bnb.nn.Params4bit.view = _view_or_itself  # type: ignore[method-assign, assignment]
 
 
 def _view_or_itself(self: Tensor, *shape: Any) -> Tensor:

@@ -110,6 +110,7 @@ def load_model(options: Options, tokenizer: PreTrainedTokenizerBase) -> PreTrain
         return backbone.model
     if options.adapter.adapter:
         return load_adapter(backbone, options.adapter.adapter, trainable=True)
+    set_seed(args.seed)  # the adapter's first weights do not hang on what loading drew
     return attach_adapter(backbone, options.adapter)
 
 

@@ -106,7 +106,7 @@ def frozen_bytes(model: torch.nn.Module) -> dict[str, int]:
         "here": sum(p.ds_tensor.nbytes for p in frozen),
         "packed_whole": sum(p.ds_numel for p in packed),
         "packed_here": sum(p.ds_tensor.nbytes for p in packed),
-        "largest_packed": max(p.ds_numel for p in packed),
+        "largest_packed": max((p.ds_numel for p in packed), default=0),
         "state": sum(map(state_bytes, frozen)),
     }
 
@@ -117,10 +117,15 @@ def run(job: dict) -> dict:
     config = engine_config(**job.get("zero", {}))
     tokenizer = AutoTokenizer.from_pretrained(job["backbone"])
     registered = HfDeepSpeedConfig(config)  # transformers keeps a weak reference
+    live = live_uint8_bytes()  # an earlier job's model may live on in DeepSpeed's registries
     set_seed(0)
     with watched(report):
         backbone = load_backbone(
-            BackboneConfig(model_name_or_path=job["backbone"], share_prefix=job.get("share_prefix", "true")),
+            BackboneConfig(
+                model_name_or_path=job["backbone"],
+                quantization=job.get("quantization", "4bit"),
+                share_prefix="true",  # an error where the probe finds otherwise
+            ),
             tokenizer,
             torch.float32,
             loading=None if job.get("stock") else sharded_loading,
@@ -139,7 +144,7 @@ def run(job: dict) -> dict:
     for step in range(job["steps"]):
         scores = engine(**batch).logits[:, 0]
         if step == 0:
-            report["live_after_forward"] = live_uint8_bytes()
+            report["live_after_forward"] = live_uint8_bytes() - live
         loss = -torch.nn.functional.logsigmoid(scores[0] - scores[1] + 0.1 * scores[2])
         engine.backward(loss)
         engine.step()
