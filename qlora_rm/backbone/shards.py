@@ -35,7 +35,7 @@ def make_whole(module: nn.Module) -> None:
 
 def shard_like(model: nn.Module, module: nn.Module) -> None:
     """Shard what is whole in `module` as the rest of `model` is, where it is."""
-    sharded = next(filter(is_sharded, model.parameters()), None)
+    sharded: Any = next(filter(is_sharded, model.parameters()), None)
     if sharded is not None:
         sharded.convert_to_zero_parameters([p for p in module.parameters() if not is_sharded(p)])
 
