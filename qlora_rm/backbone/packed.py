@@ -238,9 +238,15 @@ def probe(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
 
 
 def probe_backward(model: PreTrainedModel) -> None:
-    """One forward and backward pass over the probe's forest in training mode; raises what the kernel raises."""
+    """One forward and backward pass over the probe's forest in training mode; raises what the kernel raises.
+
+    It goes through the hidden states alone: gradients of weights would be a second model in memory.
+    """
     _, batch = _probe_batch(model)
     was_training = model.training
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
     hook = model.get_input_embeddings().register_forward_hook(
         lambda module, inputs, output: output.requires_grad_(True)
     )
@@ -251,7 +257,8 @@ def probe_backward(model: PreTrainedModel) -> None:
     finally:
         hook.remove()
         model.train(was_training)
-        model.zero_grad(set_to_none=True)
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def _probe_batch(model: PreTrainedModel) -> tuple[list[list[int]], dict[str, Tensor]]:

@@ -15,20 +15,23 @@ import transformers as t
 from qlora_rm.backbone import zero3
 from qlora_rm.errors import UserError
 from tests.launching import ROOT
-from tests.models_for_tests import save_backbone
+from tests.models_for_tests import CAUSAL, save_backbone
 from tests.tokenizers_for_tests import small_tokenizer, with_new_pad_token
 
 LARGE = {
     "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 14,
+    "intermediate_size": 2816,
+    "num_hidden_layers": 18,
     "num_attention_heads": 8,
     "max_position_embeddings": 512,
 }
-"""235 M weights: 470 MB in 16 bit, 117 MB packed."""
+"""232 M weights: 463 MB in 16 bit, 116 MB packed."""
+
+ARCHITECTURES = ("gemma3", "gpt2", "mixtral", "bert", "bart")
+HEADS = ("score.", "classifier.", "bert.pooler.", "classification_head.")
 
 MATRIX = 4 * LARGE["hidden_size"] * LARGE["intermediate_size"]
-"""Bytes of the largest matrix in fp32, in which it is quantized here: 17 MB; a layer has 4 such."""
+"""Bytes of the largest matrix in fp32, in which it is quantized here: 12 MB. A layer is 4.5 such, 51 MB."""
 
 
 def ranks(count: int, out: Path, jobs: list[dict]) -> list[dict[str, dict]]:
@@ -97,10 +100,10 @@ def test_each_rank_holds_its_share_of_a_large_backbone(large, small, tmp_path, c
             report, frozen = reports[name], reports[name]["frozen"]
             share = frozen["packed_whole"] / count
             assert frozen["packed_whole"] > 115e6
+            few = 4 * MATRIX
+            assert share + few < frozen["packed_whole"]  # a bound that the whole model would break
             assert frozen["here"] == pytest.approx(frozen["whole"] / count, rel=0.05)
             assert report["hash_after"] == report["hash_before"]
-            few = 3 * MATRIX
-            assert count > 2 or share + few < frozen["packed_whole"]  # the bound is one the whole model would break
             assert report["load_peak"] < share + frozen["state"] + few, name
             assert report["live_after_forward"] < share + frozen["state"] + 4 * frozen["largest_packed"], name
 
@@ -128,6 +131,24 @@ def test_training_is_bit_identical_however_the_backbone_was_sharded(small, witho
         assert reports["grown"]["trained"] == reports["stock, grown"]["trained"]
         assert reports["not quantized"]["head"] == stock["head"]
         assert reports["not quantized"]["losses"] == pytest.approx(stock["losses"], abs=0.3)
+
+
+@pytest.mark.slow
+def test_every_architecture_is_sharded_and_scores_as_whole(tmp_path):
+    """Among them weights transposed before quantization (gpt2), fused experts (mixtral), tied embeddings and heads of
+    several layers (bart); a forward and a backward pass without an engine leave nothing gathered."""
+    tokenizer = small_tokenizer()
+    jobs = []
+    for architecture in ARCHITECTURES:
+        job = {"backbone": save_backbone(tmp_path / architecture, architecture, tokenizer), "steps": 0}
+        job["share_prefix"] = "true" if architecture in CAUSAL else "auto"
+        jobs += [{"name": f"{architecture}, stock", "stock": True, **job}, {"name": architecture, **job}]
+    for reports in ranks(2, tmp_path / "out", jobs):
+        for architecture in ARCHITECTURES:
+            report = reports[architecture]
+            assert report["scores"] == reports[f"{architecture}, stock"]["scores"], architecture
+            assert not report["left"], architecture
+            assert all(name.startswith(HEADS) for name in report["whole"]), architecture
 
 
 def test_a_column_is_its_own_column():

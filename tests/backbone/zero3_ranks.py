@@ -21,12 +21,14 @@ from pathlib import Path
 import deepspeed
 import torch
 from bitsandbytes.nn import Params4bit
-from transformers import AutoTokenizer, set_seed
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.integrations import HfDeepSpeedConfig
 
 from qlora_rm.backbone.adapter import attach_adapter
 from qlora_rm.backbone.load import load_backbone
-from qlora_rm.backbone.packed import forest_batch
+from qlora_rm.backbone.packed import forest_batch, probe_backward, sharing_model
+from qlora_rm.backbone.scoring import score_sequences
+from qlora_rm.backbone.shards import gathered_at_work, is_sharded
 from qlora_rm.backbone.zero3 import sharded_loading
 from qlora_rm.config import AdapterConfig, BackboneConfig
 
@@ -111,6 +113,18 @@ def frozen_bytes(model: torch.nn.Module) -> dict[str, int]:
     }
 
 
+def before_the_engine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict:
+    """Scores of the model as it is, a backward pass, and what they left whole of what is sharded."""
+    with gathered_at_work(model):
+        ended = [[*ids, tokenizer.eos_token_id] for ids in BATCH]
+        scores = score_sequences(model, ended, pad_token_id=tokenizer.pad_token_id)
+        if sharing_model(model) is not None:
+            probe_backward(model)
+    left = [name for name, p in model.named_parameters() if is_sharded(p) and p.numel()]
+    whole = [name for name, p in model.named_parameters() if not is_sharded(p)]
+    return {"scores": scores.tolist(), "left": left, "whole": whole}
+
+
 def run(job: dict) -> dict:
     """Load, attach, start the engine and train a few steps; what was held where."""
     report: dict = {}
@@ -124,12 +138,15 @@ def run(job: dict) -> dict:
             BackboneConfig(
                 model_name_or_path=job["backbone"],
                 quantization=job.get("quantization", "4bit"),
-                share_prefix="true",  # an error where the probe finds otherwise
+                share_prefix=job.get("share_prefix", "true"),  # an error where the probe finds otherwise
+                max_unquantized=1,
             ),
             tokenizer,
             torch.float32,
             loading=None if job.get("stock") else sharded_loading,
         )
+    if not job["steps"]:
+        return report | before_the_engine(backbone.model, tokenizer)
     set_seed(0)
     model = attach_adapter(backbone, AdapterConfig(lora_r=4)).train()
     del registered
