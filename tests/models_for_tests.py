@@ -32,6 +32,19 @@ BACKBONES: dict[str, Callable[..., t.PreTrainedModel]] = {
     ),
     "roberta": lambda **ids: t.RobertaForMaskedLM(t.RobertaConfig(**ENCODER, **ids)),
     "bert": lambda **ids: t.BertForMaskedLM(t.BertConfig(**ENCODER, **ids)),
+    "bart": lambda **ids: t.BartForConditionalGeneration(
+        t.BartConfig(
+            d_model=64,
+            encoder_layers=2,
+            decoder_layers=2,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            encoder_ffn_dim=128,
+            decoder_ffn_dim=128,
+            decoder_start_token_id=0,
+            **ids,
+        )
+    ),
 }
 CAUSAL = ("llama", "qwen2", "gemma3", "gpt2")
 EXPERTS = ("mixtral", "qwen3_moe")

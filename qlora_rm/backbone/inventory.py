@@ -9,11 +9,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qlora_rm.backbone.head import head_modules, is_in_head
+from qlora_rm.backbone.shards import any_sharded
 from qlora_rm.console import table
 
 
 def inventory(model: nn.Module) -> list[str]:
-    """Lines of a table: part x dtype, with parameters, bytes and whether it is trained."""
+    """Lines of a table: part x dtype, with parameters, bytes and whether it is trained; whole, also where sharded.
+
+    A line more says what this process holds of a sharded model; what is still whole the engine shards at its start.
+    """
     count: dict[tuple[str, str, bool], list[int]] = defaultdict(lambda: [0, 0])
     for name, parameter in model.named_parameters():
         entry = count[_part(name, parameter), dtype_name(parameter), parameter.requires_grad]
@@ -25,7 +29,10 @@ def inventory(model: nn.Module) -> list[str]:
     ]
     total, trained = (sum(v[0] for k, v in count.items() if k[2] or not only) for only in (False, True))
     rows.append(("total", "", f"{total:,}", _human_bytes(sum(v[1] for v in count.values())), f"{trained:,}"))
-    return table(("part", "dtype", "parameters", "bytes", "trained"), rows)
+    lines = table(("part", "dtype", "parameters", "bytes", "trained"), rows)
+    if any_sharded(model):
+        lines.append(f"sharded: {_human_bytes(sum(map(held_bytes, model.parameters())))} of it on this process")
+    return lines
 
 
 def unquantized_share(model: PreTrainedModel) -> tuple[float, str]:
@@ -71,13 +78,21 @@ def logical_size(parameter: nn.Parameter) -> int:
 
 def stored_bytes(parameter: nn.Parameter) -> int:
     """Bytes it occupies unsharded, the quantization constants included."""
-    size = int(getattr(parameter, "ds_numel", parameter.numel())) * parameter.element_size()
+    return int(getattr(parameter, "ds_numel", parameter.numel())) * parameter.element_size() + _constants(parameter)
+
+
+def held_bytes(parameter: nn.Parameter) -> int:
+    """Bytes it occupies on this process: its share where DeepSpeed has sharded it, and all its constants."""
+    here: torch.Tensor = getattr(parameter, "ds_tensor", parameter)
+    return here.nbytes + _constants(parameter)
+
+
+def _constants(parameter: nn.Parameter) -> int:
     state = getattr(parameter, "quant_state", None)
-    if state is not None:
-        size += state.absmax.nbytes + state.code.nbytes
-        if state.nested:
-            size += state.state2.absmax.nbytes + state.state2.code.nbytes
-    return size
+    if state is None:
+        return 0
+    size = state.absmax.nbytes + state.code.nbytes
+    return size + (state.state2.absmax.nbytes + state.state2.code.nbytes if state.nested else 0)
 
 
 def dtype_name(parameter: nn.Parameter) -> str:

@@ -1,7 +1,7 @@
 """Loading a backbone with a score head: in 4 bit, counted, and with nothing initialized behind the user's back."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import bitsandbytes as bnb
@@ -24,12 +24,16 @@ from qlora_rm.backbone.head import compute_in_own_precision, head_modules, initi
 from qlora_rm.backbone.inventory import unquantized_share
 from qlora_rm.backbone.packed import share_prefixes
 from qlora_rm.backbone.paths import require_model
+from qlora_rm.backbone.shards import make_whole, shard_like
 from qlora_rm.config import BackboneConfig
 from qlora_rm.console import say
 from qlora_rm.errors import UserError, first_line
 
 WORTH_SAYING = 0.1
 """Share of unquantized weights above which a load that allows it says so; routers and small gates stay below."""
+
+Loading = Callable[[list[str]], AbstractContextManager[None]]
+"""Made around the reading of 4-bit weights, given the modules that must stay as they are read (the head)."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ def load_backbone(
     seed: int = 0,
     trust_remote_code: bool = False,
     full_fine_tuning: bool = False,
+    loading: Loading | None = None,
 ) -> Backbone:
     """Load `config.model_name_or_path` as a scalar reward model.
 
@@ -62,6 +67,7 @@ def load_backbone(
         tokenizer: sets the pad id; the embedding grows where the tokenizer has more entries than it has rows.
         dtype: compute dtype, and storage dtype of what is not quantized.
         full_fine_tuning: keep unquantized weights in fp32, since they will be trained.
+        loading: how 4-bit weights are loaded, where not whole on every process (`zero3.sharded_loading`).
 
     Raises:
         UserError: no model there, not one label, weights missing from the checkpoint, or more weights left
@@ -72,7 +78,11 @@ def load_backbone(
         raise UserError("No backbone given: pass --model_name_or_path FOLDER_OR_HUB_ID.")
     model_config = read_model_config(name, config.model_revision, trust_remote_code)
     model, fresh = _load_model(
-        config, model_config, torch.float32 if full_fine_tuning else dtype, trust_remote_code=trust_remote_code
+        config,
+        model_config,
+        torch.float32 if full_fine_tuning else dtype,
+        trust_remote_code=trust_remote_code,
+        loading=loading,
     )
     head = head_modules(model)
     _require_whole(name, model, fresh, head)
@@ -118,10 +128,17 @@ def quantization_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesCo
 
 
 def _load_model(
-    config: BackboneConfig, model_config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool
+    config: BackboneConfig,
+    model_config: PretrainedConfig,
+    dtype: torch.dtype,
+    *,
+    trust_remote_code: bool,
+    loading: Loading | None,
 ) -> tuple[PreTrainedModel, set[str]]:
     """The model and the names of the parameters its checkpoint did not hold."""
     name = str(config.model_name_or_path)
+    skeleton = _skeleton(model_config, trust_remote_code)
+    head = head_modules(skeleton)
     quantization = quantization_config(config.quantization, dtype)
     how = {}
     saved = getattr(model_config, "quantization_config", None)
@@ -131,10 +148,11 @@ def _load_model(
             "made. Use a copy of it in 16 bit."
         )
     if quantization is not None and saved is None:
-        skeleton = _skeleton(model_config, trust_remote_code)
-        quantization.llm_int8_skip_modules = head_modules(skeleton) + gate_names(skeleton)
+        quantization.llm_int8_skip_modules = head + gate_names(skeleton)
         how["quantization_config"] = quantization  # a checkpoint saved in 4 bit brings its own, which None would hide
-    with _quiet_transformers(), quantized_experts():
+    in_4_bit = config.quantization == "4bit" if saved is None else bool(saved.get("load_in_4bit"))
+    sharding = loading(head) if loading and in_4_bit else nullcontext()
+    with _quiet_transformers(), quantized_experts(), sharding:
         try:
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 name,
@@ -175,16 +193,13 @@ def _prepare_head(model: PreTrainedModel, head: list[str], fresh: set[str], std:
     """fp32 weights and arithmetic for the whole head; the seeded small initialization for a new last layer."""
     for name in head:
         module = model.get_submodule(name)
+        make_whole(module)  # transformers shards an unquantized model under ZeRO-3, the head with it
         module.to(torch.float32)
         compute_in_own_precision(module)
     linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and is_in_head(n, head)}
     last, layer = list(linear.items())[-1]
-    if f"{last}.weight" not in fresh:
-        return
-    if layer.weight.numel():
+    if f"{last}.weight" in fresh:
         initialize(layer, std, seed)
-    else:
-        say("score head: sharded by ZeRO-3 as it was made, so it keeps the library's own small initialization")
 
 
 def _match_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, may_grow: bool) -> None:
@@ -201,7 +216,9 @@ def _match_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
                 "frozen. Use the backbone's own tokenizer, or fine-tune whole (--no_use_lora)."
             )
         say(f"embedding: grown from {rows} to {len(tokenizer)} rows to hold the tokenizer's new tokens")
+        make_whole(model.get_input_embeddings())
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        shard_like(model, model.get_input_embeddings())
     for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
         config.pad_token_id = tokenizer.pad_token_id
 

@@ -12,6 +12,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
+from qlora_rm.backbone.shards import gathered_at_work
 from qlora_rm.config import SharePrefix
 from qlora_rm.console import say
 from qlora_rm.errors import UserError, first_line
@@ -178,8 +179,6 @@ def _obstacle(model: PreTrainedModel) -> str | None:
     """Why no kernel could share here, seen before any is tried; what a short probe would not show among them."""
     if not isinstance(getattr(model, "score", None), nn.Linear):
         return "no linear score head on a causal backbone"
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        return "already sharded by ZeRO-3, and so cannot be probed"
     if any(buffer.dtype == torch.bool and buffer.dim() == 4 for buffer in model.buffers()):
         return "this architecture masks by place in the row, with a mask of its own"  # GPT-Neo's local layers
     return None
@@ -205,9 +204,10 @@ def _try(model: PreTrainedModel, kernel: str) -> str | None:
     allowed = TOLERANCE.get(_dtype(model), TOLERANCE[torch.float32])
     try:
         model.set_attn_implementation(kernel)
-        plain, packed = probe(model)
-        if kernel == "flex_attention":  # the one that is compiled, forward and backward apart
-            probe_backward(model)
+        with gathered_at_work(model):
+            plain, packed = probe(model)
+            if kernel == "flex_attention":  # the one that is compiled, forward and backward apart
+                probe_backward(model)
     except Exception as error:  # whatever an architecture does with a mask it was not written for
         reason = f"{type(error).__name__}: {first_line(error)[:100]}"
     else:
@@ -238,9 +238,15 @@ def probe(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
 
 
 def probe_backward(model: PreTrainedModel) -> None:
-    """One forward and backward pass over the probe's forest in training mode; raises what the kernel raises."""
+    """One forward and backward pass over the probe's forest in training mode; raises what the kernel raises.
+
+    It goes through the hidden states alone: gradients of weights would be a second model in memory.
+    """
     _, batch = _probe_batch(model)
     was_training = model.training
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
     hook = model.get_input_embeddings().register_forward_hook(
         lambda module, inputs, output: output.requires_grad_(True)
     )
@@ -251,7 +257,8 @@ def probe_backward(model: PreTrainedModel) -> None:
     finally:
         hook.remove()
         model.train(was_training)
-        model.zero_grad(set_to_none=True)
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def _probe_batch(model: PreTrainedModel) -> tuple[list[list[int]], dict[str, Tensor]]:

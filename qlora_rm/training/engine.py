@@ -74,7 +74,20 @@ class EngineCheck(TrainerCallback):
                 f"DeepSpeed clips gradients at {wrapped.gradient_clipping()}, --max_grad_norm says {args.max_grad_norm}: "
                 'set "gradient_clipping": "auto" in the DeepSpeed configuration.'
             )
-        say(f"engine: {engine}, {self.precision}")
+        say(f"engine: {engine}, {self.precision}; {self._batches(engine)}")
+
+    def _batches(self, engine: Engine) -> str:
+        """What all processes train on: forests or padded batches. The order of the data hangs on it (even loads)."""
+        shares = torch.tensor([float(self.trainer.shares_prefix)], device=self.trainer.args.device)
+        sharing = int(self.trainer.accelerator.gather(shares).sum())
+        if sharing == 0:
+            return "padded batches"
+        if sharing < engine.world_size:
+            raise UserError(
+                f"On {sharing} of {engine.world_size} processes prompts can be shared, on the others not: they would "
+                "train on different data. Pass --share_prefix false."
+            )
+        return "forests, each shared prompt computed once"
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """At the first step: trainable weights that got no gradient mean a broken graph (DeepSpeed keeps its own)."""

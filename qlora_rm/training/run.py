@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.trainer.utils import disable_dropout_in_model
 
 from qlora_rm.artifacts.golden import GoldenItem, make_golden
@@ -20,6 +21,7 @@ from qlora_rm.backbone.load import load_backbone
 from qlora_rm.backbone.precision import NAMES, best_dtype
 from qlora_rm.backbone.scoring import score_sequences
 from qlora_rm.backbone.tokenizer import load_tokenizer
+from qlora_rm.backbone.zero3 import sharded_loading
 from qlora_rm.config import BackboneConfig, require
 from qlora_rm.console import say
 from qlora_rm.errors import UserError
@@ -97,6 +99,7 @@ def load_model(options: Options, tokenizer: PreTrainedTokenizerBase) -> PreTrain
         seed=args.seed,
         trust_remote_code=args.trust_remote_code,
         full_fine_tuning=not options.adapter.use_lora,
+        loading=sharded_loading if is_deepspeed_zero3_enabled() else None,
     )
     say(f"score head: {', '.join(backbone.head)} ({'new' if backbone.has_new_head else 'kept from the checkpoint'})")
     if args.disable_dropout:
@@ -107,6 +110,7 @@ def load_model(options: Options, tokenizer: PreTrainedTokenizerBase) -> PreTrain
         return backbone.model
     if options.adapter.adapter:
         return load_adapter(backbone, options.adapter.adapter, trainable=True)
+    set_seed(args.seed)  # the adapter's first weights do not hang on what loading drew
     return attach_adapter(backbone, options.adapter)
 
 

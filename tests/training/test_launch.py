@@ -1,4 +1,4 @@
-"""Two real ranks on this CPU: DDP, DeepSpeed ZeRO-2 and ZeRO-3 with real NF4 end where one process ends."""
+"""Two real ranks on this CPU: DDP, DeepSpeed ZeRO-2 and ZeRO-3 with real NF4 end where one process ends, on forests too."""
 
 import json
 from pathlib import Path
@@ -15,25 +15,50 @@ from tests.launching import launch, short_run
 pytestmark = pytest.mark.slow
 
 
+STEPS = {"max_steps": 20, "eval_steps": 10, "save_steps": 10}
+
+
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory, backbone_folder, rows_file):
-    """The same global batch in one process, in plain padded batches: two accumulated where two ranks have one each."""
-    out = tmp_path_factory.mktemp("one") / "out"
-    main(short_run(backbone_folder, rows_file, out, gradient_accumulation_steps=2, share_prefix="false"))
-    return load_file(out / "adapter_model.safetensors")
+    """The same global batch in one process, two accumulated where two ranks have one each; padded, and as forests."""
+    folders = {}
+    for share in ("false", "true"):
+        folders[share] = tmp_path_factory.mktemp(f"share_{share}") / "out"
+        flags = short_run(backbone_folder, rows_file, folders[share], gradient_accumulation_steps=2, **STEPS)
+        main([*flags, "--share_prefix", share])
+    return folders
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def tokens_computed(folder: Path) -> int:
+    """Tokens that all ranks together put through the backbone in training."""
+    return max(int(entry["num_tokens"]) for entry in log_of(folder) if "num_tokens" in entry)
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    mine, theirs = weights(one), weights(other)
+    assert mine.keys() == theirs.keys()
+    for name, weight in mine.items():
+        torch.testing.assert_close(weight, theirs[name], rtol=0, atol=1e-4, msg=name)
+
+
+def test_forests_end_where_padded_batches_end(one_process):
+    assert_same_weights(one_process["true"], one_process["false"])
+    assert tokens_computed(one_process["true"]) < 0.8 * tokens_computed(one_process["false"])
 
 
 @pytest.mark.parametrize("config", ["cpu_ddp", "cpu_zero2", "cpu_zero3"])
 def test_two_ranks_end_where_one_process_ends(one_process, backbone_folder, rows_file, tmp_path, config):
     out = tmp_path / "out"
     engine = config.removeprefix("cpu_")
-    done = launch(config, short_run(backbone_folder, rows_file, out, engine=engine))
+    done = launch(config, short_run(backbone_folder, rows_file, out, engine=engine, **STEPS))
     assert done.returncode == 0, done.stderr[-5000:]
-    assert f"engine: {engine}, 2 processes on cpu, fp32" in done.stderr
-    adapter = load_file(out / "adapter_model.safetensors")
-    assert adapter.keys() == one_process.keys()
-    for name, weight in adapter.items():
-        torch.testing.assert_close(weight, one_process[name], rtol=0, atol=1e-4, msg=name)
+    assert f"engine: {engine}, 2 processes on cpu, fp32; forests" in done.stderr
+    assert tokens_computed(out) == tokens_computed(one_process["true"])  # both ranks', each shared prompt once
+    assert_same_weights(out, one_process["false"])
     manifest = Manifest.load(out)
     model = RewardModel.load(str(out))
     assert manifest.golden and manifest.reward.n == 48

@@ -1,0 +1,124 @@
+"""4-bit weights under ZeRO-3: sharded while they load, and freed after use.
+
+DeepSpeed's own way in, a model built inside `zero.Init`, is closed to quantized models (transformers leaves it out for
+them, since a weight is quantized only once it is read): every process would load the whole of it. Here each weight is
+sharded as soon as it was read and quantized; what is made later (adapter, new head) the engine shards when it starts.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import Any
+
+import bitsandbytes as bnb
+from deepspeed import zero
+from torch import Tensor, nn
+from transformers import PreTrainedModel, core_model_loading, modeling_utils
+from transformers.integrations import deepspeed_config
+
+from qlora_rm.backbone.head import is_in_head
+from qlora_rm.backbone.shards import is_sharded
+from qlora_rm.errors import UserError
+
+KNOWN = {"bitsandbytes": "0.50", "deepspeed": "0.19", "transformers": "5.23"}
+"""Versions whose internals this module knows; elsewhere it would shard wrongly, or not at all, without a word."""
+
+
+@contextmanager
+def sharded_loading(whole: list[str]) -> Iterator[None]:
+    """Of every weight that `from_pretrained` sets inside the block, each process keeps its share only.
+
+    transformers sets all loaded parameters through one function; wrapped, it shards what stands in the parameter's
+    module afterwards, quantized or not, and experts that an inner wrapper has quantized there. Every process reads and
+    quantizes every weight, one at a time and in step with the others (a broadcast each), so that a host reads its file
+    once and keeps no copy. Loading in threads is off, which would read ahead whole weights, and so is the
+    reservation of memory for the whole model.
+
+    Goes when transformers shards quantized models under ZeRO-3 itself.
+
+    Arguments:
+        whole: modules left whole, by name: the score head.
+
+    Raises:
+        UserError: a library of another version than this reaches into.
+    """
+    _require_known_libraries()
+    free_weights_after_forward()
+    # an empty module: partitioning and DeepSpeed's sparing linear function as with a model, and nothing entered
+    init = zero.Init(module=nn.Module(), config_dict_or_path=deepspeed_config())
+    set_parameter = core_model_loading.set_param_for_module
+
+    def set_and_shard(model: PreTrainedModel, target_name: str, *rest: Any, **more: Any) -> None:
+        set_parameter(model, target_name, *rest, **more)
+        if not is_in_head(target_name, whole):
+            _shard(model.get_submodule(target_name.rpartition(".")[0]), init)
+
+    with (
+        _replaced(core_model_loading, "set_param_for_module", set_and_shard),
+        _replaced(modeling_utils, "caching_allocator_warmup", lambda *_: None),
+        _in_environment("HF_DEACTIVATE_ASYNC_LOAD", "1"),
+    ):
+        yield
+
+
+def _shard(module: nn.Module, init: zero.Init) -> None:
+    """Shard what is loaded and still whole in a module and below it."""
+    for parameter in module.parameters():
+        if not is_sharded(parameter) and parameter.device.type != "meta":
+            if parameter.device.type == "cpu":
+                # may lie in the mapped file; the broadcast would turn its pages into memory held until the end
+                parameter.data = parameter.data.clone()
+            init._convert_to_zero_parameters([parameter])
+
+
+def free_weights_after_forward() -> None:
+    """Let ZeRO-3 free a 4-bit weight it gathered, once the layer has run.
+
+    bitsandbytes keeps `weight.view(-1, 1)` for backward: a second tensor over the gathered bytes, which outlives
+    DeepSpeed's release, so that after a forward pass the whole model is in memory on every process. A packed weight
+    is such a column already; kept itself, it is empty after the release and gathered again for backward.
+
+    Goes when bitsandbytes keeps the parameter, or saves it through autograd's `save_for_backward`.
+    """
+    bnb.nn.Params4bit.view = _view_or_itself  # type: ignore[method-assign, assignment]
+
+
+def _view_or_itself(self: Tensor, *shape: Any) -> Tensor:
+    if shape == (-1, 1) and self.dim() == 2 and self.shape[1] == 1:
+        return self
+    return Tensor.view(self, *shape)
+
+
+def _require_known_libraries() -> None:
+    other = {name: version(name) for name, known in KNOWN.items() if not version(name).startswith(f"{known}.")}
+    if other:
+        found = ", ".join(f"{name} {number}" for name, number in other.items())
+        known = ", ".join(f"{name} {KNOWN[name]}" for name in other)
+        raise UserError(
+            f"Sharding 4-bit weights under ZeRO-3 reaches into libraries, and knows {known}, not {found}. Install the "
+            "versions of constraints.txt, or train under ZeRO-2, where each process holds the whole 4-bit model."
+        )
+
+
+@contextmanager
+def _replaced(holder: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(holder, name)
+    setattr(holder, name, value)
+    try:
+        yield
+    finally:
+        setattr(holder, name, before)
+
+
+@contextmanager
+def _in_environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
