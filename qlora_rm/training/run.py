@@ -28,13 +28,22 @@ from qlora_rm.training.arguments import Options, parse
 from qlora_rm.training.checkpoints import last_whole, resume_point
 from qlora_rm.training.curves import draw_curves
 from qlora_rm.training.engine import EngineCheck
+from qlora_rm.training.failures import ending_together, leave_process_group
 from qlora_rm.training.objective import Objective
 from qlora_rm.training.trainer import PreferenceTrainer
 
 
 def main(argv: list[str]) -> None:
-    """The train door: parse, train, and leave the process group in order."""
-    options = parse(argv)
+    """The train door: parse, train, and leave the process group in order; all ranks end when one fails."""
+    try:
+        with ending_together():
+            run(parse(argv))
+    finally:
+        leave_process_group()
+
+
+def run(options: Options) -> None:
+    """Train; where that is interrupted, say how to go on."""
     try:
         train(options)
     except KeyboardInterrupt:
@@ -46,8 +55,6 @@ def main(argv: list[str]) -> None:
         )
         say("", f"interrupted. {hint}")
         raise
-    finally:
-        _leave_process_group()
 
 
 def train(options: Options) -> dict[str, float]:
@@ -264,9 +271,3 @@ def after_training(
         n = sum(len(responses) for responses in data.held_out["response_ids"])
         reward = Reward(metrics["eval_mean_reward"], metrics["eval_std_reward"], n)
     return replace(manifest, training=replace(manifest.training, steps=steps), golden=golden, reward=reward)
-
-
-def _leave_process_group() -> None:
-    """Meet and part in order: a rank that exits while others still talk aborts (seen in 1 of 5 two-rank runs)."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
