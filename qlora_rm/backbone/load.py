@@ -120,7 +120,8 @@ def _load_model(
     name = str(config.model_name_or_path)
     quantization = quantization_config(config.quantization, dtype)
     if quantization is not None and getattr(model_config, "quantization_config", None) is None:
-        quantization.llm_int8_skip_modules = _head_names(model_config, trust_remote_code)
+        # the head must never be quantized
+        quantization.llm_int8_skip_modules = head_modules(skeleton(model_config, trust_remote_code))
     else:
         quantization = None  # a checkpoint saved in 4 bit brings its own configuration
     with _quiet_transformers():
@@ -150,15 +151,14 @@ def _require_whole(name: str, model: PreTrainedModel, fresh: set[str], head: lis
         )
 
 
-def _head_names(model_config: PretrainedConfig, trust_remote_code: bool) -> list[str]:
-    """Modules that must never be quantized: the head's, read from a skeleton of the model without weights.
+def skeleton(model_config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model without memory behind its weights (meta device), for what can be read off shapes and names.
 
-    Under ZeRO-3 transformers would shard and initialize even the skeleton; `set_zero3_state` tells it that this is
-    done. Goes when transformers leaves models on the meta device alone.
+    Under ZeRO-3 transformers would shard and initialize even this; `set_zero3_state` tells it that this is done. Goes
+    when transformers leaves models on the meta device alone.
     """
     with torch.device("meta"), set_zero3_state(), _quiet_transformers():
-        skeleton = AutoModelForSequenceClassification.from_config(model_config, trust_remote_code=trust_remote_code)
-    return head_modules(skeleton)
+        return AutoModelForSequenceClassification.from_config(model_config, trust_remote_code=trust_remote_code)
 
 
 def _prepare_head(model: PreTrainedModel, head: list[str], fresh: set[str], std: float | None, seed: int) -> None:

@@ -30,6 +30,7 @@ from qlora_rm.training.curves import draw_curves
 from qlora_rm.training.engine import EngineCheck
 from qlora_rm.training.failures import ending_together, leave_process_group
 from qlora_rm.training.objective import Objective
+from qlora_rm.training.preflight import preflight
 from qlora_rm.training.trainer import PreferenceTrainer
 
 
@@ -84,9 +85,11 @@ def train(options: Options) -> dict[str, float]:
     train_set = _comparisons_with_signal(data.train, options, "training")
     held_out = None if data.held_out is None else _comparisons_with_signal(data.held_out, options, "held-out")
 
+    manifest = _describe(options, tokenization, data)
+    preflight(options, manifest, len(train_set), resume)
+
     model = load_model(options, tokenizer)
     say(*inventory(model))
-    manifest = _describe(options, tokenization, data)
     trainer = _make_trainer(options, model, tokenizer, train_set, held_out, manifest)
     say(f"going on from {resume}" if resume else f"training on {len(train_set):,} comparisons")
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -159,14 +162,7 @@ def _require_writable(output_dir: str) -> None:
 
 
 def _require_same_data(fingerprint: str, resume: Path | None) -> None:
-    """All ranks read the same comparisons, and a resumed run those it began with; otherwise some would be seen twice
-    and others never."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        everyones: list[str | None] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(everyones, fingerprint)
-        require(
-            len(set(everyones)) == 1, "The processes read different data: give every host the same files and options."
-        )
+    """A resumed run reads the comparisons it began with; otherwise some would be seen twice and others never."""
     began = Manifest.load(resume).training if resume is not None else None
     require(
         began is None or began.data_fingerprint == fingerprint,
