@@ -5,6 +5,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 from transformers import PretrainedConfig
@@ -53,7 +54,8 @@ def count_weights(options: Options, config: PretrainedConfig) -> Weights:
         return Weights(saved.stat().st_size // FP32 if saved.exists() else 0, quantized)
     trained: nn.Module = model
     if options.adapter.use_lora:
-        trained = attach_adapter(Backbone(model, head, True), options.adapter)
+        with torch.device("meta"):
+            trained = attach_adapter(Backbone(model, head, True), options.adapter)
     return Weights(sum(p.numel() for p in trained.parameters() if p.requires_grad), quantized)
 
 

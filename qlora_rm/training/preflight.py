@@ -60,13 +60,13 @@ def preflight(options: Options, manifest: Manifest, comparisons: int, resume: Pa
     """
     args, folder = options.training, Path(str(options.training.output_dir))
     marker = folder / f".preflight-{uuid.uuid4().hex}"
-    problem, warnings = None, list[str]()
     try:
-        warnings = _check_here(options, comparisons, marker)
-    except UserError as error:
-        problem = str(error)
-    mine = Report(args.process_index, socket.gethostname(), marker.name, problem, _facts(options, manifest, resume))
-    try:
+        problem, warnings = None, list[str]()
+        try:
+            warnings = _check_here(options, comparisons, marker)
+        except UserError as error:
+            problem = str(error)
+        mine = Report(args.process_index, socket.gethostname(), marker.name, problem, _facts(options, manifest, resume))
         reports = _exchange(mine, args)
         _raise_first(reports)
         _require_alike(reports)
