@@ -64,7 +64,6 @@ class TrainingConfig(RewardConfig):
     report_to: None | str | list[str] = field(  # noqa: RUF036  (HfArgumentParser knows no other order)
         default="none", metadata={"help": "Where to log besides the console: tensorboard, wandb, trackio, ..."}
     )
-    log_on_each_node: bool = field(default=False, metadata={"help": "Log on every host, not on rank 0's alone."})
     resume_from_checkpoint: str | None = field(
         default=None,
         metadata={"help": "auto: go on from the last whole checkpoint in --output_dir, if any; or its folder."},

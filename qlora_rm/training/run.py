@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, set_seed
 from trl.trainer.utils import disable_dropout_in_model
 
 from qlora_rm.artifacts.golden import GoldenItem, make_golden
@@ -21,7 +21,7 @@ from qlora_rm.backbone.precision import NAMES, best_dtype
 from qlora_rm.backbone.scoring import score_sequences
 from qlora_rm.backbone.tokenizer import load_tokenizer
 from qlora_rm.config import BackboneConfig, require
-from qlora_rm.console import say
+from qlora_rm.console import is_main_process, say
 from qlora_rm.errors import UserError
 from qlora_rm.preferences import PreferenceData, Tokenization, load_preferences
 from qlora_rm.training.arguments import Options, parse
@@ -208,6 +208,9 @@ def _make_trainer(
         checkpoint_files=manifest.save,
     )
     check.trainer = trainer
+    if not is_main_process():  # transformers prints from the first rank of every host
+        for printer in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(printer)
     return trainer
 
 
