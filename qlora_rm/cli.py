@@ -14,6 +14,7 @@ from qlora_rm import __version__
 from qlora_rm.config import AdapterConfig, BackboneConfig, DataConfig, ObjectiveConfig, ScoringConfig
 from qlora_rm.console import quiet_libraries, rank_prefix, say, table
 from qlora_rm.errors import UserError
+from qlora_rm.launchers import torchrun_variables
 from qlora_rm.options import add_options, read_options
 
 EVALUATED = ("dataset", "dataset_config", "dataset_split", "columns", "hh_turns", "on_bad_row")
@@ -53,6 +54,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _train(argv: list[str]) -> int:
+    os.environ.update(torchrun_variables(os.environ))
     from qlora_rm.training.run import main as train
 
     train(["--help" if word == "--help_all" else word for word in argv])

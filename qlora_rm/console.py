@@ -42,6 +42,10 @@ def quiet_libraries() -> None:
     Each goes when its library stops saying it: PEFT and TRL calling what transformers 5 has renamed, DeepSpeed
     calling what torch 2.13 has, and bitsandbytes missing a package of kernels that only a model hub can give.
     """
-    for renamed in ("`is_gradient_checkpointing` is deprecated", "`torch.distributed.all_gather_into_tensor`"):
+    for renamed in (
+        "`is_gradient_checkpointing` is deprecated",
+        "`torch.distributed.all_gather_into_tensor`",
+        "`torch.distributed.reduce_scatter_tensor`",
+    ):
         warnings.filterwarnings("ignore", message=renamed, category=FutureWarning)
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

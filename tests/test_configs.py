@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
 LAUNCH_NAMES = {
     "single_gpu", "ddp", "zero2", "zero3", "zero3_offload", "multi_node_zero3", "cpu_ddp", "cpu_zero2", "cpu_zero3",
+    "cpu_two_nodes_zero3",
 }  # fmt: skip
 
 
@@ -114,13 +116,37 @@ def test_adapter_and_head_stay_fp32(path: Path) -> None:
 
 def test_small_tensors_are_sharded_in_tests() -> None:
     """DeepSpeed leaves tensors under its threshold whole, and a test's model has no others."""
-    assert (
-        engine(ROOT / "ds_configs" / "cpu_zero3.json")["zero_optimization"]["stage3_param_persistence_threshold"] == 0
-    )
+    for name in ("cpu_zero3", "cpu_two_nodes_zero3"):
+        zero = engine(ROOT / "ds_configs" / f"{name}.json")["zero_optimization"]
+        assert zero["stage3_param_persistence_threshold"] == 0
+
+
+@pytest.mark.parametrize("name", ["multi_node_zero3", "cpu_two_nodes_zero3"])
+def test_machines_meet_in_one_rendezvous(name: str) -> None:
+    launch = load(ROOT / "accelerate_configs" / f"{name}.yaml")
+    assert launch.num_machines == 2 and launch.rdzv_backend == "static" and launch.same_network
+    assert launch.deepspeed_config["deepspeed_multinode_launcher"] == "standard"
+
+
+def test_the_slurm_script_is_whole() -> None:
+    path = ROOT / "recipes" / "train.slurm"
+    assert subprocess.run(["bash", "-n", str(path)]).returncode == 0
+    text = path.read_text(encoding="utf-8")
+    assert text.splitlines()[1].startswith("# sbatch recipes/train.slurm ")
+    named = paths_named(text) | set(re.findall(r"\bds_configs/[\w./-]*\w", text))
+    assert len(named) > 3 and not {name for name in named if not (ROOT / name).exists()}
+    options, _, commands = text.partition("\nset -euo pipefail\n")
+    assert "#SBATCH" not in commands, "SLURM reads no option after the first command"
+    asked = dict(re.findall(r"^#SBATCH --([\w-]+)=?(\S*)", options, re.MULTILINE))
+    assert asked["ntasks-per-node"] == "1" and "requeue" in asked
+    assert '\'exec accelerate launch --machine_rank "$SLURM_NODEID" "$@"\'' in commands, "read on each node"
+    grace = int(re.search(r"SHUTDOWN_TIMEOUT:-(\d+)", commands)[1])  # type: ignore[index]
+    assert grace < int(asked["signal"].removeprefix("B:USR1@"))
+    cards = engine(ROOT / "ds_configs" / "multi_node_zero3.json")["zero_optimization"]["zero_hpz_partition_size"]
+    assert int(asked["gpus-per-node"]) == cards
 
 
 def test_second_shards_stay_within_a_machine() -> None:
     launch = load(ROOT / "accelerate_configs" / "multi_node_zero3.yaml")
     zero = engine(ROOT / "ds_configs" / "multi_node_zero3.json")["zero_optimization"]
     assert zero["zero_hpz_partition_size"] == launch.num_processes // launch.num_machines
-    assert launch.deepspeed_config["deepspeed_multinode_launcher"] == "standard"

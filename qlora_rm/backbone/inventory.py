@@ -24,14 +24,14 @@ def inventory(model: nn.Module) -> list[str]:
         entry[0] += logical_size(parameter)
         entry[1] += stored_bytes(parameter)
     rows = [
-        (part, dtype, f"{n:,}", _human_bytes(size), "yes" if trained else "no")
+        (part, dtype, f"{n:,}", human_bytes(size), "yes" if trained else "no")
         for (part, dtype, trained), (n, size) in sorted(count.items())
     ]
     total, trained = (sum(v[0] for k, v in count.items() if k[2] or not only) for only in (False, True))
-    rows.append(("total", "", f"{total:,}", _human_bytes(sum(v[1] for v in count.values())), f"{trained:,}"))
+    rows.append(("total", "", f"{total:,}", human_bytes(sum(v[1] for v in count.values())), f"{trained:,}"))
     lines = table(("part", "dtype", "parameters", "bytes", "trained"), rows)
     if any_sharded(model):
-        lines.append(f"sharded: {_human_bytes(sum(map(held_bytes, model.parameters())))} of it on this process")
+        lines.append(f"sharded: {human_bytes(sum(map(held_bytes, model.parameters())))} of it on this process")
     return lines
 
 
@@ -109,7 +109,8 @@ def _part(name: str, parameter: nn.Parameter) -> str:
     return "backbone"
 
 
-def _human_bytes(size: float) -> str:
+def human_bytes(size: float) -> str:
+    """As people write it, in powers of ten: 35.3 GB."""
     for unit in ("B", "KB", "MB", "GB"):
         if size < 1000:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"

@@ -137,8 +137,8 @@ def _load_model(
 ) -> tuple[PreTrainedModel, set[str]]:
     """The model and the names of the parameters its checkpoint did not hold."""
     name = str(config.model_name_or_path)
-    skeleton = _skeleton(model_config, trust_remote_code)
-    head = head_modules(skeleton)
+    bones = skeleton(model_config, trust_remote_code)
+    head = head_modules(bones)
     quantization = quantization_config(config.quantization, dtype)
     how = {}
     saved = getattr(model_config, "quantization_config", None)
@@ -148,7 +148,7 @@ def _load_model(
             "made. Use a copy of it in 16 bit."
         )
     if quantization is not None and saved is None:
-        quantization.llm_int8_skip_modules = head + gate_names(skeleton)
+        quantization.llm_int8_skip_modules = head + gate_names(bones)
         how["quantization_config"] = quantization  # a checkpoint saved in 4 bit brings its own, which None would hide
     in_4_bit = config.quantization == "4bit" if saved is None else bool(saved.get("load_in_4bit"))
     sharding = loading(head) if loading and in_4_bit else nullcontext()
@@ -179,8 +179,8 @@ def _require_whole(name: str, model: PreTrainedModel, fresh: set[str], head: lis
         )
 
 
-def _skeleton(model_config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
-    """The model without weights, to read from it which modules must never be quantized.
+def skeleton(model_config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model without memory behind its weights (meta device), for what can be read off shapes and names.
 
     Under ZeRO-3 transformers would shard and initialize even this; `set_zero3_state` tells it that this is done. Goes
     when transformers leaves models on the meta device alone.

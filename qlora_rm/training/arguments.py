@@ -73,7 +73,9 @@ class TrainingConfig(RewardConfig):
         if self.bf16 is None and not self.fp16:
             best = torch.float32 if self._deepspeed_autocasts() else best_dtype()[0]
             self.bf16, self.fp16 = best is torch.bfloat16, best is torch.float16
-        if not torch.cuda.is_available():
+        if torch.cuda.is_available():
+            _require_own_card(int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count())
+        else:
             self._settle_on_cpu()
         # said under its old name (TRL's default too), transformers 5 warns about it; goes when TRL renames it
         if self.activation_checkpointing is None:
@@ -100,6 +102,15 @@ class TrainingConfig(RewardConfig):
         if isinstance(config, str) and Path(config).is_file():
             config = json.loads(Path(config).read_text(encoding="utf-8"))
         return isinstance(config, dict) and bool(config.get("torch_autocast", {}).get("enabled", False))
+
+
+def _require_own_card(local_rank: int, visible: int) -> None:
+    """Each process takes the card of its number among those it sees; CUDA's own error names no way out."""
+    if local_rank >= visible:
+        raise UserError(
+            f"Process {local_rank} of this host has no card of its own: it sees {visible}. Start no more processes than cards "
+            "(--num_processes); under srun ask for --gpus-per-node, not for --gpus-per-task, which shows a task only its own."
+        )
 
 
 def asks_for_deepspeed(args: TrainingConfig) -> bool:

@@ -6,6 +6,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from accelerate.utils import DistributedType
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
@@ -38,6 +39,19 @@ def asked_engine(args: TrainingConfig) -> str:
     return "ddp" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "single"
 
 
+def launched_engine(args: TrainingConfig) -> Engine:
+    """What the process group was set up for, known before there is a model."""
+    state = args.distributed_state
+    assert state is not None
+    if state.distributed_type == DistributedType.DEEPSPEED:
+        name = f"zero{args.deepspeed_plugin.zero_stage}"
+    elif state.num_processes > 1:
+        name = "ddp"
+    else:
+        name = "single" if int(os.environ.get("WORLD_SIZE", "1")) == 1 else "unsynchronized"
+    return _engine(name, state.num_processes, args.device)
+
+
 def engine_in_force(wrapped: Any, world_size: int, device: torch.device) -> Engine:
     """Read off the prepared model itself, not off any configuration."""
     if isinstance(wrapped, deepspeed.DeepSpeedEngine):
@@ -46,15 +60,27 @@ def engine_in_force(wrapped: Any, world_size: int, device: torch.device) -> Engi
         name = "ddp"
     else:
         name = "single" if world_size == 1 else "unsynchronized"
+    return _engine(name, world_size, device)
+
+
+def _engine(name: str, world_size: int, device: torch.device) -> Engine:
     return Engine(name, world_size, torch.cuda.get_device_name() if device.type == "cuda" else device.type)
 
 
-class EngineCheck(TrainerCallback):
-    """At the start of training: print the engine once, and stop where it is not the one asked for.
+def require_engine(args: TrainingConfig, engine: Engine) -> None:
+    """Launchers fall back without a word: `accelerate launch --cpu` with a DeepSpeed configuration starts one plain
+    process, and two CPU ranks without `use_cpu` train each for itself."""
+    asked = asked_engine(args)
+    if engine.name != asked:
+        raise UserError(
+            f"The engine asked for is {asked}, the one in force is {engine}. Launch with the configuration of "
+            "accelerate_configs/ that bears its name, or say --engine auto to take what the launcher gives."
+        )
 
-    Launchers fall back without a word: `accelerate launch --cpu` with a DeepSpeed configuration starts one plain
-    process, and two CPU ranks without `use_cpu` train each for itself.
-    """
+
+class EngineCheck(TrainerCallback):
+    """At the start of training, the proof of what `preflight.py` read off the launch: print the engine once, and stop
+    where it is not the one asked for."""
 
     def __init__(self, precision: str):
         self.precision = precision
@@ -63,12 +89,7 @@ class EngineCheck(TrainerCallback):
     def on_train_begin(self, args: TrainingConfig, state: Any, control: Any, **_: Any) -> None:  # type: ignore[override]
         wrapped = self.trainer.model_wrapped
         engine = engine_in_force(wrapped, self.trainer.accelerator.num_processes, args.device)
-        asked = asked_engine(args)
-        if engine.name != asked:
-            raise UserError(
-                f"The engine asked for is {asked}, the one in force is {engine}. Launch with the configuration of "
-                "accelerate_configs/ that bears its name, or say --engine auto to take what the launcher gives."
-            )
+        require_engine(args, engine)
         if isinstance(wrapped, deepspeed.DeepSpeedEngine) and wrapped.gradient_clipping() != args.max_grad_norm:
             raise UserError(
                 f"DeepSpeed clips gradients at {wrapped.gradient_clipping()}, --max_grad_norm says {args.max_grad_norm}: "

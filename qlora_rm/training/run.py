@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.trainer.utils import disable_dropout_in_model
 
@@ -23,20 +23,30 @@ from qlora_rm.backbone.scoring import score_sequences
 from qlora_rm.backbone.tokenizer import load_tokenizer
 from qlora_rm.backbone.zero3 import sharded_loading
 from qlora_rm.config import BackboneConfig, require
-from qlora_rm.console import say
+from qlora_rm.console import is_main_process, say
 from qlora_rm.errors import UserError
 from qlora_rm.preferences import PreferenceData, Tokenization, load_preferences
 from qlora_rm.training.arguments import Options, parse
 from qlora_rm.training.checkpoints import last_whole, resume_point
 from qlora_rm.training.curves import draw_curves
 from qlora_rm.training.engine import EngineCheck
+from qlora_rm.training.failures import ending_together, leave_process_group
 from qlora_rm.training.objective import Objective
+from qlora_rm.training.preflight import preflight
 from qlora_rm.training.trainer import PreferenceTrainer
 
 
 def main(argv: list[str]) -> None:
-    """The train door: parse, train, and leave the process group in order."""
-    options = parse(argv)
+    """The train door: parse, train, and leave the process group in order; all ranks end when one fails."""
+    try:
+        with ending_together():
+            run(parse(argv))
+    finally:
+        leave_process_group()
+
+
+def run(options: Options) -> None:
+    """Train; where that is interrupted, say how to go on."""
     try:
         train(options)
     except KeyboardInterrupt:
@@ -48,8 +58,6 @@ def main(argv: list[str]) -> None:
         )
         say("", f"interrupted. {hint}")
         raise
-    finally:
-        _leave_process_group()
 
 
 def train(options: Options) -> dict[str, float]:
@@ -79,9 +87,11 @@ def train(options: Options) -> dict[str, float]:
     train_set = _comparisons_with_signal(data.train, options, "training")
     held_out = None if data.held_out is None else _comparisons_with_signal(data.held_out, options, "held-out")
 
+    manifest = _describe(options, tokenization, data)
+    preflight(options, manifest, len(train_set), resume)
+
     model = load_model(options, tokenizer)
     say(*inventory(model))
-    manifest = _describe(options, tokenization, data)
     trainer = _make_trainer(options, model, tokenizer, train_set, held_out, manifest)
     say(f"going on from {resume}" if resume else f"training on {len(train_set):,} comparisons")
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -156,14 +166,7 @@ def _require_writable(output_dir: str) -> None:
 
 
 def _require_same_data(fingerprint: str, resume: Path | None) -> None:
-    """All ranks read the same comparisons, and a resumed run those it began with; otherwise some would be seen twice
-    and others never."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        everyones: list[str | None] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(everyones, fingerprint)
-        require(
-            len(set(everyones)) == 1, "The processes read different data: give every host the same files and options."
-        )
+    """A resumed run reads the comparisons it began with; otherwise some would be seen twice and others never."""
     began = Manifest.load(resume).training if resume is not None else None
     require(
         began is None or began.data_fingerprint == fingerprint,
@@ -209,6 +212,9 @@ def _make_trainer(
         checkpoint_files=manifest.save,
     )
     check.trainer = trainer
+    if not is_main_process():  # transformers prints from the first rank of every host
+        for printer in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(printer)
     return trainer
 
 
@@ -268,9 +274,3 @@ def after_training(
         n = sum(len(responses) for responses in data.held_out["response_ids"])
         reward = Reward(metrics["eval_mean_reward"], metrics["eval_std_reward"], n)
     return replace(manifest, training=replace(manifest.training, steps=steps), golden=golden, reward=reward)
-
-
-def _leave_process_group() -> None:
-    """Meet and part in order: a rank that exits while others still talk aborts (seen in 1 of 5 two-rank runs)."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()

@@ -1,0 +1,134 @@
+"""What a run's checkpoints take on disk, counted before anything is loaded, and whether it is there."""
+
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from torch import nn
+from transformers import PretrainedConfig
+
+from qlora_rm.backbone.adapter import attach_adapter
+from qlora_rm.backbone.head import head_modules, is_in_head
+from qlora_rm.backbone.inventory import human_bytes
+from qlora_rm.backbone.load import Backbone, skeleton
+from qlora_rm.errors import UserError
+from qlora_rm.training.arguments import Options, TrainingConfig
+from qlora_rm.training.checkpoints import checkpoints
+
+FP32 = 4
+ADAMW_STATES = 2 * FP32
+"""Mean and variance of the gradient, per trained weight; optimizers that keep less leave room."""
+WEIGHTS_PER_ABSMAX = 64
+"""bitsandbytes' block: one byte of quantization state for so many 4-bit weights (Dettmers et al. 2023, double quantization)."""
+SMALL_FILES = 32_000_000
+"""Tokenizer, manifest, states of the random generators: what does not grow with the model."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """How many weights a model has.
+
+    Attributes:
+        trained: adapter and head, or the whole model where it is fine-tuned whole.
+        quantized: in 4 bit.
+    """
+
+    trained: int
+    quantized: int
+
+
+def count_weights(options: Options, config: PretrainedConfig) -> Weights:
+    """Counted on a skeleton of the model without memory behind it, with the very adapter that training attaches."""
+    model = skeleton(config, options.training.trust_remote_code)
+    head = head_modules(model)
+    quantized = 0
+    if options.backbone.quantization == "4bit":
+        embedding = model.get_input_embeddings().weight
+        matrices = (p for name, p in model.named_parameters() if p.dim() > 1 and not is_in_head(name, head))
+        quantized = sum(p.numel() for p in matrices if p is not embedding)
+    if options.adapter.adapter:
+        saved = Path(options.adapter.adapter) / SAFETENSORS_WEIGHTS_NAME
+        return Weights(saved.stat().st_size // FP32 if saved.exists() else 0, quantized)
+    trained: nn.Module = model
+    if options.adapter.use_lora:
+        with torch.device("meta"):
+            trained = attach_adapter(Backbone(model, head, True), options.adapter)
+    return Weights(sum(p.numel() for p in trained.parameters() if p.requires_grad), quantized)
+
+
+def checkpoint_bytes(weights: Weights, engine: str, world_size: int) -> int:
+    """Bytes of one checkpoint, over all ranks.
+
+    One fp32 copy of what is trained, AdamW's two states of it, and under DeepSpeed its fp32 masters; ZeRO-1 and ZeRO-2
+    save the trained weights once more in their engine's state. DeepSpeed also saves the frozen weights' quantization
+    state: once, under ZeRO-3 once per rank.
+    """
+    size = weights.trained * (FP32 + ADAMW_STATES) + SMALL_FILES
+    if engine.startswith("zero"):
+        size += weights.trained * FP32 * (1 if engine == "zero3" else 2)
+        size += weights.quantized // WEIGHTS_PER_ABSMAX * (world_size if engine == "zero3" else 1)
+    return size
+
+
+def checkpoints_made(args: TrainingConfig, comparisons: int) -> int:
+    """How many checkpoints a run saves, from one comparison set of this size."""
+    if args.save_strategy == "no":
+        return 0
+    if args.save_strategy == "epoch" and args.max_steps <= 0:
+        return math.ceil(args.num_train_epochs)
+    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    per_epoch = max(1, math.ceil(comparisons / per_step))
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(per_epoch * args.num_train_epochs)
+    if args.save_strategy == "epoch":
+        return math.ceil(steps / per_epoch)
+    every = args.save_steps if args.save_steps >= 1 else math.ceil(steps * args.save_steps)
+    return math.ceil(steps / every)
+
+
+@dataclass(frozen=True)
+class DiskNeed:
+    """Bytes that a run will write under its output folder.
+
+    Attributes:
+        checkpoint: one checkpoint.
+        most: all that lie there at once; an old checkpoint goes only when a newer one is whole.
+    """
+
+    checkpoint: int
+    most: int
+
+    @classmethod
+    def of(cls, options: Options, config: PretrainedConfig, engine: str, comparisons: int) -> "DiskNeed":
+        args = options.training
+        weights = count_weights(options, config)
+        one = checkpoint_bytes(weights, engine, args.world_size)
+        made = checkpoints_made(args, comparisons)
+        kept = made if args.save_total_limit is None else min(made, args.save_total_limit + 1)
+        final = weights.trained * FP32 + SMALL_FILES
+        return cls(one if made else final, kept * one + final)
+
+    def require_room(self, folder: Path) -> str | None:
+        """A warning where not all that is kept will fit.
+
+        Raises:
+            UserError: not even one checkpoint fits.
+        """
+        free = shutil.disk_usage(folder).free
+        if free < self.checkpoint:
+            raise UserError(
+                f"--output_dir {folder} has {human_bytes(free)} free, and one checkpoint of this run takes "
+                f"{human_bytes(self.checkpoint)}. Free space there, or choose another folder."
+            )
+        written = sum(
+            file.stat().st_size for old in checkpoints(str(folder)) for file in old.rglob("*") if file.is_file()
+        )
+        if free + written < self.most:
+            return (
+                f"warning: --output_dir {folder} has {human_bytes(free)} free, and this run will keep up to "
+                f"{human_bytes(self.most)} of checkpoints and model there, {human_bytes(self.checkpoint)} each. Free space, or "
+                "lower --save_total_limit."
+            )
+        return None

@@ -1,0 +1,222 @@
+"""The ranks of a job end together, and the first one's error is what a person reads.
+
+A rank that fails leaves the others waiting in a collective, and no backend tells them why: gloo breaks off with a text
+about sockets, NCCL may wait for `--ddp_timeout`. torch's launcher ends the ranks of its own host within a second and
+knows nothing of other hosts. So the first rank to fail writes its error where all can read it, in the job's own key-value
+store (the one the process group meets in); every rank looks there each second, and ends with one line that names it.
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from qlora_rm.console import is_main_process, rank_prefix
+from qlora_rm.errors import UserError, first_line
+
+LOOK_EVERY = 1.0
+"""Seconds between two looks at the store."""
+COME_OUT = 5.0
+"""Seconds a rank gets to come out of what it waits in by itself, once another has failed; and a rank whose collective broke off
+looks for the cause."""
+LINGER = 3.0
+"""Seconds a rank that fails because of another stays, so that its launcher sees the other's end first."""
+JOIN = timedelta(minutes=10)
+"""Until rank 0's store must answer: hosts that read a cold environment over a network start minutes apart."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a rank ended."""
+
+    rank: int
+    host: str
+    message: str
+    is_mistake: bool
+    """A `UserError`, which tells all; otherwise a defect, with a traceback in that rank's own output."""
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} on {self.host}"
+
+
+@contextmanager
+def ending_together() -> Iterator[None]:
+    """Around all that a rank does. An error inside ends this process with its status, and the other ranks too.
+
+    A process that is alone in its job raises as usual. Interrupts pass: the launcher sends them to every rank.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size == 1:
+        with _recorded():
+            yield
+        return
+    board = Board()
+    watch = threading.Thread(target=_watch, args=(board,), name="failures of other ranks", daemon=True)
+    watch.start()
+    try:
+        yield
+    except Exception as error:
+        _end(error, board)
+    finally:
+        board.closed.set()
+
+
+class Board:
+    """The place in the job's store where the first failure stands.
+
+    torch's launcher hosts the store; under plain `srun` rank 0 does, and torch's process group then shares it.
+    """
+
+    def __init__(self) -> None:
+        self.rank, self.host = int(os.environ["RANK"]), socket.gethostname()
+        self.closed = threading.Event()
+        # a launcher that restarts its ranks keeps the store
+        self._key = f"qlora_rm/first_failure/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        launcher_hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        try:
+            self._store = torch.distributed.TCPStore(
+                address,
+                port,
+                is_master=self.rank == 0 and not launcher_hosts,
+                timeout=JOIN,
+                wait_for_workers=False,
+                multi_tenant=True,
+            )
+        except torch.distributed.DistError as error:
+            raise UserError(
+                f"Rank 0 cannot be reached from {self.host} at {address}:{port} (MASTER_ADDR, MASTER_PORT): "
+                f"{first_line(error)}"
+            ) from error
+
+    def post(self, error: Exception) -> Failure:
+        """Write down this rank's error unless another's stands there; return the one that does."""
+        mine = Failure(self.rank, self.host, str(error) or type(error).__name__, isinstance(error, UserError))
+        standing = self._store.compare_set(self._key, "", json.dumps(asdict(mine)))
+        return Failure(**json.loads(standing))
+
+    def first(self, within: float = 0.0) -> Failure | None:
+        """The first failure of the job, if there is one `within` so many seconds from now."""
+        until = time.monotonic() + within
+        while not self._store.check([self._key]):
+            if time.monotonic() >= until:
+                return None
+            time.sleep(0.1)
+        return Failure(**json.loads(self._store.get(self._key)))
+
+
+def lost_the_others(error: BaseException | None) -> bool:
+    """Whether a collective broke off, which is most often another rank's doing. gloo raises a plain RuntimeError."""
+    while error is not None and not isinstance(error, UserError):
+        if isinstance(error, torch.distributed.DistError) or (
+            isinstance(error, RuntimeError) and "/gloo/" in str(error)
+        ):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _watch(board: Board) -> None:
+    """End this process once another rank has failed, whatever the main thread waits in."""
+    while not board.closed.wait(LOOK_EVERY):
+        try:
+            first = board.first()
+        except torch.distributed.DistError:
+            if board.closed.wait(COME_OUT):  # the job is over, and whoever hosted the store was the first to leave
+                return
+            _leave(1, f"{_who(board)} ended: the host of the job's store is gone, and rank 0 or its launcher with it")
+        if first is not None and not board.closed.wait(COME_OUT):
+            _leave(1, _because(board, first))
+
+
+def _end(error: Exception, board: Board) -> NoReturn:
+    """Tell the first failure of the job once, in full where it is this rank's own, and exit."""
+    board.closed.set()
+    try:
+        first = _cause(error, board)
+    except torch.distributed.DistError:  # the store went with whoever hosted it
+        first = None
+    if first is None:
+        cause = "a process killed (out of memory?), a host or a network that is down"
+        text = f"{_who(board)} lost the other ranks, and none of them says why: {cause}. {error}"
+        _leave(1, text, record="".join(traceback.format_exception(error)))
+    if first.rank != board.rank:
+        told = first.is_mistake and first.message == str(error)
+        own = (
+            "" if told or lost_the_others(error) else f"; its own error was {type(error).__name__}: {first_line(error)}"
+        )
+        _leave(2 if told else 1, "" if told else _because(board, first) + own, record=_because(board, first))
+    if isinstance(error, UserError):
+        print(f"{rank_prefix()}error: {error}", file=sys.stderr)
+    else:
+        print(f"{_who(board)} failed:", file=sys.stderr)
+        sys.excepthook(type(error), error, error.__traceback__)
+    _record(str(first.message) if first.is_mistake else "".join(traceback.format_exception(error)))
+    _exit(2 if first.is_mistake else 1)
+
+
+def _cause(error: Exception, board: Board) -> Failure | None:
+    if lost_the_others(error):
+        return board.first(within=COME_OUT)
+    if isinstance(error, UserError) and not is_main_process():
+        board.first(within=1.0)  # a mistake that all ranks find is rank 0's to tell
+    return board.post(error)
+
+
+def _who(board: Board) -> str:
+    return f"[rank {board.rank} on {board.host}]"
+
+
+def _because(board: Board, first: Failure) -> str:
+    return f"{_who(board)} ended because {first} failed: {first_line(Exception(first.message))}"
+
+
+def _leave(status: int, line: str, record: str = "") -> NoReturn:
+    """End after another rank's failure: one line, and later than the other, so that the launcher reports that one."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher of this host may well end us meanwhile
+    if line:
+        print(line, file=sys.stderr, flush=True)
+    time.sleep(LINGER)
+    _record(record or line)
+    _exit(status)
+
+
+def _exit(status: int) -> NoReturn:
+    """Without the interpreter's own end, where process groups and engines would wait for the ranks that are gone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+@contextmanager
+def _recorded() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        _record(str(error) if isinstance(error, UserError) else traceback.format_exc())
+        raise
+
+
+def _record(message: str) -> None:
+    """What torch's launcher prints as the reason, in the summary it ends with; it takes the earliest one."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        Path(path).write_text(json.dumps({"message": message, "timestamp": int(time.time())}), encoding="utf-8")
+
+
+def leave_process_group() -> None:
+    """Meet and part in order: a rank that exits while others still talk aborts (seen in 1 of 5 two-rank runs)."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,86 @@
+"""Stand-ins for SLURM's commands: a step's nodes are processes of this machine. As a script: `slurm_for_tests.py srun ...`."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+COMMANDS = ("srun", "scontrol", "scancel")
+KILL_WAIT = 30.0
+
+
+def install(folder: Path, *, nodes: int = 2, tasks_per_node: int = 1, job: int = 4711) -> dict[str, str]:
+    """Put the commands into `folder`; returns the environment of a batch shell that finds them there.
+
+    `folder/requeued` is there once the job was requeued.
+    """
+    folder.mkdir(parents=True)
+    for name in COMMANDS:
+        path = folder / name
+        path.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{Path(__file__).resolve()}" {name} "$@"\n')
+        path.chmod(0o755)
+    return {
+        "PATH": os.pathsep.join([str(folder), os.environ["PATH"]]),
+        "SLURM_FOR_TESTS": str(folder),
+        "SLURM_JOB_ID": str(job), "SLURM_JOB_NUM_NODES": str(nodes), "SLURM_JOB_NODELIST": "localhost,elsewhere",
+        "SLURM_NTASKS_PER_NODE": str(tasks_per_node), "SLURM_GPUS_ON_NODE": "1", "SLURM_CPUS_ON_NODE": "1",
+        # what the batch shell itself is given
+        "SLURM_NODEID": "0", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": str(nodes * tasks_per_node),
+    }  # fmt: skip
+
+
+def srun(words: list[str]) -> int:
+    """Start every task of a step; the highest exit status. With --kill-on-bad-exit=1 the first failure ends the others."""
+    options = [word for word in words if word.startswith("--")][: next(i for i, w in enumerate(words) if w[:2] != "--")]
+    nodes, per_node = int(os.environ["SLURM_JOB_NUM_NODES"]), int(os.environ["SLURM_NTASKS_PER_NODE"])
+    tasks = []
+    for rank in range(nodes * per_node):
+        place = {
+            "SLURM_PROCID": rank, "SLURM_NODEID": rank // per_node, "SLURM_LOCALID": rank % per_node, "SLURM_STEP_ID": 0,
+            "SLURM_STEP_NUM_TASKS": nodes * per_node, "SLURM_STEP_NODELIST": os.environ["SLURM_JOB_NODELIST"],
+            "SLURM_STEP_TASKS_PER_NODE": f"{per_node}(x{nodes})",
+        }  # fmt: skip
+        environ = os.environ | {name: str(value) for name, value in place.items()}
+        tasks.append(subprocess.Popen(words[len(options) :], env=environ, start_new_session=True))
+    step = Path(os.environ["SLURM_FOR_TESTS"]) / "step"
+    step.write_text(json.dumps([task.pid for task in tasks]))
+    end_by = None
+    while any(task.poll() is None for task in tasks):
+        time.sleep(0.1)
+        if end_by is None and "--kill-on-bad-exit=1" in options and any(task.poll() for task in tasks):
+            end_by = time.monotonic() + KILL_WAIT
+            tell(tasks, signal.SIGTERM)
+        if end_by is not None and time.monotonic() > end_by:
+            tell(tasks, signal.SIGKILL)
+    return max(abs(task.returncode) for task in tasks)
+
+
+def tell(tasks: list[subprocess.Popen], what: signal.Signals) -> None:
+    for task in tasks:
+        if task.poll() is None:
+            os.kill(task.pid, what)
+
+
+def scontrol(words: list[str]) -> int:
+    if words[:2] == ["show", "hostnames"]:
+        print("\n".join(words[2].split(",")))
+    elif words == ["requeue", os.environ["SLURM_JOB_ID"]]:
+        (Path(os.environ["SLURM_FOR_TESTS"]) / "requeued").touch()
+    else:
+        return 1
+    return 0
+
+
+def scancel(words: list[str]) -> int:
+    if words != ["--signal=TERM", os.environ["SLURM_JOB_ID"]]:
+        return 1
+    for pid in json.loads((Path(os.environ["SLURM_FOR_TESTS"]) / "step").read_text()):
+        os.kill(pid, signal.SIGTERM)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit({"srun": srun, "scontrol": scontrol, "scancel": scancel}[sys.argv[1]](sys.argv[2:]))

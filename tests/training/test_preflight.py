@@ -1,0 +1,168 @@
+"""What is told before weights are loaded: settings that spoil the weights, a disk that is too small."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig
+
+from qlora_rm.backbone.load import read_model_config
+from qlora_rm.errors import UserError
+from qlora_rm.training.arguments import _require_own_card, parse
+from qlora_rm.training.disk import SMALL_FILES, DiskNeed, Weights, checkpoint_bytes, checkpoints_made, count_weights
+from qlora_rm.training.preflight import Report, _raise_first, _require_alike, stored_as, unsound_settings
+from qlora_rm.training.run import main
+
+ROOT = Path(__file__).resolve().parents[2]
+TWINS = sorted((ROOT / "ds_configs").glob("*.json"))
+SOUND = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
+
+
+def zero(**settings):
+    return SOUND | {"zero_optimization": SOUND["zero_optimization"] | settings}
+
+
+def unsound(flags, engine, *, quantized=True, storage="uint8", adapter=True, bf16=False, **changes):
+    args = parse(flags(**changes)).training
+    args.bf16 = bf16  # a CPU's own arguments refuse it
+    return unsound_settings(engine, quantized=quantized, storage=storage, adapter=adapter, args=args)
+
+
+@pytest.mark.parametrize("twin", TWINS, ids=lambda path: path.stem)
+def test_the_projects_own_settings_are_sound(flags, twin):
+    assert unsound(flags, json.loads(twin.read_text())) == []
+
+
+@pytest.mark.parametrize(
+    ("engine", "named"),
+    [
+        (zero(zero_quantized_weights=True), "zero_quantized_weights"),
+        (zero(zero_quantized_nontrainable_weights=True), "zero_quantized_nontrainable_weights"),
+        (zero(stage3_use_all_reduce_for_fetch_params=True), "stage3_use_all_reduce_for_fetch_params"),
+        (zero(offload_param={"device": "nvme", "nvme_path": "/scratch"}), "nvme"),
+        (SOUND | {"bf16": {"enabled": True}}, "bf16.enabled"),
+        (SOUND | {"fp16": {"enabled": True}}, "fp16.enabled"),
+        (SOUND | {"gradient_clipping": 0.5}, "--max_grad_norm 1.0"),
+        ({name: value for name, value in SOUND.items() if name != "gradient_clipping"}, '"auto"'),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_setting_that_spoils_weights_is_named_with_the_way_out(flags, engine, named):
+    (told,) = unsound(flags, engine)
+    assert named in told and ":" in told
+
+
+def test_settings_are_refused_only_where_they_do_harm(flags):
+    all_of_them = zero(zero_quantized_weights=True, offload_param={"device": "nvme"}) | {"bf16": {"enabled": "auto"}}
+    assert unsound(flags, all_of_them, quantized=False) == []
+    assert unsound(flags, all_of_them | {"bf16": {"enabled": True}}, quantized=False, adapter=False) == []
+    assert len(unsound(flags, all_of_them, bf16=True)) == 3, "auto is what the trainer computes in"
+    assert unsound(flags, SOUND | {"gradient_clipping": 0.5}, max_grad_norm=0.5) == []
+    assert unsound(flags, zero(offload_param={"device": "cpu"}, zero_hpz_partition_size=8)) == []
+
+
+def test_packed_bytes_stored_in_another_dtype_are_refused(flags):
+    saved = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_storage": "float16"}
+    assert stored_as(LlamaConfig()) == "uint8"
+    assert stored_as(LlamaConfig(quantization_config=saved)) == "float16"
+    assert "float16" in unsound(flags, SOUND, storage="float16")[0]
+
+
+def size_of(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+@pytest.mark.parametrize(
+    "choice", [{"lora_r": 256}, {"lora_r": 64, "use_dora": True}, {"quantization": "none", "use_lora": False}], ids=str
+)
+def test_a_checkpoint_is_as_large_as_counted(flags, tmp_path, choice, backbone_folder):
+    words = flags(max_steps=1, save_steps=1, **choice)
+    options = parse(words)
+    weights = count_weights(options, read_model_config(backbone_folder))
+    main(words)
+    counted = checkpoint_bytes(weights, "single", 1) - SMALL_FILES
+    assert counted <= size_of(tmp_path / "out/checkpoint-1") <= counted + 300_000
+    assert counted > 1_000_000
+
+
+def test_an_adapter_that_is_gone_on_with_is_counted_too(flags, tmp_path, backbone_folder):
+    main(flags(max_steps=1))
+    new = count_weights(parse(flags()), read_model_config(backbone_folder))
+    known = count_weights(parse(flags(adapter=str(tmp_path / "out"))), read_model_config(backbone_folder))
+    assert new.quantized == known.quantized > 0
+    assert known.trained == pytest.approx(new.trained, rel=0.1)
+
+
+def test_deepspeed_saves_masters_and_quantization_states():
+    weights, small = Weights(trained=10**9, quantized=64 * 10**9), SMALL_FILES
+    assert checkpoint_bytes(weights, "ddp", 8) - small == 12e9
+    assert checkpoint_bytes(weights, "zero2", 8) - small == 20e9 + 1e9
+    assert checkpoint_bytes(weights, "zero3", 8) - small == 16e9 + 8e9
+
+
+@pytest.mark.parametrize(
+    ("changes", "made"),
+    [
+        ({"max_steps": 8, "save_steps": 4}, 2),
+        ({"max_steps": 9, "save_steps": 4}, 3),
+        ({"max_steps": 100, "save_steps": 0.1}, 10),
+        ({"max_steps": -1, "num_train_epochs": 2, "save_steps": 10}, 5),
+        ({"max_steps": -1, "num_train_epochs": 3, "save_strategy": "epoch", "eval_strategy": "epoch"}, 3),
+        ({"save_strategy": "no"}, 0),
+    ],
+    ids=str,
+)
+def test_checkpoints_are_counted(flags, changes, made):
+    """100 comparisons, 4 a step."""
+    assert checkpoints_made(parse(flags(**changes)).training, 100) == made
+
+
+def test_a_disk_that_holds_no_checkpoint_stops_the_run_before_weights_are_loaded(flags, tmp_path, capfd):
+    with pytest.raises(UserError, match=r"one checkpoint of this run takes \d+\.\d+ TB.*choose another folder"):
+        main(flags(lora_r=10**9))
+    assert "compute dtype" not in capfd.readouterr().err
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_disk_that_will_not_hold_all_that_is_kept_is_warned_of(flags, tmp_path, backbone_folder, capfd):
+    config = read_model_config(backbone_folder)
+    a_rank = (
+        count_weights(parse(flags(lora_r=2)), config).trained - count_weights(parse(flags(lora_r=1)), config).trained
+    )
+    rank = int(shutil.disk_usage(tmp_path).free / (a_rank * 12) / 2)  # a checkpoint of half of what is free
+    options = parse(flags(lora_r=rank, max_steps=8, save_steps=1, save_total_limit=2))
+    need = DiskNeed.of(options, config, "single", 72)
+    assert need.most > 2.9 * need.checkpoint
+    warning = need.require_room(tmp_path)
+    assert warning and "lower --save_total_limit" in warning
+    one = DiskNeed.of(parse(flags(max_steps=8, save_steps=1)), config, "single", 72)
+    assert one.require_room(tmp_path) is None
+
+
+def report(rank, problem=None, **facts):
+    return Report(rank, f"node{rank // 2}", "", problem, {"data": "d", "options": {"seed": "1"}, **facts})
+
+
+def test_one_ranks_problem_is_every_ranks_with_its_place_unless_all_have_it():
+    _raise_first([report(0), report(1)])
+    with pytest.raises(UserError, match=r"^rank 1 on node0: no room$"):
+        _raise_first([report(0), report(1, "no room"), report(2, "no air")])
+    with pytest.raises(UserError, match=r"^no room$"):
+        _raise_first([report(0, "no room"), report(1, "no room")])
+
+
+def test_what_differs_is_named_with_the_ranks():
+    _require_alike([report(0), report(1)])
+    with pytest.raises(UserError, match="read different data \\(rank 0 on node0 and rank 2 on node1\\)"):
+        _require_alike([report(0), report(1), report(2, data="e")])
+    with pytest.raises(
+        UserError, match=r"rank 0 on node0 has seed 1, rank 1 on node0 has seed 2\. Start every process"
+    ):
+        _require_alike([report(0), report(1, options={"seed": "2"})])
+
+
+def test_a_process_without_a_card_of_its_own_is_told_the_way_out():
+    _require_own_card(7, 8)
+    with pytest.raises(UserError, match=r"sees 1\b.*--gpus-per-task"):
+        _require_own_card(1, 1)
