@@ -49,6 +49,15 @@ def engine_in_force(wrapped: Any, world_size: int, device: torch.device) -> Engi
     return Engine(name, world_size, torch.cuda.get_device_name() if device.type == "cuda" else device.type)
 
 
+def any_process(condition: bool, device: torch.device) -> bool:
+    """Whether `condition` holds in any process of the job. Collective: every process calls it equally often."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return condition
+    flag = torch.tensor(int(condition), device=device)
+    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+    return bool(flag.item())
+
+
 class EngineCheck(TrainerCallback):
     """At the start of training: print the engine once, and stop where it is not the one asked for.
 
