@@ -113,6 +113,8 @@ class ResumableTrainer(RewardTrainer):
             super()._maybe_log_save_evaluate(
                 self._tr_loss, None, self.model_wrapped, None, self.state.epoch or 0.0, None, time.time()
             )
+            if self.state.best_global_step == self.state.global_step:
+                self.state.best_model_checkpoint = str(self._resumed)
 
     def _run_epoch(self, **of: Any) -> None:  # type: ignore[override]
         """An epoch, or what is left of it.
@@ -182,8 +184,6 @@ class ResumableTrainer(RewardTrainer):
         step, writes = self.state.global_step, self.args.should_save
         folder = checkpoint_folder(str(self.args.output_dir), step)
         if step == self._saved_step:
-            if self.state.best_global_step == step:
-                self.state.best_model_checkpoint = str(folder)
             return
         needed = lacks_room(folder) if writes else None
         if any_process(needed is not None, self.args.device):
