@@ -146,14 +146,16 @@ def written_whole(folder: Path, *, removed: bool) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        why = _write_error(error)
+        told = None if why is None else no_room(folder, None, why)
         if removed:
             with suppress(
                 OSError
             ):  # another process may still be writing there; without its mark it counts for nothing
                 discard(folder)
-        if not _is_write_error(error):
+        if told is None:
             raise
-        raise no_room(folder, None, first_line(error)) from error
+        raise told from error
 
 
 def lacks_room(folder: Path) -> int | None:
@@ -172,7 +174,7 @@ def no_room(folder: Path, needed: int | None, why: str) -> UserError:
     free = shutil.disk_usage(folder.parent).free
     known = last_whole(str(folder.parent))
     needed = needed or (size_of(known) if known else None)
-    needs = f", about {_megabytes(needed)} are needed" if needed else ""
+    needs = f"; a checkpoint takes about {_megabytes(needed)}" if needed else ""
     stands = f"The last whole checkpoint is {known}." if known else "No checkpoint is whole yet."
     return UserError(
         f"{folder} could not be written: {why}. {_megabytes(free)} are free there{needs}. {stands} Make room, or lower "
@@ -180,13 +182,17 @@ def no_room(folder: Path, needed: int | None, why: str) -> UserError:
     )
 
 
-def _is_write_error(error: Exception) -> bool:
-    """torch and safetensors raise their own kinds of error where a write fails."""
+def _write_error(error: Exception) -> str | None:
+    """Why a file could not be written; None where `error` says something else. torch and safetensors, which write
+    without Python, have their own kinds of error."""
     if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
-    return isinstance(error, SafetensorError) or (
-        isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error)
-    )
+        known = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+        return error.strerror if error.errno in known else None
+    if isinstance(error, SafetensorError):
+        return first_line(error)
+    if isinstance(error, RuntimeError) and ("PytorchStreamWriter" in str(error) or "inline_container" in str(error)):
+        return "torch could not write all of a file"
+    return None
 
 
 def _megabytes(size: int) -> str:

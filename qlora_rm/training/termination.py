@@ -1,4 +1,8 @@
-"""SIGTERM, as a scheduler sends it before it takes a machine away: save, then end."""
+"""SIGTERM, as a scheduler sends it before it takes a machine away: save, then end.
+
+transformers 5.23 has an `enable_jit_checkpoint`; each process decides there for itself, three seconds after its own
+signal, so that two may save at different steps, and an evaluation is waited for.
+"""
 
 import os
 import signal
@@ -34,7 +38,8 @@ class Termination:
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, before)
+            if self.asked_at is None:  # who was told is on the way out, and is not to die of the launcher's own SIGTERM
+                signal.signal(signal.SIGTERM, before)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         now = time.monotonic()

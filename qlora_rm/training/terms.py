@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from transformers.trainer import SCHEDULER_NAME
 from transformers.utils import cached_file
 
 from qlora_rm.artifacts.manifest import FILE_NAME as MANIFEST
@@ -138,9 +139,15 @@ def reconcile(before: Terms, now: Terms, args: Any, folder: Path) -> list[str]:
         f"--train_sampling_strategy {now.options['train_sampling_strategy']} draws its order from what went before: a "
         "resumed run would see some pairs twice and others never. Only random can be resumed.",
     )
+    for name in ("ignore_data_skip", "auto_find_batch_size"):
+        require(
+            not getattr(args, name),
+            f"--{name} changes which pairs an optimizer step holds: some would be seen twice and others never. Take it "
+            "away to resume.",
+        )
     require(
-        not args.ignore_data_skip,
-        "--ignore_data_skip would begin the epoch again: pairs would be seen twice. Take it away to resume.",
+        (folder / SCHEDULER_NAME).exists(),
+        f"{folder} was saved with --save_only_model: the optimizer's state is not in it, and a run cannot go on without.",
     )
     _require_engine(before, now, folder)
     return [*_obeyed(before, now), *_same_batch(before, now, args)]

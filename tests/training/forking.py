@@ -36,6 +36,7 @@ class Forks:
             kill_after: seconds after which it is sent `signals`, each with the seconds to wait before the next.
             kill_at_change: it kills itself before so many'th change to a file of its output folder.
             end_at: a method of the trainer and a number: it sends itself SIGTERM in so many'th call.
+            record: a folder for what `recorded_train` notes.
         """
         assert self.process.stdin and self.process.stdout
         self.process.stdin.write(json.dumps({"flags": flags, **how}) + "\n")
@@ -58,7 +59,8 @@ class Ended:
 def serve() -> None:
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries print as they are imported
-    from qlora_rm.training import run  # noqa: F401
+    global recorded_train
+    from tests.training import recorded_train
 
     for line in sys.stdin:
         replies.write(json.dumps(one_run(json.loads(line))) + "\n")
@@ -99,6 +101,9 @@ def in_child(request: dict[str, Any], out: Path, said: Path, counted: Path) -> N
     count_changes(out, os.open(counted, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), request.get("kill_at_change"))
     if "end_at" in request:
         end_at(*request["end_at"])
+    if "record" in request:
+        os.environ["RECORD"] = request["record"]
+        recorded_train.record()
     status = 1
     try:
         status = main(["train", *request["flags"]])
