@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from qlora_rm import __version__
 from qlora_rm.config import AdapterConfig, BackboneConfig, DataConfig, ObjectiveConfig, ScoringConfig
 from qlora_rm.console import quiet_libraries, rank_prefix, say, table
-from qlora_rm.errors import UserError
+from qlora_rm.errors import Terminated, UserError
 from qlora_rm.launchers import torchrun_variables
 from qlora_rm.options import add_options, read_options
 
@@ -34,7 +34,7 @@ class Parser(argparse.ArgumentParser):
 def main(argv: list[str] | None = None) -> int:
     """Run one command.
 
-    Returns: 0, or 1 where a check of `verify` failed, 2 for a mistake of the user's, 130 after Ctrl-C.
+    Returns: 0, or 1 where a check of `verify` failed, 2 for a mistake of the user's, 130 after Ctrl-C, 143 after SIGTERM.
     """
     quiet_libraries()
     argv = sys.argv[1:] if argv is None else argv
@@ -48,6 +48,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except Terminated:
+        return 143
     except BrokenPipeError:  # whoever reads our output has seen enough; Python flushes once more on its way out
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

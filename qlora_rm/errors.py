@@ -1,4 +1,4 @@
-"""The one exception that is written for people, and what is told of the others."""
+"""The exceptions that are written for people, and what is told of the others."""
 
 
 class UserError(Exception):
@@ -6,6 +6,15 @@ class UserError(Exception):
 
     The doors (`cli.py`, `train.py`) print it without a traceback and exit with status 2. Everything else that is
     raised is a defect of ours or of a library, and keeps its traceback.
+    """
+
+
+class Terminated(Exception):
+    """A run that was told to end (SIGTERM) has saved a checkpoint and ends; the doors exit with status 143.
+
+    143 is what a shell reports of a process that SIGTERM has ended (128 + 15): schedulers count it as taken away, not
+    as failed, and whether the signal came before the first step or during training, what to do is the same: start
+    the command again with `--resume auto`.
     """
 
 

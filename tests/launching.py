@@ -4,14 +4,26 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def launch(
-    config: str, flags: list[str], *more: str, script: str = "qlora_rm/train.py"
-) -> subprocess.CompletedProcess[str]:
+def launch(config: str, flags: list[str], *more: str, **how: Any) -> subprocess.CompletedProcess[str]:
     """What a user types, on the CPU ranks of `accelerate_configs/<config>.yaml` (two, unless `more` says otherwise)."""
+    process = start(config, flags, *more, **how)
+    try:
+        said, warned = process.communicate(timeout=600)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return subprocess.CompletedProcess(process.args, process.returncode, said, warned)
+
+
+def start(
+    config: str, flags: list[str], *more: str, script: str = "qlora_rm/train.py", **variables: str
+) -> subprocess.Popen[str]:
+    """The same, while it runs."""
     command = [
         str(Path(sys.executable).with_name("accelerate")),
         "launch",
@@ -20,9 +32,9 @@ def launch(
         "--main_process_port=0",  # the next free one, so that launches beside one another do not meet
         *more,
     ]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*command, script, *flags], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | variables
+    return subprocess.Popen(
+        [*command, script, *flags], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 

@@ -66,7 +66,11 @@ class TrainingConfig(RewardConfig):
     )
     resume_from_checkpoint: str | None = field(
         default=None,
-        metadata={"help": "auto: go on from the last whole checkpoint in --output_dir, if any; or its folder."},
+        metadata={
+            "aliases": ["--resume"],
+            "help": "auto: go on from the last whole checkpoint in --output_dir, start where there is none, and do nothing "
+            "where the run is complete; or a checkpoint's folder.",
+        },
     )
 
     def __post_init__(self) -> None:
@@ -151,12 +155,13 @@ class Parser(TrlParser):
         if not isinstance(content, dict):
             raise UserError(f"--config {path} must hold one mapping of option: value.")
         os.environ.update({name: str(value) for name, value in content.pop("env", {}).items()})
-        actions = {action.dest: action for action in self._actions}
+        actions = self._actions_by_name
+        options = {}
         for key, value in content.items():
             if key not in self._known:
                 raise UserError(f"--config {path}: unknown key {key!r}.{self._hint(str(key))}")
-            content[key] = self._checked(actions[key], value, f"--config {path}: {key}")
-        return content
+            options[actions[key].dest] = self._checked(actions[key], value, f"--config {path}: {key}")
+        return options
 
     def _checked(self, action: argparse.Action, value: Any, where: str) -> Any:
         if action.nargs == "+" and value is not None and not isinstance(value, (list, dict)):
@@ -171,8 +176,14 @@ class Parser(TrlParser):
         return value
 
     @property
+    def _actions_by_name(self) -> dict[str, argparse.Action]:
+        """Options by their names, the short ones too."""
+        words = {word.removeprefix("--"): action for action in self._actions for word in action.option_strings}
+        return {**words, **{action.dest: action for action in self._actions}}
+
+    @property
     def _known(self) -> set[str]:
-        return {action.dest for action in self._actions} - {"help"}
+        return {name for name in self._actions_by_name if name.isidentifier()} - {"h", "help"}
 
     def _hint(self, word: str) -> str:
         near = difflib.get_close_matches(word.replace("-", "_"), sorted(self._known), 1)

@@ -78,6 +78,15 @@ def require_engine(args: TrainingConfig, engine: Engine) -> None:
         )
 
 
+def any_process(condition: bool, device: torch.device) -> bool:
+    """Whether `condition` holds in any process of the job. Collective: every process calls it equally often."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return condition
+    flag = torch.tensor(int(condition), device=device)
+    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+    return bool(flag.item())
+
+
 class EngineCheck(TrainerCallback):
     """At the start of training, the proof of what `preflight.py` read off the launch: print the engine once, and stop
     where it is not the one asked for."""

@@ -24,7 +24,7 @@ from typing import NoReturn
 import torch
 
 from qlora_rm.console import is_main_process, rank_prefix
-from qlora_rm.errors import UserError, first_line
+from qlora_rm.errors import Terminated, UserError, first_line
 
 LOOK_EVERY = 1.0
 """Seconds between two looks at the store."""
@@ -67,6 +67,8 @@ def ending_together() -> Iterator[None]:
     watch.start()
     try:
         yield
+    except Terminated:  # agreed on by all ranks: none is left behind
+        raise
     except Exception as error:
         _end(error, board)
     finally:

@@ -24,16 +24,18 @@ from qlora_rm.backbone.tokenizer import load_tokenizer
 from qlora_rm.backbone.zero3 import sharded_loading
 from qlora_rm.config import BackboneConfig, require
 from qlora_rm.console import is_main_process, say
-from qlora_rm.errors import UserError
+from qlora_rm.errors import Terminated, UserError
 from qlora_rm.preferences import PreferenceData, Tokenization, load_preferences
 from qlora_rm.training.arguments import Options, parse
-from qlora_rm.training.checkpoints import last_whole, resume_point
+from qlora_rm.training.checkpoints import flush, last_whole, resume_point, written_whole
 from qlora_rm.training.curves import draw_curves
 from qlora_rm.training.engine import EngineCheck
 from qlora_rm.training.failures import ending_together, leave_process_group
 from qlora_rm.training.objective import Objective
 from qlora_rm.training.preflight import preflight
+from qlora_rm.training.terms import Terms, finished_steps, reconcile
 from qlora_rm.training.trainer import PreferenceTrainer
+from qlora_rm.training.universal import take_share
 
 
 def main(argv: list[str]) -> None:
@@ -49,14 +51,14 @@ def run(options: Options) -> None:
     """Train; where that is interrupted, say how to go on."""
     try:
         train(options)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Terminated) as end:
         whole = last_whole(str(options.training.output_dir))
         hint = (
-            f"The last whole checkpoint is {whole}; go on with --resume_from_checkpoint auto."
+            f"The last whole checkpoint is {whole}; go on with --resume auto."
             if whole
             else "No checkpoint was saved yet."
         )
-        say("", f"interrupted. {hint}")
+        say("", f"{'told to end (SIGTERM)' if isinstance(end, Terminated) else 'interrupted'}. {hint}")
         raise
 
 
@@ -69,6 +71,9 @@ def train(options: Options) -> dict[str, float]:
     _require_names(options)
     _require_writable(str(args.output_dir))
     resume = resume_point(str(args.output_dir), args.resume_from_checkpoint)
+    terms = Terms.of(options)
+    if resume is not None:
+        say(*reconcile(Terms.load(resume), terms, args, resume))
     set_seed(args.seed)
 
     tokenizer = load_tokenizer(
@@ -86,16 +91,24 @@ def train(options: Options) -> dict[str, float]:
         say("margins: not read, a Plackett-Luce likelihood has no place for them")
     train_set = _comparisons_with_signal(data.train, options, "training")
     held_out = None if data.held_out is None else _comparisons_with_signal(data.held_out, options, "held-out")
+    if args.resume_from_checkpoint and (steps := finished_steps(args, len(train_set))):
+        say(f"{args.output_dir} is complete: {steps} steps. To train on, raise --num_train_epochs or --max_steps.")
+        return {}
 
     manifest = _describe(options, tokenization, data)
     preflight(options, manifest, len(train_set), resume)
+    _require_same_contract(manifest, resume)
 
     model = load_model(options, tokenizer)
     say(*inventory(model))
-    trainer = _make_trainer(options, model, tokenizer, train_set, held_out, manifest)
-    say(f"going on from {resume}" if resume else f"training on {len(train_set):,} comparisons")
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    return _finish(trainer, manifest, data, tokenization)
+    trainer = _make_trainer(options, model, tokenizer, train_set, held_out)
+    trainer.checkpoint_files = [manifest.save, replace(terms, accumulation=args.gradient_accumulation_steps).save]
+    with trainer.termination.watch():
+        say(f"going on from {resume}" if resume else f"training on {len(train_set):,} comparisons")
+        if resume is not None:
+            take_share(resume, Terms.load(resume), terms, trainer.accelerator)
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        return _finish(trainer, manifest, data, tokenization)
 
 
 def load_model(options: Options, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | PeftModel:
@@ -174,6 +187,14 @@ def _require_same_data(fingerprint: str, resume: Path | None) -> None:
     )
 
 
+def _require_same_contract(manifest: Manifest, resume: Path | None) -> None:
+    """A resumed run makes tokens of text as it did: template, pad and end-of-text tokens."""
+    require(
+        resume is None or Manifest.load(resume).contract == manifest.contract,
+        f"The tokenizer is not what the checkpoint {resume} was trained with: resume with the same tokenizer and template.",
+    )
+
+
 def _comparisons_with_signal(rows: Dataset, options: Options, part: str) -> Dataset:
     """Without the comparisons that hold nothing but ties, where ties are ignored; counted and said."""
     if options.objective.ties != "ignore":
@@ -193,7 +214,6 @@ def _make_trainer(
     tokenizer: PreTrainedTokenizerBase,
     train_set: Dataset,
     held_out: Dataset | None,
-    manifest: Manifest,
 ) -> PreferenceTrainer:
     args = options.training
     # read by our own loading above; TRL would apply them a second time
@@ -209,7 +229,6 @@ def _make_trainer(
         held_out,
         Objective(options.objective, args.center_rewards_coefficient or 0.0),
         callbacks=[check],
-        checkpoint_files=manifest.save,
     )
     check.trainer = trainer
     if not is_main_process():  # transformers prints from the first rank of every host
@@ -240,17 +259,26 @@ def _finish(
 ) -> dict[str, float]:
     """Evaluate once more, save model, tokenizer, manifest and curves, and say where they are.
 
+    The manifest comes last: where it stands, everything else does. Without it the run is not complete, and resuming it
+    comes here again from its last checkpoint.
+
     Every rank computes the golden scores: under ZeRO-3 a forward pass needs them all.
     """
     output = Path(str(trainer.args.output_dir))
     metrics = trainer.evaluate() if data.held_out is not None else {}
-    trainer.save_model(str(output))
-    golden = make_golden(data.golden_candidates, tokenization, partial(_score, trainer))
-    trainer.accelerator.wait_for_everyone()
-    if trainer.args.should_save:
-        trainer.save_state()
-        draw_curves(trainer.state.log_history, output / "curves.png")
-        after_training(manifest, trainer.state.global_step, golden, metrics, data).save(output)
+    with written_whole(output, removed=False):
+        if trainer.args.should_save:
+            (output / MANIFEST).unlink(missing_ok=True)  # an earlier model's, if it was trained on
+        trainer.accelerator.wait_for_everyone()
+        trainer.save_model(str(output))
+        golden = make_golden(data.golden_candidates, tokenization, partial(_score, trainer))
+        trainer.accelerator.wait_for_everyone()
+        if trainer.args.should_save:
+            trainer.save_state()
+            draw_curves(trainer.state.log_history, output / "curves.png")
+            flush(output, below=False)
+            after_training(manifest, trainer.state.global_step, golden, metrics, data).save(output)
+            flush(output, below=False)
     trainer.accelerator.wait_for_everyone()
     if metrics:
         n = len(data.held_out) if data.held_out is not None else 0

@@ -1,39 +1,37 @@
-"""TRL's RewardTrainer, for comparisons of any number of responses, with fp32 masters and whole checkpoints."""
+"""TRL's RewardTrainer, for comparisons of any number of responses, with fp32 masters and even micro-batches."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer_utils import rotate_checkpoints
-from trl import RewardTrainer
 
 from qlora_rm.backbone.packed import dense_width, model_inputs, row_multiple, sharing_model
 from qlora_rm.training.arguments import TrainingConfig
-from qlora_rm.training.checkpoints import checkpoint_folder, mark_whole, unmark
 from qlora_rm.training.collate import Collator
-from qlora_rm.training.objective import Objective, evaluate_batch, summarize
+from qlora_rm.training.objective import EVALUATION, Objective, evaluate_batch, summarize
+from qlora_rm.training.resumable import ResumableTrainer
 from qlora_rm.training.sampling import EvenLoadSampler
 
 COLUMNS = ["prompt_ids", "response_ids", "wins", "ties", "margins", "weight", "length", "tokens"]
 """Of the data set: what the collator reads, and the sizes that samplers read."""
 
 
-class PreferenceTrainer(RewardTrainer):
+class PreferenceTrainer(ResumableTrainer):
     """RewardTrainer over tokenized comparisons (the columns of `preferences.load_preferences`).
 
     What it overrides, and why: the loss (K responses, weights, ties, rankings), preparation of the data (done
-    before), the order (even micro-batches), the evaluation step (exact over uneven batches and ranks), the checkpoint
-    (marked when whole).
+    before), the order (even micro-batches), the evaluation step (exact over uneven batches and ranks). What makes its
+    checkpoints whole and its resume exact is `ResumableTrainer`'s.
 
     Arguments:
         objective: the loss.
-        checkpoint_files: called with every checkpoint's folder on the main process before it counts as whole.
     """
 
     objective: Objective
@@ -47,18 +45,17 @@ class PreferenceTrainer(RewardTrainer):
         held_out: Dataset | None,
         objective: Objective,
         callbacks: list[TrainerCallback] | None = None,
-        checkpoint_files: Any = None,
     ):
         self.objective = objective
         self.pad_token_id = tokenizer.pad_token_id
-        self.checkpoint_files = checkpoint_files
+        self.comparisons = len(train)
         self.shares_prefix = sharing_model(model) is not None
         with keep_trainables(model):
             super().__init__(
                 model=model,
                 args=args,
                 data_collator=Collator(self.pad_token_id, self.shares_prefix, row_multiple(model), dense_width(model)),
-                train_dataset=train,
+                train_dataset=with_filler(train),
                 eval_dataset=held_out,
                 processing_class=tokenizer,
                 compute_metrics=exact_metrics,
@@ -75,8 +72,9 @@ class PreferenceTrainer(RewardTrainer):
         """The seeded random order with even micro-batches, unless another `train_sampling_strategy` is asked for."""
         args = self.args
         data: Any = train_dataset if train_dataset is not None else self.train_dataset
+        data = data.select(range(self.comparisons))
         if args.train_sampling_strategy != "random":
-            return super()._get_train_sampler(train_dataset)
+            return super()._get_train_sampler(data)
         seed = args.data_seed if args.data_seed is not None else args.seed
         batches_per_step = args.world_size * args.gradient_accumulation_steps
         if self.shares_prefix:
@@ -86,7 +84,8 @@ class PreferenceTrainer(RewardTrainer):
                 len(responses) * longest
                 for responses, longest in zip(data["response_ids"], data["length"], strict=True)
             ]
-        return EvenLoadSampler(loads, self._train_batch_size, batches_per_step, seed)
+        self.order = EvenLoadSampler(loads, self._train_batch_size, batches_per_step, seed)
+        return self.order
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -96,18 +95,23 @@ class PreferenceTrainer(RewardTrainer):
         if return_outputs:
             return losses.mean(), evaluate_batch(scores, losses, inputs)
         self._log_batch(scores.detach(), losses.detach(), inputs)
-        return losses.mean()
+        return losses.mean() * (self.order.filled_up(self.state.global_step) if self.order is not None else 1.0)
 
     def _log_batch(self, scores: Tensor, losses: Tensor, inputs: dict[str, Tensor]) -> None:
-        """Running means under TRL's names, over all ranks; one gather a step."""
-        extremes = torch.stack([scores.min(), scores.max(), (inputs["input_ids"] != self.pad_token_id).sum().float()])
-        sums = evaluate_batch(scores, losses, inputs).sum(0)
+        """Running means under TRL's names, over all ranks; one gather a step. Rows that only fill up are left out."""
+        counts = inputs["weight"] > 0
+        scored = counts[inputs["comparison"]]
+        least, most = (torch.where(scored, scores, bound) for bound in (math.inf, -math.inf))
+        extremes = torch.stack([least.min(), most.max(), (inputs["input_ids"] != self.pad_token_id).sum().float()])
+        sums = evaluate_batch(scores, losses, inputs)[counts].sum(0)
         gathered = self.accelerator.gather(torch.cat([sums, extremes])[None])
         step = summarize(gathered[:, : len(sums)])
         least, most, tokens = gathered[:, len(sums) :].unbind(-1)
         self._total_train_tokens += int(tokens.sum())
         metrics = self._metrics["train"]
         metrics["num_tokens"] = [self._total_train_tokens]
+        if not gathered[:, EVALUATION.index("responses")].any():
+            return
         metrics["min_reward"].append(least.min().item())
         metrics["max_reward"].append(most.max().item())
         for name in ("accuracy", "margin", "mean_reward"):
@@ -118,31 +122,29 @@ class PreferenceTrainer(RewardTrainer):
     ) -> tuple[None, Tensor, Tensor]:
         """Sums per comparison as predictions: what is gathered has one row a comparison, so padding of the last
         batch drops out and every pair weighs the same. The loss is left to `exact_metrics` for the same reason."""
+        self.termination.end_if_asked(self.args.device)
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             _, sums = self.compute_loss(model, inputs, return_outputs=True)
         return None, sums, sums[:, 0]
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save, let the caller add its files, mark as whole, and only then delete older checkpoints."""
-        folder = checkpoint_folder(str(self.args.output_dir), self.state.global_step)
-        if self.args.should_save:
-            unmark(folder)
-        self.accelerator.wait_for_everyone()
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            if self.checkpoint_files is not None:
-                self.checkpoint_files(folder)
-            mark_whole(folder)
-            rotate_checkpoints(str(self.args.output_dir), limit, self.state.best_model_checkpoint)
-
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """TRL's card names neither the data nor the scoring contract; the manifest does."""
+
+
+def with_filler(train: Dataset) -> Dataset:
+    """The comparisons and, after the last, a row of one short response that is better than none: it fills up an
+    epoch's last step without a share in the loss."""
+    shortest = min(range(len(train)), key=train["length"].__getitem__)
+    row = train[shortest]
+    nothing: dict[str, Any] = {
+        "response_ids": row["response_ids"][:1],
+        "wins": [],
+        "ties": [],
+        "margins": [],
+        "weight": 0.0,
+    }
+    return concatenate_datasets([train, Dataset.from_list([row | nothing], features=train.features)])
 
 
 def score_batch(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:

@@ -8,6 +8,7 @@ import pytest
 
 from tests.models_for_tests import save_backbone
 from tests.tokenizers_for_tests import small_tokenizer
+from tests.training.forking import Forks
 
 ANIMALS = ("cat", "dog", "bird", "fish", "horse", "cow")
 
@@ -36,6 +37,13 @@ def backbone_folder(tmp_path_factory) -> str:
 @pytest.fixture(scope="session")
 def rows_file(tmp_path_factory) -> str:
     return write_rows(tmp_path_factory.mktemp("rows") / "pairs.jsonl", preference_rows(96))
+
+
+@pytest.fixture(scope="package")
+def forks():
+    forks = Forks()
+    yield forks
+    forks.close()
 
 
 @pytest.fixture

@@ -97,7 +97,7 @@ def test_a_run_is_not_resumed_on_other_data(flags, tmp_path):
 def test_old_checkpoints_go_and_the_run_is_not_overwritten(flags, tmp_path):
     main(flags(save_steps=2, save_total_limit=2))
     assert sorted(p.name for p in (tmp_path / "out").glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-8"]
-    with pytest.raises(UserError, match="resume_from_checkpoint auto"):
+    with pytest.raises(UserError, match="--resume auto"):
         main(flags())
     (tmp_path / "out/checkpoint-8/COMPLETE").unlink()
     with pytest.raises(UserError, match=r"cut off while it was saved.*checkpoint-6"):
@@ -268,7 +268,7 @@ def test_ctrl_c_leaves_the_last_checkpoint_whole(flags, tmp_path):
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 130, said
-    assert "Traceback" not in said and "go on with --resume_from_checkpoint auto" in said
+    assert "Traceback" not in said and "go on with --resume auto" in said
     last = max(out.glob("checkpoint-*/COMPLETE"), key=lambda p: int(p.parent.name.split("-")[1])).parent
     step = int(last.name.split("-")[1])
     main(flags(max_steps=step + 2, save_steps=1000, resume_from_checkpoint="auto"))

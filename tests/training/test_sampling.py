@@ -17,7 +17,8 @@ def test_every_comparison_once_an_epoch_and_the_same_ones_in_every_step(loads, b
     samplers = EvenLoadSampler(loads, batch, batches, seed=7), EvenLoadSampler([1] * len(loads), batch, batches, seed=7)
     for sampler in samplers:
         sampler.set_epoch(epoch)
-        assert sorted(sampler) == list(range(len(loads)))
+        assert sorted(i for i in sampler if i != sampler.filler) == list(range(len(loads)))
+        assert len(list(sampler)) == len(sampler) and len(sampler) % (batch * batches) == 0
         assert list(sampler) == list(sampler)
     assert [sorted(step) for step in steps(samplers[0])] == [sorted(step) for step in steps(samplers[1])]
 

@@ -1,0 +1,271 @@
+"""A trainer that can be cut off at any moment and goes on as if it had not been.
+
+What transformers' trainer leaves open, and is closed here: a checkpoint is whole or does not count; an optimizer step
+is saved once; what has been summed since the last log line, an evaluation that is due, and the order within an epoch
+survive; evaluation draws no random numbers; the command's learning rate is obeyed; SIGTERM saves first.
+"""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from deepspeed import DeepSpeedEngine
+from peft import PeftModel
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainerCallback
+from trl import RewardTrainer
+
+from qlora_rm.errors import Terminated
+from qlora_rm.training.checkpoints import (
+    checkpoint_folder,
+    discard,
+    flush,
+    lacks_room,
+    mark_whole,
+    no_room,
+    prune,
+    step_of,
+    written_whole,
+)
+from qlora_rm.training.engine import any_process
+from qlora_rm.training.sampling import EvenLoadSampler
+from qlora_rm.training.termination import Termination
+
+
+@dataclass
+class Progress:
+    """What stands between two log lines at a checkpoint; transformers saves what has been logged only.
+
+    Attributes:
+        losses: sum of the loss since the last log line, one for each process.
+        logged_at: the step of that line.
+        metrics: TRL's running metrics since then.
+        tokens: trained on so far.
+        evaluation_due: the evaluation that belongs to this step has not been done.
+    """
+
+    losses: list[float]
+    logged_at: int
+    metrics: dict[str, list[float]]
+    tokens: int
+    evaluation_due: bool
+
+    FILE_NAME = "progress.json"
+
+    def save(self, folder: Path) -> None:
+        (folder / self.FILE_NAME).write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        return cls(**json.loads((folder / cls.FILE_NAME).read_text(encoding="utf-8")))
+
+
+class ResumableTrainer(RewardTrainer):
+    """`RewardTrainer` with whole checkpoints and exact resume.
+
+    Attributes:
+        checkpoint_files: called with every checkpoint's folder on the main process before it counts as whole.
+        termination: whether the run was told to end, if somebody watches for it.
+        order: the training data's sampler, if it is ours.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.checkpoint_files: Sequence[Callable[[Path], None]] = ()
+        self.termination = Termination()
+        self.order: EvenLoadSampler | None = None
+        self._resumed: Path | None = None
+        self._saved_step: int | None = None
+        self._epoch_ends = False
+        self._evaluation_due = False
+        self.add_callback(_TakeUp(self))
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        if resume_from_checkpoint is not None:
+            self._resumed = Path(resume_from_checkpoint)
+            self.args.eval_on_start = False  # that was before the first step
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def take_up(self) -> None:
+        """At the start of a resumed training: what the checkpoint knows beyond transformers' state."""
+        if self._resumed is None:
+            return
+        if self._resumed.parent.resolve() == Path(str(self.args.output_dir)).resolve():
+            self._saved_step = step_of(self._resumed)
+        # the command's intervals; transformers keeps the checkpoint's, with a warning
+        self.state.compute_steps(self.args, self.state.max_steps)
+        progress = Progress.load(self._resumed)
+        if len(progress.losses) == self.args.world_size:
+            mine = progress.losses[self.args.process_index]
+        else:
+            mine = sum(progress.losses) / len(progress.losses)
+        self._tr_loss += mine
+        self._globalstep_last_logged = progress.logged_at
+        self._metrics["train"].update(progress.metrics)
+        self._total_train_tokens = progress.tokens
+        if progress.evaluation_due:
+            self.control.should_evaluate = True
+            super()._maybe_log_save_evaluate(
+                self._tr_loss, None, self.model_wrapped, None, self.state.epoch or 0.0, None, time.time()
+            )
+            if self.state.best_global_step == self.state.global_step:
+                self.state.best_model_checkpoint = str(self._resumed)
+
+    def _run_epoch(self, **of: Any) -> None:  # type: ignore[override]
+        """An epoch, or what is left of it.
+
+        accelerate 1.15 does not tell the sampler below a shard of skipped batches which epoch it is: every resumed epoch
+        would have the first one's order. And a run resumed at its last step has no more to do; transformers 5.23 would
+        take another one.
+        """
+        if self.order is not None:
+            self.order.set_epoch(of["epoch"])
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        self.termination.end_if_asked(self.args.device)
+        super()._run_epoch(**of)
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss: Any, grad_norm: Any, model: Any, trial: Any, epoch: Any, *more: Any, **kwargs: Any
+    ) -> None:
+        """Log, evaluate and save what is due at a step's end; leave early where the run was told to end.
+
+        transformers calls this at the end of a step, and once more at the end of an epoch (or of training). At an
+        epoch's last step saving waits for the second call: the step is then saved once, with the epoch's evaluation.
+        """
+        second, self._epoch_ends = self._epoch_ends, False
+        control = self.control
+        first_of_two = not second and (
+            self.state.epoch == epoch + 1 or control.should_training_stop or control.should_epoch_stop
+        )
+        save_later = first_of_two and control.should_save
+        told = self.termination.agreed(self.args.device)
+        self._evaluation_due = second and self._evaluation_due
+        if told:
+            self._evaluation_due |= control.should_evaluate
+            control.should_evaluate = False
+        control.should_save = (control.should_save or told) and not first_of_two
+        saved = control.should_save
+        try:
+            super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, epoch, *more, **kwargs)
+        except Terminated:  # out of an evaluation
+            told, self._evaluation_due = True, True
+            control.should_evaluate = False
+            if not first_of_two:
+                self._save_checkpoint(model, trial)
+        if not first_of_two and (told or (saved and self.termination.agreed(self.args.device))):
+            raise Terminated
+        self._epoch_ends = first_of_two
+        self.control.should_save = save_later
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluation that draws no random numbers, so that training goes on alike whether it was done, redone or left
+        early; leaves by `Terminated` (out of `prediction_step`) where the run was told to end."""
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        try:
+            with torch.random.fork_rng(devices):
+                return super().evaluate(*args, **kwargs)
+        except Terminated:
+            if not self.is_in_train:
+                self._save_checkpoint(self.model_wrapped, None)
+            raise
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Clear the folder, save, let the caller add its files, mark as whole, and only then delete older checkpoints.
+
+        A step that is saved already is left alone: writing it again would leave no whole one for a while.
+        """
+        step, writes = self.state.global_step, self.args.should_save
+        folder = checkpoint_folder(str(self.args.output_dir), step)
+        if step == self._saved_step:
+            return
+        needed = lacks_room(folder) if writes else None
+        if any_process(needed is not None, self.args.device):
+            raise no_room(folder, needed, "too little room is left")
+        if writes:
+            discard(folder)
+        progress = self._progress()  # which waits for all: no process writes into a folder that is being removed
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            with written_whole(folder, removed=writes):
+                super()._save_checkpoint(model, trial)
+                if writes:
+                    progress.save(folder)
+                    for add in self.checkpoint_files:
+                        add(folder)
+                if self.args.local_process_index == 0:
+                    flush(folder)
+                self.accelerator.wait_for_everyone()
+                if writes:
+                    mark_whole(folder)
+        finally:
+            self.args.save_total_limit = limit
+        self._saved_step = step
+        if writes:
+            prune(str(self.args.output_dir), limit, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
+
+    def _progress(self) -> Progress:
+        losses = self.accelerator.gather(self._tr_loss.detach().reshape(1))
+        return Progress(
+            losses.tolist(),
+            self._globalstep_last_logged,
+            dict(self._metrics["train"]),
+            self._total_train_tokens,
+            self._evaluation_due,
+        )
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Under ZeRO-1 and 2 the adapter is whole in every process, and PEFT takes it from there; transformers 5.23
+        would first clone the state of the whole 4-bit model in each of them."""
+        engine = self.model_wrapped
+        if (
+            isinstance(engine, DeepSpeedEngine)
+            and engine.zero_optimization_stage() < 3
+            and isinstance(self.model, PeftModel)
+        ):
+            self._save(output_dir)
+        else:
+            super().save_model(output_dir, _internal_call)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Also keeps what the command says of the optimizer, before a checkpoint's values are loaded over it."""
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        self._told = [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in scheduler.optimizer.param_groups
+        ]
+        return scheduler
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Moments and step of the checkpoint; learning rate, schedule, weight decay and clipping of the command."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        assert self.optimizer is not None
+        groups = self.optimizer.param_groups
+        rates = [group["lr"] for group in groups]
+        schedule: Any = self.lr_scheduler
+        if isinstance(schedule, LambdaLR):  # others go by what has happened; `terms` refuses to change those
+            schedule.base_lrs = [told["initial_lr"] for told in self._told]
+            factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+            rates = [base * factor for base, factor in zip(schedule.base_lrs, factors, strict=True)]
+            schedule._last_lr = rates
+        for group, told, rate in zip(groups, self._told, rates, strict=True):
+            group.update(told | {"lr": rate})
+        if isinstance(self.model_wrapped, DeepSpeedEngine):
+            self.model_wrapped.optimizer.clip_grad = self.args.max_grad_norm
+
+
+class _TakeUp(TrainerCallback):
+    def __init__(self, trainer: ResumableTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.take_up()

@@ -1,0 +1,70 @@
+"""A DeepSpeed checkpoint of N processes for M: converted to DeepSpeed's universal form, beside it."""
+
+import contextlib
+import io
+import shutil
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from deepspeed.checkpoint import ds_to_universal
+
+from qlora_rm.console import say
+from qlora_rm.training.checkpoints import flush, written_whole
+from qlora_rm.training.terms import Terms
+
+LATEST = "latest_universal"
+"""The file DeepSpeed reads the universal folder's name from; written last, so that half a conversion is none."""
+
+
+def take_share(checkpoint: Path, before: Terms, now: Terms, accelerator: Any) -> None:
+    """Where other than as many processes wrote a DeepSpeed checkpoint, convert it and have the engine read that."""
+    if not now.is_sharded or before.world_size == now.world_size:
+        return
+    if accelerator.is_main_process:
+        say(f"converting {checkpoint} of {before.world_size} processes for {now.world_size}")
+        convert(checkpoint)
+    accelerator.wait_for_everyone()
+    # which accelerate hands to the engine that it is about to build
+    accelerator.state.deepspeed_plugin.deepspeed_config["checkpoint"] = {"load_universal": True}
+
+
+def convert(checkpoint: Path) -> None:
+    """Write the universal form of `checkpoint` into it, unless it stands there; it goes when the checkpoint goes.
+
+    It holds each trained weight whole, with its moments, so that any number of processes can take its share.
+
+    Raises:
+        UserError: it could not be written.
+    """
+    if (checkpoint / LATEST).exists():
+        return
+    tag = (checkpoint / "latest").read_text().strip()
+    name, beside = f"{tag}_universal", checkpoint / ".universal"
+    for stale in (beside, checkpoint / name):
+        shutil.rmtree(stale, ignore_errors=True)
+    with written_whole(checkpoint, removed=False):
+        beside.mkdir()
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            ds_to_universal.main(_arguments(checkpoint / tag, beside / name))
+        flush(beside)
+        (beside / name).replace(checkpoint / name)
+        (beside / LATEST).replace(checkpoint / LATEST)
+        flush(checkpoint)
+    shutil.rmtree(beside)
+
+
+def _arguments(source: Path, target: Path) -> Namespace:
+    """One process does it: what is trained is small, and forking beside a process group is not safe.
+
+    ZeRO-1 and 2 save no `universal_checkpoint_info` of their own; for one tensor-parallel rank its default is right.
+    """
+    return Namespace(
+        input_folder=str(source),
+        output_folder=str(target),
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
+    )

@@ -1,0 +1,52 @@
+"""The train door, noting which comparisons each optimizer step saw, and told to end where a test wants it.
+
+Reads RECORD, a folder; END_AT, a step in whose first forward pass the last process sends itself SIGTERM; and PAUSE,
+seconds to wait in every forward pass.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from qlora_rm.cli import main
+from qlora_rm.training import run
+from qlora_rm.training.trainer import PreferenceTrainer
+
+
+class Recorded(PreferenceTrainer):
+    """Writes a line for each micro-batch: the step, and the token ids of its comparisons' sequences."""
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *more: Any) -> Any:
+        step, rank = self.state.global_step + 1, self.args.process_index
+        counting = (inputs["weight"] > 0)[inputs["comparison"]].tolist()
+        rows = zip(inputs["input_ids"], inputs["attention_mask"], counting, strict=True)
+        seen = [ids[mask.bool()].tolist() for ids, mask, counts in rows if counts]
+        with (Path(os.environ["RECORD"]) / f"{rank}.jsonl").open("a") as file:
+            file.write(json.dumps([step, seen]) + "\n")
+        if os.environ.get("END_AT") == str(step) and rank == self.args.world_size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(float(os.environ.get("PAUSE", "0")))
+        return super().training_step(model, inputs, *more)
+
+
+def record() -> None:
+    run.PreferenceTrainer = Recorded
+
+
+def recorded(folder: Path) -> dict[int, list[tuple[int, ...]]]:
+    """The sequences that each optimizer step saw, of all processes, in an order of their own."""
+    steps: dict[int, list[tuple[int, ...]]] = {}
+    for file in sorted(folder.glob("*.jsonl")):
+        for line in file.read_text().splitlines():
+            step, seen = json.loads(line)
+            steps.setdefault(step, []).extend(map(tuple, seen))
+    return {step: sorted(seen) for step, seen in steps.items()}
+
+
+if __name__ == "__main__":
+    record()
+    sys.exit(main(["train", *sys.argv[1:]]))
