@@ -55,9 +55,10 @@ def attach_adapter(backbone: Backbone, config: AdapterConfig) -> PeftModel:
 def _targets(backbone: Backbone, config: AdapterConfig) -> tuple[list[str], list[str]]:
     """PEFT's `target_modules` and `target_parameters`.
 
-    On a mixture of experts PEFT takes the names of an expert's projections for those of the fused experts, as
-    transformers 4 had them: a shared expert or a dense layer so named would be left out, and the experts adapted instead.
-    To target the layer's weight as a parameter says what is meant, and gives the same adapter.
+    On a mixture of experts PEFT 0.21 takes the names of an expert's projections for those of the fused experts, as
+    transformers 4 had them: a shared expert or a dense layer so named would be left out, and the experts adapted instead
+    (peft #3711). To target the layer's weight as a parameter says what is meant, and gives the same adapter. Goes when
+    PEFT leaves full names alone.
     """
     experts = fused_experts(backbone.model)
     if config.lora_experts and not experts:

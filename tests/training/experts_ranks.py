@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from qlora_rm.backbone import expert_linear
 from qlora_rm.backbone.experts import expert_weights, fused_experts
-from qlora_rm.training.run import main
+from qlora_rm.training import run
 from qlora_rm.training.trainer import PreferenceTrainer
 
 used: dict[int, list[StorageWeakRef]] = {}
@@ -47,7 +47,5 @@ class WatchedTrainer(PreferenceTrainer):
 
 if __name__ == "__main__":
     expert_linear._Matrices = Watched  # type: ignore[misc]
-    import qlora_rm.training.run as run
-
     run.PreferenceTrainer = WatchedTrainer  # type: ignore[misc]
-    main(sys.argv[1:])
+    run.main(sys.argv[1:])
