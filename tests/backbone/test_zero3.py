@@ -11,6 +11,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 import transformers as t
+from transformers.integrations import HfDeepSpeedConfig
 
 from qlora_rm.backbone import zero3
 from qlora_rm.errors import UserError
@@ -177,11 +178,19 @@ def test_a_column_is_its_own_column():
     assert weight.view(torch.int8).dtype == torch.int8
 
 
+def refused(match: str, **options) -> None:
+    registered = HfDeepSpeedConfig({"zero_optimization": {"stage": 3, **options}})
+    with pytest.raises(UserError, match=match), zero3.sharded_loading([]):
+        pass
+    del registered  # transformers keeps a weak reference: from here on no ZeRO-3
+
+
 @pytest.mark.parametrize("name", sorted(zero3.KNOWN))
 def test_libraries_of_another_version_are_named(monkeypatch, name):
     monkeypatch.setitem(zero3.KNOWN, name, "0.1")
-    with (
-        pytest.raises(UserError, match=rf"knows {name} 0\.1, not {name} \d.*constraints\.txt"),
-        zero3.sharded_loading([]),
-    ):
-        pass
+    refused(rf"knows {name} 0\.1, not {name} \d.*constraints\.txt")
+
+
+@pytest.mark.parametrize("name", sorted(zero3.HARMFUL))
+def test_options_that_harm_packed_weights_are_refused(name):
+    refused(f"sets {name}.*Take it out", **{name: True})
