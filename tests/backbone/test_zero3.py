@@ -32,7 +32,7 @@ ARCHITECTURES = ("gemma3", "gpt2", "mixtral", "bert", "bart")
 HEADS = ("score.", "classifier.", "bert.pooler.", "classification_head.")
 
 MATRIX = 4 * LARGE["hidden_size"] * LARGE["intermediate_size"]
-"""Bytes of the largest matrix in fp32, in which it is quantized here: 12 MB. A layer is 4.5 such, 51 MB."""
+"""Bytes of the largest matrix in fp32, in which it is quantized here: 12 MB; a layer holds 51 MB of such."""
 
 
 def ranks(count: int, out: Path, jobs: list[dict]) -> list[dict[str, dict]]:
@@ -147,7 +147,8 @@ def test_bitsandbytes_still_keeps_every_gathered_weight(three_ranks):
     """Where this fails, `zero3.free_weights_after_forward` can go."""
     for reports in three_ranks:
         kept = reports["without mend"]["live_after_forward"] - reports["sharded"]["live_after_forward"]
-        assert kept == pytest.approx(reports["sharded"]["frozen"]["packed_whole"], rel=0.1)
+        # all but what reads the frozen embedding, to which no gradient goes back
+        assert 0.8 < kept / reports["sharded"]["frozen"]["packed_whole"] <= 1
 
 
 @pytest.mark.slow
