@@ -24,6 +24,13 @@ from qlora_rm.errors import UserError
 KNOWN = {"bitsandbytes": "0.50", "deepspeed": "0.19", "transformers": "5.23"}
 """Versions whose internals this module knows; elsewhere it would shard wrongly, or not at all, without a word."""
 
+HARMFUL = {
+    "zero_quantized_weights": "it would round packed bytes to 8 bit as if they were weights",
+    "zero_quantized_nontrainable_weights": "it would round packed bytes to 8 bit as if they were weights",
+    "stage3_use_all_reduce_for_fetch_params": "it cannot fetch weights of several dtypes",
+}
+"""Options of `zero_optimization` that destroy 4-bit weights or crash on them (measured on DeepSpeed 0.19)."""
+
 
 @contextmanager
 def sharded_loading(whole: list[str]) -> Iterator[None]:
@@ -41,18 +48,22 @@ def sharded_loading(whole: list[str]) -> Iterator[None]:
         whole: modules left whole, by name: the score head.
 
     Raises:
-        UserError: a library of another version than this reaches into.
+        UserError: a library of another version than this reaches into, or an option of DeepSpeed that harms 4-bit weights.
     """
+    config = deepspeed_config()
     _require_known_libraries()
+    _require_harmless(config["zero_optimization"])
     free_weights_after_forward()
     # an empty module: partitioning and DeepSpeed's sparing linear function as with a model, and nothing entered
-    init = zero.Init(module=nn.Module(), config_dict_or_path=deepspeed_config())
+    init = zero.Init(module=nn.Module(), config_dict_or_path=config)
     set_parameter = core_model_loading.set_param_for_module
 
     def set_and_shard(model: PreTrainedModel, target_name: str, *rest: Any, **more: Any) -> None:
         set_parameter(model, target_name, *rest, **more)
-        if not is_in_head(target_name, whole):
-            _shard(model.get_submodule(target_name.rpartition(".")[0]), init)
+        path = target_name.rpartition(".")[0]
+        for name, parameter in model.get_submodule(path).named_parameters(prefix=path):
+            if not is_in_head(name, whole):
+                _shard(parameter, init)
 
     with (
         _replaced(core_model_loading, "set_param_for_module", set_and_shard),
@@ -62,14 +73,14 @@ def sharded_loading(whole: list[str]) -> Iterator[None]:
         yield
 
 
-def _shard(module: nn.Module, init: zero.Init) -> None:
-    """Shard what is loaded and still whole in a module and below it."""
-    for parameter in module.parameters():
-        if not is_sharded(parameter) and parameter.device.type != "meta":
-            if parameter.device.type == "cpu":
-                # may lie in the mapped file; the broadcast would turn its pages into memory held until the end
-                parameter.data = parameter.data.clone()
-            init._convert_to_zero_parameters([parameter])
+def _shard(parameter: nn.Parameter, init: zero.Init) -> None:
+    """Shard a parameter that is loaded and still whole."""
+    if is_sharded(parameter) or parameter.device.type == "meta":
+        return
+    if parameter.device.type == "cpu":
+        # may lie in the mapped file; the broadcast would turn its pages into memory held until the end
+        parameter.data = parameter.data.clone()
+    init._convert_to_zero_parameters([parameter])
 
 
 def free_weights_after_forward() -> None:
@@ -99,6 +110,12 @@ def _require_known_libraries() -> None:
             f"Sharding 4-bit weights under ZeRO-3 reaches into libraries, and knows {known}, not {found}. Install the "
             "versions of constraints.txt, or train under ZeRO-2, where each process holds the whole 4-bit model."
         )
+
+
+def _require_harmless(options: dict[str, Any]) -> None:
+    for name, reason in HARMFUL.items():
+        if options.get(name):
+            raise UserError(f"The DeepSpeed configuration sets {name}: on a 4-bit backbone {reason}. Take it out.")
 
 
 @contextmanager

@@ -145,6 +145,8 @@ def run(job: dict) -> dict:
             torch.float32,
             loading=None if job.get("stock") else sharded_loading,
         )
+    if job.get("without_mend"):
+        del Params4bit.view
     if not job["steps"]:
         return report | before_the_engine(backbone.model, tokenizer)
     set_seed(0)
