@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from qlora_rm.artifacts.load import RewardModel
 from qlora_rm.artifacts.manifest import Manifest
+from qlora_rm.training.disk import SMALL_FILES, Weights, checkpoint_bytes
 from qlora_rm.training.run import main
 from tests.launching import launch, short_run
 
@@ -34,6 +35,10 @@ def test_two_ranks_end_where_one_process_ends(one_process, backbone_folder, rows
     assert adapter.keys() == one_process.keys()
     for name, weight in adapter.items():
         torch.testing.assert_close(weight, one_process[name], rtol=0, atol=1e-4, msg=name)
+    weights = Weights(sum(weight.numel() for weight in adapter.values()), 73_728)
+    counted = checkpoint_bytes(weights, engine, 2) - SMALL_FILES
+    written = sum(file.stat().st_size for file in (out / "checkpoint-8").rglob("*") if file.is_file())
+    assert counted <= written <= counted + 400_000
     manifest = Manifest.load(out)
     model = RewardModel.load(str(out))
     assert manifest.golden and manifest.reward.n == 48
@@ -78,3 +83,4 @@ def test_an_engine_that_is_not_in_force_is_noticed(backbone_folder, rows_file, t
     done = launch("cpu_zero3", short_run(backbone_folder, rows_file, tmp_path / "out", engine="zero3"), "--cpu")
     assert done.returncode != 0
     assert "The engine asked for is zero3, the one in force is single" in done.stderr
+    assert "compute dtype" not in done.stderr, "told before weights are loaded"
