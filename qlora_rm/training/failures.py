@@ -84,6 +84,7 @@ class Board:
     def __init__(self) -> None:
         self.rank, self.host = int(os.environ["RANK"]), socket.gethostname()
         self.closed = threading.Event()
+        self.known: Failure | None = None
         # a launcher that restarts its ranks keeps the store
         self._key = f"qlora_rm/first_failure/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         launcher_hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -110,13 +111,16 @@ class Board:
         return Failure(**json.loads(standing))
 
     def first(self, within: float = 0.0) -> Failure | None:
-        """The first failure of the job, if there is one `within` so many seconds from now."""
+        """The first failure of the job, if there is one `within` so many seconds from now; it stays `known`."""
         until = time.monotonic() + within
-        while not self._store.check([self._key]):
-            if time.monotonic() >= until:
-                return None
-            time.sleep(0.1)
-        return Failure(**json.loads(self._store.get(self._key)))
+        while self.known is None:
+            if self._store.check([self._key]):
+                self.known = Failure(**json.loads(self._store.get(self._key)))
+            elif time.monotonic() >= until:
+                break
+            else:
+                time.sleep(0.1)
+        return self.known
 
 
 def lost_the_others(error: BaseException | None) -> bool:
@@ -149,7 +153,7 @@ def _end(error: Exception, board: Board) -> NoReturn:
     try:
         first = _cause(error, board)
     except torch.distributed.DistError:  # the store went with whoever hosted it
-        first = None
+        first = board.known
     if first is None:
         cause = "a process killed (out of memory?), a host or a network that is down"
         text = f"{_who(board)} lost the other ranks, and none of them says why: {cause}. {error}"
@@ -165,7 +169,9 @@ def _end(error: Exception, board: Board) -> NoReturn:
     else:
         print(f"{_who(board)} failed:", file=sys.stderr)
         sys.excepthook(type(error), error, error.__traceback__)
-    _record(str(first.message) if first.is_mistake else "".join(traceback.format_exception(error)))
+    _record(first.message if first.is_mistake else "".join(traceback.format_exception(error)))
+    sys.stderr.flush()
+    time.sleep(2 * LOOK_EVERY)  # the store may go with this rank or its launcher: let every rank read it first
     _exit(2 if first.is_mistake else 1)
 
 

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from qlora_rm.artifacts.load import RewardModel
 from qlora_rm.artifacts.manifest import Manifest
+from qlora_rm.training.disk import SMALL_FILES, Weights, checkpoint_bytes
 from qlora_rm.training.run import main
 from tests.launching import launch, short_run
 
@@ -59,6 +60,10 @@ def test_two_ranks_end_where_one_process_ends(one_process, backbone_folder, rows
     assert f"engine: {engine}, 2 processes on cpu, fp32; forests" in done.stderr
     assert tokens_computed(out) == tokens_computed(one_process["true"])  # both ranks', each shared prompt once
     assert_same_weights(out, one_process["false"])
+    trained = Weights(sum(weight.numel() for weight in weights(out).values()), 73_728)
+    counted = checkpoint_bytes(trained, engine, 2) - SMALL_FILES
+    written = sum(file.stat().st_size for file in (out / "checkpoint-20").rglob("*") if file.is_file())
+    assert counted <= written <= counted + 400_000
     manifest = Manifest.load(out)
     model = RewardModel.load(str(out))
     assert manifest.golden and manifest.reward.n == 48
@@ -105,3 +110,4 @@ def test_an_engine_that_is_not_in_force_is_noticed(backbone_folder, rows_file, t
     done = launch("cpu_zero3", short_run(backbone_folder, rows_file, tmp_path / "out", engine="zero3"), "--cpu")
     assert done.returncode != 0
     assert "The engine asked for is zero3, the one in force is single" in done.stderr
+    assert "compute dtype" not in done.stderr, "told before weights are loaded"
