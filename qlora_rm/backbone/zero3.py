@@ -24,13 +24,6 @@ from qlora_rm.errors import UserError
 KNOWN = {"bitsandbytes": "0.50", "deepspeed": "0.19", "transformers": "5.23"}
 """Versions whose internals this module knows; elsewhere it would shard wrongly, or not at all, without a word."""
 
-HARMFUL = {
-    "zero_quantized_weights": "it would round packed bytes to 8 bit as if they were weights",
-    "zero_quantized_nontrainable_weights": "it would round packed bytes to 8 bit as if they were weights",
-    "stage3_use_all_reduce_for_fetch_params": "it cannot fetch weights of several dtypes",
-}
-"""Options of `zero_optimization` that destroy 4-bit weights or crash on them (measured on DeepSpeed 0.19)."""
-
 
 @contextmanager
 def sharded_loading(whole: list[str]) -> Iterator[None]:
@@ -48,14 +41,12 @@ def sharded_loading(whole: list[str]) -> Iterator[None]:
         whole: modules left whole, by name: the score head.
 
     Raises:
-        UserError: a library of another version than this reaches into, or an option of DeepSpeed that harms 4-bit weights.
+        UserError: a library of another version than this reaches into.
     """
-    config = deepspeed_config()
     _require_known_libraries()
-    _require_harmless(config["zero_optimization"])
     free_weights_after_forward()
     # an empty module: partitioning and DeepSpeed's sparing linear function as with a model, and nothing entered
-    init = zero.Init(module=nn.Module(), config_dict_or_path=config)
+    init = zero.Init(module=nn.Module(), config_dict_or_path=deepspeed_config())
     set_parameter = core_model_loading.set_param_for_module
 
     def set_and_shard(model: PreTrainedModel, target_name: str, *rest: Any, **more: Any) -> None:
@@ -110,12 +101,6 @@ def _require_known_libraries() -> None:
             f"Sharding 4-bit weights under ZeRO-3 reaches into libraries, and knows {known}, not {found}. Install the "
             "versions of constraints.txt, or train under ZeRO-2, where each process holds the whole 4-bit model."
         )
-
-
-def _require_harmless(options: dict[str, Any]) -> None:
-    for name, reason in HARMFUL.items():
-        if options.get(name):
-            raise UserError(f"The DeepSpeed configuration sets {name}: on a 4-bit backbone {reason}. Take it out.")
 
 
 @contextmanager

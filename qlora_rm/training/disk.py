@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from qlora_rm.backbone.adapter import attach_adapter
-from qlora_rm.backbone.head import head_modules, is_in_head
+from qlora_rm.backbone.head import head_modules
 from qlora_rm.backbone.inventory import human_bytes
 from qlora_rm.backbone.load import Backbone, skeleton
 from qlora_rm.errors import UserError
@@ -21,55 +21,34 @@ from qlora_rm.training.checkpoints import checkpoints
 FP32 = 4
 ADAMW_STATES = 2 * FP32
 """Mean and variance of the gradient, per trained weight; optimizers that keep less leave room."""
-WEIGHTS_PER_ABSMAX = 64
-"""bitsandbytes' block: one byte of quantization state for so many 4-bit weights (Dettmers et al. 2023, double quantization)."""
 SMALL_FILES = 32_000_000
 """Tokenizer, manifest, states of the random generators: what does not grow with the model."""
 
 
-@dataclass(frozen=True)
-class Weights:
-    """How many weights a model has.
+def trained_weights(options: Options, config: PretrainedConfig) -> int:
+    """Weights of adapter and head, or of the whole model where it is fine-tuned whole.
 
-    Attributes:
-        trained: adapter and head, or the whole model where it is fine-tuned whole.
-        quantized: in 4 bit.
+    Counted on a skeleton of the model without memory behind it, with the very adapter that training attaches.
     """
-
-    trained: int
-    quantized: int
-
-
-def count_weights(options: Options, config: PretrainedConfig) -> Weights:
-    """Counted on a skeleton of the model without memory behind it, with the very adapter that training attaches."""
-    model = skeleton(config, options.training.trust_remote_code)
-    head = head_modules(model)
-    quantized = 0
-    if options.backbone.quantization == "4bit":
-        embedding = model.get_input_embeddings().weight
-        matrices = (p for name, p in model.named_parameters() if p.dim() > 1 and not is_in_head(name, head))
-        quantized = sum(p.numel() for p in matrices if p is not embedding)
     if options.adapter.adapter:
         saved = Path(options.adapter.adapter) / SAFETENSORS_WEIGHTS_NAME
-        return Weights(saved.stat().st_size // FP32 if saved.exists() else 0, quantized)
-    trained: nn.Module = model
+        return saved.stat().st_size // FP32 if saved.exists() else 0
+    model: nn.Module = skeleton(config, options.training.trust_remote_code)
     if options.adapter.use_lora:
         with torch.device("meta"):
-            trained = attach_adapter(Backbone(model, head, True), options.adapter)
-    return Weights(sum(p.numel() for p in trained.parameters() if p.requires_grad), quantized)
+            model = attach_adapter(Backbone(model, head_modules(model), True), options.adapter)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def checkpoint_bytes(weights: Weights, engine: str, world_size: int) -> int:
+def checkpoint_bytes(trained: int, engine: str) -> int:
     """Bytes of one checkpoint, over all ranks.
 
     One fp32 copy of what is trained, AdamW's two states of it, and under DeepSpeed its fp32 masters; ZeRO-1 and ZeRO-2
-    save the trained weights once more in their engine's state. DeepSpeed also saves the frozen weights' quantization
-    state: once, under ZeRO-3 once per rank.
+    save the trained weights once more in their engine's state.
     """
-    size = weights.trained * (FP32 + ADAMW_STATES) + SMALL_FILES
+    size = trained * (FP32 + ADAMW_STATES) + SMALL_FILES
     if engine.startswith("zero"):
-        size += weights.trained * FP32 * (1 if engine == "zero3" else 2)
-        size += weights.quantized // WEIGHTS_PER_ABSMAX * (world_size if engine == "zero3" else 1)
+        size += trained * FP32 * (1 if engine == "zero3" else 2)
     return size
 
 
@@ -103,11 +82,11 @@ class DiskNeed:
     @classmethod
     def of(cls, options: Options, config: PretrainedConfig, engine: str, comparisons: int) -> "DiskNeed":
         args = options.training
-        weights = count_weights(options, config)
-        one = checkpoint_bytes(weights, engine, args.world_size)
+        trained = trained_weights(options, config)
+        one = checkpoint_bytes(trained, engine)
         made = checkpoints_made(args, comparisons)
         kept = made if args.save_total_limit is None else min(made, args.save_total_limit + 1)
-        final = weights.trained * FP32 + SMALL_FILES
+        final = trained * FP32 + SMALL_FILES
         return cls(one if made else final, kept * one + final)
 
     def require_room(self, folder: Path) -> str | None:

@@ -33,6 +33,7 @@ from qlora_rm.training.checkpoints import (
     written_whole,
 )
 from qlora_rm.training.engine import any_process
+from qlora_rm.training.quantization_state import without_quantization_state
 from qlora_rm.training.sampling import EvenLoadSampler
 from qlora_rm.training.termination import Termination
 
@@ -194,7 +195,8 @@ class ResumableTrainer(RewardTrainer):
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             with written_whole(folder, removed=writes):
-                super()._save_checkpoint(model, trial)
+                with without_quantization_state(self.model):
+                    super()._save_checkpoint(model, trial)
                 if writes:
                     progress.save(folder)
                     for add in self.checkpoint_files:

@@ -140,7 +140,8 @@ def reconcile(before: Terms, now: Terms, args: Any, folder: Path) -> list[str]:
         "the base it was trained on only; name that base, or start anew in another --output_dir.",
     )
     for name in ON_RESUME["refused"]:
-        was, is_now = before.options[name], now.options[name]
+        is_now = now.options[name]
+        was = before.options.get(name, is_now)
         require(was == is_now, f"--{name} was {was} in the run of {folder} and is {is_now} now. {_way_out(name, was)}")
     require(
         now.options["train_sampling_strategy"] == "random",
@@ -162,7 +163,7 @@ def reconcile(before: Terms, now: Terms, args: Any, folder: Path) -> list[str]:
 
 
 def _obeyed(before: Terms, now: Terms) -> list[str]:
-    changed = [name for name in ON_RESUME["obeyed"] if before.options[name] != now.options[name]]
+    changed = [name for name in ON_RESUME["obeyed"] if before.options.get(name) != now.options[name]]
     kinds = (before.options["lr_scheduler_type"], now.options["lr_scheduler_type"])
     stuck = [name for name in changed if name in SCHEDULE and set(kinds) & set(ADAPTIVE)]
     if stuck:

@@ -190,8 +190,3 @@ def refused(match: str, **options) -> None:
 def test_libraries_of_another_version_are_named(monkeypatch, name):
     monkeypatch.setitem(zero3.KNOWN, name, "0.1")
     refused(rf"knows {name} 0\.1, not {name} \d.*constraints\.txt")
-
-
-@pytest.mark.parametrize("name", sorted(zero3.HARMFUL))
-def test_options_that_harm_packed_weights_are_refused(name):
-    refused(f"sets {name}.*Take it out", **{name: True})

@@ -33,7 +33,8 @@ class Forks:
         """`qlora-rm train` with these flags.
 
         Arguments:
-            kill_after: seconds after which it is sent `signals`, each with the seconds to wait before the next.
+            kill_after: seconds after which it is sent `signals`, each with the seconds to wait before the next; counted
+                from the beginning of training where `in_training` is true.
             kill_at_change: it kills itself before so many'th change to a file of its output folder.
             end_at: a method of the trainer and a number: it sends itself SIGTERM in so many'th call.
             record: a folder for what `recorded_train` notes.
@@ -71,9 +72,15 @@ def one_run(request: dict[str, Any]) -> dict[str, Any]:
     out = Path(request["flags"][request["flags"].index("--output_dir") + 1])
     said, counted = out.with_suffix(".said"), out.with_suffix(".changes")
     start = time.monotonic()
+    said.write_bytes(b"")
     child = os.fork()
     if child == 0:
         in_child(request, out, said, counted)
+    while request.get("in_training") and b"engine:" not in said.read_bytes():
+        if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            break
+        time.sleep(0.005)
+    training = time.monotonic()
     if "kill_after" in request:
         time.sleep(request["kill_after"])
         for number, pause in request.get("signals", [[signal.SIGKILL, 0]]):
@@ -87,7 +94,7 @@ def one_run(request: dict[str, Any]) -> dict[str, Any]:
     return {
         "status": code if code >= 0 else 128 - code,
         "said": said.read_text(errors="replace"),
-        "seconds": time.monotonic() - start,
+        "seconds": time.monotonic() - (training if request.get("in_training") else start),
         "changes": len(counted.read_bytes()),
     }
 

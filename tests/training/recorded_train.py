@@ -1,7 +1,7 @@
 """The train door, noting which comparisons each optimizer step saw, and told to end where a test wants it.
 
-Reads RECORD, a folder; END_AT, a step in whose first forward pass the last process sends itself SIGTERM; and PAUSE,
-seconds to wait in every forward pass.
+Reads RECORD, a folder; END_AT, a step in whose first forward pass the last process sends itself SIGTERM; KILL_IN_SAVE,
+a step in whose checkpoint the first one dies once the optimizer is written; PAUSE, seconds to wait in forward passes.
 """
 
 import json
@@ -31,6 +31,11 @@ class Recorded(PreferenceTrainer):
             os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(float(os.environ.get("PAUSE", "0")))
         return super().training_step(model, inputs, *more)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        if os.environ.get("KILL_IN_SAVE") == str(self.state.global_step) and self.args.process_index == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        super()._save_rng_state(output_dir)
 
 
 def record() -> None:

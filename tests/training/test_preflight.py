@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 from qlora_rm.backbone.load import read_model_config
 from qlora_rm.errors import UserError
 from qlora_rm.training.arguments import _require_own_card, parse
-from qlora_rm.training.disk import SMALL_FILES, DiskNeed, Weights, checkpoint_bytes, checkpoints_made, count_weights
+from qlora_rm.training.disk import SMALL_FILES, DiskNeed, checkpoint_bytes, checkpoints_made, trained_weights
 from qlora_rm.training.preflight import Report, _raise_first, _require_alike, stored_as, unsound_settings
 from qlora_rm.training.run import main
 
@@ -79,26 +79,24 @@ def size_of(folder: Path) -> int:
 def test_a_checkpoint_is_as_large_as_counted(flags, tmp_path, choice, backbone_folder):
     words = flags(max_steps=1, save_steps=1, **choice)
     options = parse(words)
-    weights = count_weights(options, read_model_config(backbone_folder))
+    trained = trained_weights(options, read_model_config(backbone_folder))
     main(words)
-    counted = checkpoint_bytes(weights, "single", 1) - SMALL_FILES
+    counted = checkpoint_bytes(trained, "single") - SMALL_FILES
     assert counted <= size_of(tmp_path / "out/checkpoint-1") <= counted + 300_000
     assert counted > 1_000_000
 
 
 def test_an_adapter_that_is_gone_on_with_is_counted_too(flags, tmp_path, backbone_folder):
     main(flags(max_steps=1))
-    new = count_weights(parse(flags()), read_model_config(backbone_folder))
-    known = count_weights(parse(flags(adapter=str(tmp_path / "out"))), read_model_config(backbone_folder))
-    assert new.quantized == known.quantized > 0
-    assert known.trained == pytest.approx(new.trained, rel=0.1)
+    new = trained_weights(parse(flags()), read_model_config(backbone_folder))
+    known = trained_weights(parse(flags(adapter=str(tmp_path / "out"))), read_model_config(backbone_folder))
+    assert known == pytest.approx(new, rel=0.1) and new > 0
 
 
-def test_deepspeed_saves_masters_and_quantization_states():
-    weights, small = Weights(trained=10**9, quantized=64 * 10**9), SMALL_FILES
-    assert checkpoint_bytes(weights, "ddp", 8) - small == 12e9
-    assert checkpoint_bytes(weights, "zero2", 8) - small == 20e9 + 1e9
-    assert checkpoint_bytes(weights, "zero3", 8) - small == 16e9 + 8e9
+def test_deepspeed_saves_masters_too():
+    assert checkpoint_bytes(10**9, "ddp") - SMALL_FILES == 12e9
+    assert checkpoint_bytes(10**9, "zero2") - SMALL_FILES == 20e9
+    assert checkpoint_bytes(10**9, "zero3") - SMALL_FILES == 16e9
 
 
 @pytest.mark.parametrize(
@@ -127,9 +125,8 @@ def test_a_disk_that_holds_no_checkpoint_stops_the_run_before_weights_are_loaded
 
 def test_a_disk_that_will_not_hold_all_that_is_kept_is_warned_of(flags, tmp_path, backbone_folder, capfd):
     config = read_model_config(backbone_folder)
-    a_rank = (
-        count_weights(parse(flags(lora_r=2)), config).trained - count_weights(parse(flags(lora_r=1)), config).trained
-    )
+    two, one = (trained_weights(parse(flags(lora_r=rank)), config) for rank in (2, 1))
+    a_rank = two - one
     rank = int(shutil.disk_usage(tmp_path).free / (a_rank * 12) / 2)  # a checkpoint of half of what is free
     options = parse(flags(lora_r=rank, max_steps=8, save_steps=1, save_total_limit=2))
     need = DiskNeed.of(options, config, "single", 72)

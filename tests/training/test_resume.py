@@ -43,9 +43,9 @@ def flags_of(backbone_folder, rows_file):
 
 @pytest.fixture(scope="module")
 def through(forks, flags_of, tmp_path_factory):
-    """The uninterrupted run: its folder, and how it ended."""
+    """The uninterrupted run: its folder, and how it ended, its seconds counted from the beginning of training."""
     out = tmp_path_factory.mktemp("through") / "out"
-    ended = forks.run(flags_of(out))
+    ended = forks.run(flags_of(out), in_training=True)
     assert ended.status == 0, ended.said
     return out, ended
 
@@ -87,7 +87,9 @@ def test_killed_at_random_moments(forks, flags_of, through, tmp_path, seed):
     for moment in range(MOMENTS // 4):
         out = tmp_path / str(moment)
         for _ in range(draw.choice((1, 1, 2))):
-            forks.run(flags_of(out), kill_after=draw.uniform(0.3, 1.1) * through[1].seconds)
+            forks.run(
+                flags_of(out), kill_after=draw.uniform(0, 1) * through[1].seconds, in_training=draw.random() < 0.9
+            )
         finish(forks, flags_of(out))
         assert_same_end(out, through[0])
         shutil.rmtree(out)

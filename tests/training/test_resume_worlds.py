@@ -103,3 +103,16 @@ def test_deepspeed_goes_on_with_another_number_of_processes(flags_of, through, t
         steps |= recorded(record)
     assert steps == through[1]
     assert farthest(out, through[0]) < 1e-5
+
+
+def test_a_process_killed_in_a_save_leaves_the_checkpoint_before(flags_of, through, tmp_path):
+    """Its sibling does not wait for it for ever, and what the two had written of the last step is not taken."""
+    out = tmp_path / "out"
+    flags, record = flags_of(out, gradient_accumulation_steps=1), {"RECORD": str(tmp_path)}
+    killed = launch("cpu_zero3", flags, script="tests/training/recorded_train.py", KILL_IN_SAVE="16", **record)
+    assert killed.returncode != 0 and "told to end" not in killed.stderr
+    assert list((out / "checkpoint-16").rglob("*optim_states.pt")) and not is_whole(out / "checkpoint-16")
+    done = launch("cpu_zero3", flags, script="tests/training/recorded_train.py", **record)
+    assert done.returncode == 0 and "checkpoint-8\n" in done.stderr, done.stderr[-5000:]
+    assert is_whole(out / "checkpoint-16")
+    assert farthest(out, through[0]) < 1e-5
