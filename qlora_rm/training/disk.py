@@ -33,11 +33,12 @@ def trained_weights(options: Options, config: PretrainedConfig) -> int:
     if options.adapter.adapter:
         saved = Path(options.adapter.adapter) / SAFETENSORS_WEIGHTS_NAME
         return saved.stat().st_size // FP32 if saved.exists() else 0
-    model: nn.Module = skeleton(config, options.training.trust_remote_code)
+    model = skeleton(config, options.training.trust_remote_code)
+    trained: nn.Module = model
     if options.adapter.use_lora:
         with torch.device("meta"):
-            model = attach_adapter(Backbone(model, head_modules(model), True), options.adapter)
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+            trained = attach_adapter(Backbone(model, head_modules(model), True), options.adapter)
+    return sum(p.numel() for p in trained.parameters() if p.requires_grad)
 
 
 def checkpoint_bytes(trained: int, engine: str) -> int:

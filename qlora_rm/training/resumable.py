@@ -195,7 +195,7 @@ class ResumableTrainer(RewardTrainer):
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             with written_whole(folder, removed=writes):
-                with without_quantization_state(self.model):
+                with without_quantization_state(model):
                     super()._save_checkpoint(model, trial)
                 if writes:
                     progress.save(folder)
