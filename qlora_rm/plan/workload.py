@@ -1,0 +1,140 @@
+"""How many tokens a micro-batch has: assumed from a length and a share, or measured on tokenized comparisons."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from transformers import PreTrainedModel
+
+from qlora_rm.backbone.packed import FLEX_BLOCK, PrefixSharing
+from qlora_rm.config import BackboneConfig
+from qlora_rm.plan.rehearsal import Batch
+from qlora_rm.preferences.forest import SHARE_FROM, grow, pays
+
+HEAVIEST = 64
+"""Comparisons that are looked at: more than stand in any micro-batch that is planned."""
+
+
+class Workload(Protocol):
+    """What a plan must know of the data."""
+
+    longest: int
+    """Tokens of the longest sequence."""
+
+    def batch(self, pairs: int) -> Batch:
+        """Shape of a micro-batch of so many comparisons, the largest there can be."""
+
+    def cut(self, length: int) -> "Workload":
+        """The same with no sequence longer than `length`."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the train door will lay out a micro-batch for a model.
+
+    Attributes:
+        kernel: attention kernel.
+        packed: each prompt once, where it can; otherwise padded.
+        row_multiple: what the lengths of a forest's rows are a multiple of.
+        width: hidden size of the backbone where attention goes through a dense mask, so that a forest that would be more
+            work is padded; None where the kernel skips what the mask hides.
+    """
+
+    kernel: str
+    packed: bool
+    row_multiple: int
+    width: int | None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, config: BackboneConfig, *, cuda: bool) -> "Layout":
+        """What `backbone.packed.share_prefixes` will decide, as far as it can be told without a probe."""
+        text = model.config.get_text_config()
+        dropout = any(getattr(text, name, 0) for name in ("attention_dropout", "attn_pdrop"))
+        packed = config.share_prefix != "false" and isinstance(model, PrefixSharing)
+        flex = packed and cuda and model._supports_flex_attn and not dropout
+        kernel = config.attn_implementation or ("flex_attention" if flex else "sdpa")
+        packed = packed and kernel in ("sdpa", "eager", "flex_attention")
+        if kernel == "flex_attention":
+            return cls(kernel, packed, FLEX_BLOCK, None)
+        # others (flash_attention_2) keep what FlexAttention keeps: no mask and no scores
+        return cls(kernel if kernel in ("sdpa", "eager") else "flex_attention", packed, 1, text.hidden_size)
+
+
+@dataclass(frozen=True)
+class Assumed:
+    """Comparisons whose sequences all have the full length.
+
+    Attributes:
+        share: part of a sequence that is the common prompt, at least 0 and below 1.
+        responses: to each prompt.
+    """
+
+    longest: int
+    share: float
+    responses: int
+    layout: Layout
+
+    def batch(self, pairs: int) -> Batch:
+        scores = pairs * self.responses
+        if not self.layout.packed:
+            return Batch(scores, self.longest, scores, packed=False)
+        prompt = int(self.longest * self.share)
+        if prompt < SHARE_FROM * self.longest or prompt == 0:
+            return Batch(scores, multiple(self.longest, self.layout.row_multiple), scores)
+        tree = prompt + self.responses * (self.longest - prompt)
+        return Batch(pairs, multiple(tree, self.layout.row_multiple), scores)
+
+    def cut(self, length: int) -> "Assumed":
+        return replace(self, longest=min(length, self.longest))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Tokenized comparisons as they are, the heaviest first; a micro-batch is taken to hold the heaviest of all.
+
+    Attributes:
+        comparisons: sequences of token ids of each.
+    """
+
+    comparisons: Sequence[Sequence[list[int]]]
+    longest: int
+    layout: Layout
+
+    @classmethod
+    def of(cls, rows: Iterable[Mapping[str, Any]], layout: Layout) -> "Measured":
+        """From rows with the columns of `preferences.load_preferences`."""
+
+        def size(row: Mapping[str, Any]) -> int:
+            return int(row["tokens"] if layout.packed else len(row["response_ids"]) * row["length"])
+
+        longest = 0
+        heaviest: list[Mapping[str, Any]] = []
+        for row in rows:
+            longest = max(longest, int(row["length"]))
+            heaviest.append(row)
+            if len(heaviest) == 4 * HEAVIEST:
+                heaviest = sorted(heaviest, key=size, reverse=True)[:HEAVIEST]
+        heaviest = sorted(heaviest, key=size, reverse=True)[:HEAVIEST]
+        return cls([[row["prompt_ids"] + ids for ids in row["response_ids"]] for row in heaviest], longest, layout)
+
+    def batch(self, pairs: int) -> Batch:
+        chosen = [self.comparisons[i % len(self.comparisons)] for i in range(pairs)]
+        # the first token tells comparisons apart: of few, some are taken twice, and copies would share everything
+        sequences = [[-i, *ids[1:]] for i, group in enumerate(chosen) for ids in group]
+        padded = Batch(len(sequences), max(map(len, sequences)), len(sequences), packed=False)
+        if not self.layout.packed:
+            return padded
+        forest = grow(sequences, 0, self.layout.row_multiple)
+        if self.layout.width is not None and not pays(forest, sequences, self.layout.width):
+            return padded
+        return Batch(*forest.input_ids.shape, len(sequences))
+
+    def cut(self, length: int) -> "Measured":
+        """The oldest tokens go first, as many of all sequences of a comparison."""
+        cut = [[ids[max(0, max(map(len, group)) - length) :] for ids in group] for group in self.comparisons]
+        return replace(self, comparisons=cut, longest=min(length, self.longest))
+
+
+def multiple(length: int, of: int) -> int:
+    """The next multiple of `of`."""
+    return -(-length // of) * of
