@@ -9,10 +9,11 @@ Layers of one kind cost the same, so the step is rehearsed on two of each kind a
 for the rest.
 """
 
+import math
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import bitsandbytes as bnb
@@ -58,6 +59,10 @@ class Step:
 
     def times(self, n: int) -> "Step":
         return Step(self.kept * n, self.peak * n, self.gradients * n)
+
+    def towards(self, other: "Step", part: float) -> "Step":
+        """On the straight line to `other`."""
+        return Step(*(math.ceil(a + (b - a) * part) for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def minus(self, other: "Step") -> "Step":
         return self + other.times(-1)
@@ -233,15 +238,14 @@ def kinds_of_layers(model: PreTrainedModel, layers: Any) -> list[Any]:
 
 
 def materialize(model: nn.Module) -> None:
-    """Give every parameter and buffer of a skeleton a fake storage; quantized layers become `FrozenLinear`."""
+    """Give every parameter and buffer of a skeleton a fake storage; quantized layers get a stand-in's class."""
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is None:
                 continue
             if isinstance(parameter, (bnb.nn.Params4bit, bnb.nn.Int8Params)):
                 stored = torch.empty(quantized_bytes(parameter)[0], dtype=torch.uint8)
-                module.keeps_input = isinstance(module, bnb.nn.Linear8bitLt)
-                module.__class__ = FrozenLinear
+                module.__class__ = FrozenLinear4bit if isinstance(module, bnb.nn.Linear4bit) else FrozenLinear8bit
                 module._parameters[name] = nn.Parameter(stored, requires_grad=False)
             else:
                 stored = torch.empty(parameter.shape, dtype=parameter.dtype)
@@ -262,7 +266,7 @@ class FrozenProduct(torch.autograd.Function):
         return nn.functional.linear(x, unpacked(ctx.shape, x), bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         return grad @ unpacked(ctx.shape, grad), None, None, None
 
 
@@ -274,17 +278,19 @@ def unpacked(shape: tuple[int, int], like: Tensor) -> Tensor:
     return torch.empty(shape, dtype=like.dtype)
 
 
-class FrozenLinear(nn.Module):
-    """Takes the place of a `Linear4bit` or `Linear8bitLt`."""
-
-    out_features: int
-    bias: Tensor | None
-    keeps_input: bool
+class FrozenLinear4bit(bnb.nn.Linear4bit):
+    """Takes the place of a `Linear4bit` with storage."""
 
     def forward(self, x: Tensor) -> Tensor:
-        compute = getattr(self, "compute_dtype", None) or x.dtype
-        bias = None if self.bias is None else self.bias.to(compute)
-        return FrozenProduct.apply(x.to(compute), self.out_features, bias, self.keeps_input).to(x.dtype)
+        bias = None if self.bias is None else self.bias.to(self.compute_dtype)
+        return FrozenProduct.apply(x.to(self.compute_dtype), self.out_features, bias, False).to(x.dtype)
+
+
+class FrozenLinear8bit(bnb.nn.Linear8bitLt):
+    """Takes the place of a `Linear8bitLt`, whose product keeps its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return FrozenProduct.apply(x, self.out_features, self.bias, True)
 
 
 class Flex(torch.autograd.Function):
@@ -297,7 +303,7 @@ class Flex(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value, _, logsumexp = ctx.saved_tensors
         _delta = torch.empty_like(logsumexp)
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)

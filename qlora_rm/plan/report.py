@@ -1,11 +1,8 @@
 """A plan, for people and as JSON: what the backbone weighs, what a step takes, what fits, and the line to type."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
-
-import torch
 
 from qlora_rm.backbone.precision import DTYPES
 from qlora_rm.backbone.tokenizer import load_tokenizer

@@ -49,16 +49,29 @@ class Planner:
         self.rehearsal = Rehearsal(model, dtype, self.layout.kernel)
 
     def step(self, setting: Setting) -> Step:
-        """What a micro-batch takes, rehearsed once for each shape."""
-        accumulates = setting.engine != "single" or setting.accumulation > 1
+        """What a micro-batch takes.
+
+        Rehearsed for one comparison and for the most there may be. Every storage grows by so much a row, so the peak, a
+        maximum of straight lines, lies on the line between the two or below it. Where rows differ in length, rehearsed.
+        """
+        few, many = self.workload.batch(1), self.workload.batch(PAIRS[0])
         batch = self.workload.batch(setting.pairs)
-        return self.rehearsal.step(batch, checkpointing=setting.checkpointing, accumulates=accumulates)
+        accumulates = setting.engine != "single" or setting.accumulation > 1
+        if not (few.length == many.length == batch.length and few.packed == many.packed == batch.packed):
+            return self.rehearsal.step(batch, checkpointing=setting.checkpointing, accumulates=accumulates)
+        low, high = (
+            self.rehearsal.step(end, checkpointing=setting.checkpointing, accumulates=accumulates)
+            for end in (few, many)
+        )
+        return low.towards(high, (batch.rows - few.rows) / (many.rows - few.rows))
 
     def memory(self, setting: Setting, card: Card) -> Memory:
         return memory(self.weights, self.step(setting), setting, card)
 
     def fits(self, setting: Setting, card: Card) -> bool:
-        return self.memory(setting, card).total <= card.memory
+        """Whether it does; without a rehearsal where not even the weights do."""
+        alone = memory(self.weights, Step(0, 0, 0), setting, card).total
+        return alone <= card.memory and self.memory(setting, card).total <= card.memory
 
     def candidates(self, card: Card, ranks: int, engine: Engine | None = None) -> list[Setting]:
         """All settings of `ranks` ranks (with one engine, if it is given), the fastest first."""

@@ -18,8 +18,9 @@ HEAVIEST = 64
 class Workload(Protocol):
     """What a plan must know of the data."""
 
-    longest: int
-    """Tokens of the longest sequence."""
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
 
     def batch(self, pairs: int) -> Batch:
         """Shape of a micro-batch of so many comparisons, the largest there can be."""
@@ -127,7 +128,8 @@ class Measured:
         forest = grow(sequences, 0, self.layout.row_multiple)
         if self.layout.width is not None and not pays(forest, sequences, self.layout.width):
             return padded
-        return Batch(*forest.input_ids.shape, len(sequences))
+        rows, length = forest.input_ids.shape
+        return Batch(rows, length, len(sequences))
 
     def cut(self, length: int) -> "Measured":
         """The oldest tokens go first, as many of all sequences of a comparison."""
