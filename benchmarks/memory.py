@@ -39,10 +39,10 @@ RESULTS = ROOT / "benchmarks" / "results" / "memory_cpu.json"
 GIVES_BACK = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 SHAPES: dict[str, dict[str, Any]] = {
     "llama 768x12": {"model_type": "llama", "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12, "num_key_value_heads": 12},
-    "llama 1536x8, 4 kv heads": {"model_type": "llama", "hidden_size": 1536, "intermediate_size": 4096, "num_hidden_layers": 8, "num_attention_heads": 16, "num_key_value_heads": 4},
-    "qwen2 1024x12": {"model_type": "qwen2", "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 12, "num_attention_heads": 16, "num_key_value_heads": 8},
-    "gemma3 1024x12, windows": {"model_type": "gemma3_text", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 12, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 128, "sliding_window": 256},
-    "gpt2 1024x12": {"model_type": "gpt2", "n_embd": 1024, "n_layer": 12, "n_head": 16},
+    "llama 1536x4, 4 kv heads": {"model_type": "llama", "hidden_size": 1536, "intermediate_size": 4096, "num_hidden_layers": 4, "num_attention_heads": 16, "num_key_value_heads": 4},
+    "qwen2 1024x6": {"model_type": "qwen2", "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 6, "num_attention_heads": 16, "num_key_value_heads": 8},
+    "gemma3 1024x6, windows": {"model_type": "gemma3_text", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 128, "sliding_window": 256},
+    "gpt2 1024x6": {"model_type": "gpt2", "n_embd": 1024, "n_layer": 6, "n_head": 16},
 }  # fmt: skip
 VOCABULARY, CONTEXT = 16_000, 4096
 
@@ -64,14 +64,14 @@ class Run:
 RUNS = {
     "short": Run("llama 768x12", 512, 256, 2, False),
     "checkpointed": Run("llama 768x12", 512, 256, 8, True),
-    "long": Run("llama 768x12", 2048, 1536, 1, False),
-    "padded": Run("llama 1536x8, 4 kv heads", 384, 192, 2, False, share=False),
-    "padded, checkpointed": Run("llama 1536x8, 4 kv heads", 1024, 512, 4, True, share=False),
-    "large adapter": Run("llama 1536x8, 4 kv heads", 512, 384, 2, False, lora_r=128),
-    "accumulating": Run("qwen2 1024x12", 512, 384, 2, False, lora_r=64, accumulation=2),
-    "long, checkpointed": Run("qwen2 1024x12", 2048, 1536, 2, True, lora_r=8),
-    "windows": Run("gemma3 1024x12, windows", 512, 384, 2, False),
-    "learned positions": Run("gpt2 1024x12", 512, 256, 2, False),
+    "long": Run("llama 768x12", 1536, 1152, 1, False),
+    "padded": Run("llama 1536x4, 4 kv heads", 256, 128, 2, False, share=False),
+    "padded, checkpointed": Run("qwen2 1024x6", 512, 256, 4, True, share=False),
+    "large adapter": Run("llama 1536x4, 4 kv heads", 256, 192, 2, False, lora_r=128),
+    "accumulating": Run("qwen2 1024x6", 512, 384, 2, False, lora_r=64, accumulation=2),
+    "long, checkpointed": Run("qwen2 1024x6", 2048, 1536, 1, True, lora_r=8),
+    "windows": Run("gemma3 1024x6, windows", 512, 384, 2, False),
+    "learned positions": Run("gpt2 1024x6", 512, 256, 2, False),
 }
 
 

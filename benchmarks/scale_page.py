@@ -19,7 +19,7 @@ from qlora_rm.plan.published import PUBLISHED, published
 from qlora_rm.plan.rehearsal import Step
 from qlora_rm.plan.report import gb
 from qlora_rm.plan.search import Planner
-from qlora_rm.plan.workload import Assumed
+from qlora_rm.plan.workload import Workload
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "scale.md"
@@ -31,7 +31,7 @@ STATIC = ("weights", "gathered", "trained", "gradients", "optimizer", "buckets")
 
 
 def planner(size: str, share_prefix: str = "auto") -> Planner:
-    workload = partial(Assumed, LENGTH, SHARE, 2)
+    workload = partial(Workload.assumed, LENGTH, SHARE, 2)
     backbone = BackboneConfig(share_prefix=share_prefix)  # type: ignore[arg-type]
     return Planner(published(size), backbone, AdapterConfig(), torch.bfloat16, workload, cuda=True)
 

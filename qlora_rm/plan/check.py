@@ -16,7 +16,7 @@ from qlora_rm.plan.cards import CARDS, GB, Card, processors
 from qlora_rm.plan.launch import door_options
 from qlora_rm.plan.memory import Setting
 from qlora_rm.plan.search import Planner
-from qlora_rm.plan.workload import Measured
+from qlora_rm.plan.workload import Workload
 
 SHORTEST = 128
 """Tokens below which no cut is proposed."""
@@ -48,7 +48,7 @@ def memory_warning(
             backbone,
             taken_from_adapter(adapter),
             dtype,
-            partial(Measured.of, rows),
+            partial(Workload.measured, rows),
             cuda=card.is_cuda,
             pairs_per_step=setting.pairs * setting.ranks * setting.accumulation,
             trust_remote_code=trust_remote_code,

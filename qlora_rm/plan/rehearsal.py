@@ -329,12 +329,12 @@ def experts(module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Ten
     """
     first = module.gate_up_proj if module.has_gate else module.up_proj
     width = first.shape[-1 if module.is_transposed else -2]
-    tokens = torch.zeros(chosen.numel(), dtype=torch.long)
-    state = FrozenProduct.apply(hidden[tokens], width, None, False)
+    order = torch.zeros(chosen.numel(), dtype=torch.long)
+    state = FrozenProduct.apply(hidden[order], width, None, False)
     state = module._apply_gate(state) if module.has_gate else module.act_fn(state)
     state = FrozenProduct.apply(state, hidden.shape[-1], None, False)
-    state = state * weights.reshape(-1, 1)
-    return torch.zeros_like(hidden).index_add(0, tokens, state.to(hidden.dtype))
+    state = state * weights.reshape(-1)[order, None]
+    return state[order].view(*chosen.shape, -1).sum(1).to(hidden.dtype)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from qlora_rm.plan.launch import MODEL, ROWS, launch_line
 from qlora_rm.plan.memory import Engine, Memory, Setting, host, loading
 from qlora_rm.plan.published import published, read_shape
 from qlora_rm.plan.search import Planner, engines
-from qlora_rm.plan.workload import Assumed, Layout, Measured, Workload
+from qlora_rm.plan.workload import Layout, Workload
 from qlora_rm.preferences import Tokenization, load_comparisons
 
 TERMS = tuple(Memory.__dataclass_fields__)
@@ -171,13 +171,13 @@ def make_plan(
 def workload_of(model: str | None, options: PlanConfig, data: DataConfig, layout: Layout) -> Workload:
     """Measured where there is data, assumed otherwise."""
     if not data.dataset:
-        return Assumed(options.max_length, options.share, options.responses, layout)
+        return Workload.assumed(options.max_length, options.share, options.responses, layout)
     if model is None:
         raise UserError("--dataset is read by the MODEL's tokenizer, and --params has none: give the MODEL.")
     tokenizer = load_tokenizer(model, trust_remote_code=options.trust_remote_code)
     rows, report = load_comparisons(data.dataset, data, Tokenization(tokenizer, options.max_length, data.over_long))
     say(*report.lines())
-    return Measured.of(rows, layout)
+    return Workload.measured(rows, layout)
 
 
 def door_words(

@@ -1,32 +1,18 @@
 """How many tokens a micro-batch has: assumed from a length and a share, or measured on tokenized comparisons."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedModel
 
 from qlora_rm.backbone.packed import FLEX_BLOCK, PrefixSharing
 from qlora_rm.config import BackboneConfig
 from qlora_rm.plan.rehearsal import Batch
-from qlora_rm.preferences.forest import SHARE_FROM, grow, pays
+from qlora_rm.preferences.forest import grow, pays
 
 HEAVIEST = 64
 """Comparisons that are looked at: more than stand in any micro-batch that is planned."""
-
-
-class Workload(Protocol):
-    """What a plan must know of the data."""
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest sequence."""
-
-    def batch(self, pairs: int) -> Batch:
-        """Shape of a micro-batch of so many comparisons, the largest there can be."""
-
-    def cut(self, length: int) -> "Workload":
-        """The same with no sequence longer than `length`."""
 
 
 @dataclass(frozen=True)
@@ -61,49 +47,21 @@ class Layout:
         return cls(kernel if kernel in ("sdpa", "eager") else "flex_attention", packed, 1, text.hidden_size)
 
 
-@dataclass(frozen=True)
-class Assumed:
-    """Comparisons whose sequences all have the full length.
+class Workload:
+    """Comparisons, the heaviest first; a micro-batch is taken to hold the heaviest of all.
 
-    Attributes:
-        share: part of a sequence that is the common prompt, at least 0 and below 1.
-        responses: to each prompt.
+    Arguments:
+        comparisons: token ids of each one's sequences.
+        longest: tokens of the longest sequence there is.
     """
 
-    longest: int
-    share: float
-    responses: int
-    layout: Layout
-
-    def batch(self, pairs: int) -> Batch:
-        scores = pairs * self.responses
-        if not self.layout.packed:
-            return Batch(scores, self.longest, scores, packed=False)
-        prompt = int(self.longest * self.share)
-        if prompt < SHARE_FROM * self.longest or prompt == 0:
-            return Batch(scores, multiple(self.longest, self.layout.row_multiple), scores)
-        tree = prompt + self.responses * (self.longest - prompt)
-        return Batch(pairs, multiple(tree, self.layout.row_multiple), scores)
-
-    def cut(self, length: int) -> "Assumed":
-        return replace(self, longest=min(length, self.longest))
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Tokenized comparisons as they are, the heaviest first; a micro-batch is taken to hold the heaviest of all.
-
-    Attributes:
-        comparisons: sequences of token ids of each.
-    """
-
-    comparisons: Sequence[Sequence[list[int]]]
-    longest: int
-    layout: Layout
+    def __init__(self, comparisons: Sequence[Sequence[list[int]]], longest: int, layout: Layout):
+        self.comparisons, self.longest, self.layout = comparisons, longest, layout
+        self._batches: dict[int, Batch] = {}
 
     @classmethod
-    def of(cls, rows: Iterable[Mapping[str, Any]], layout: Layout) -> "Measured":
-        """From rows with the columns of `preferences.load_preferences`."""
+    def measured(cls, rows: Iterable[Mapping[str, Any]], layout: Layout) -> "Workload":
+        """From tokenized comparisons, rows with the columns of `preferences.load_preferences`."""
 
         def size(row: Mapping[str, Any]) -> int:
             return int(row["tokens"] if layout.packed else len(row["response_ids"]) * row["length"])
@@ -118,7 +76,19 @@ class Measured:
         heaviest = sorted(heaviest, key=size, reverse=True)[:HEAVIEST]
         return cls([[row["prompt_ids"] + ids for ids in row["response_ids"]] for row in heaviest], longest, layout)
 
+    @classmethod
+    def assumed(cls, longest: int, share: float, responses: int, layout: Layout) -> "Workload":
+        """Comparisons that are all alike: sequences of the full length, of which responses have a share in common."""
+        prompt = int(longest * share)
+        return cls([[[0] * prompt + [1 + r] * (longest - prompt) for r in range(responses)]], longest, layout)
+
     def batch(self, pairs: int) -> Batch:
+        """Shape of a micro-batch of so many comparisons, the largest there can be."""
+        if pairs not in self._batches:
+            self._batches[pairs] = self._batch(pairs)
+        return self._batches[pairs]
+
+    def _batch(self, pairs: int) -> Batch:
         chosen = [self.comparisons[i % len(self.comparisons)] for i in range(pairs)]
         # the first token tells comparisons apart: of few, some are taken twice, and copies would share everything
         sequences = [[-i, *ids[1:]] for i, group in enumerate(chosen) for ids in group]
@@ -131,12 +101,7 @@ class Measured:
         rows, length = forest.input_ids.shape
         return Batch(rows, length, len(sequences))
 
-    def cut(self, length: int) -> "Measured":
-        """The oldest tokens go first, as many of all sequences of a comparison."""
+    def cut(self, length: int) -> "Workload":
+        """The same with no sequence longer than `length`: the oldest tokens go, as many of all responses to a prompt."""
         cut = [[ids[max(0, max(map(len, group)) - length) :] for ids in group] for group in self.comparisons]
-        return replace(self, comparisons=cut, longest=min(length, self.longest))
-
-
-def multiple(length: int, of: int) -> int:
-    """The next multiple of `of`."""
-    return -(-length // of) * of
+        return Workload(cut, min(length, self.longest), self.layout)
