@@ -1,7 +1,8 @@
 """python -m benchmarks.memory [NAME ...]
 
 The memory that `qlora_rm.plan` predicts for a training step, beside what a real run of the train door takes: NF4
-weights, real adapters, two optimizer steps, fp32 on one CPU thread, each setting in a process of its own. Results go to
+weights, real adapters, two optimizer steps, fp32 on one CPU thread, each setting in a process forked off one that has done
+nothing but its imports. Results go to
 benchmarks/results/memory_cpu.json, and from there into docs/scale.md.
 
 What is measured is the growth of the resident set (VmHWM of /proc/self/status) over what the process holds once
@@ -10,13 +11,15 @@ allocator is told to give freed memory back (MALLOC_*), or an earlier peak would
 """
 
 import json
+import multiprocessing
 import os
-import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+from unittest.mock import patch
 
 import psutil
 import torch
@@ -34,6 +37,7 @@ from qlora_rm.training import run as door
 from qlora_rm.training.engine import EngineCheck
 from tests.tokenizers_for_tests import small_tokenizer
 
+T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "memory_cpu.json"
 GIVES_BACK = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -92,25 +96,8 @@ def predict(run: Run, folder: str) -> Memory:
 
 
 def measure(run: Run, folder: str, rows: str) -> dict[str, float]:
-    """Peaks of loading and of training, MB over what was resident after the imports; in a fresh process."""
-    environment = os.environ | GIVES_BACK | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-    with tempfile.TemporaryDirectory() as out:
-        flags = {
-            "model_name_or_path": folder, "dataset": rows, "output_dir": out, "max_length": run.length, "bf16": False,
-            "per_device_train_batch_size": run.pairs, "gradient_accumulation_steps": run.accumulation, "max_steps": 2,
-            "gradient_checkpointing": run.checkpointing, "lora_r": run.lora_r, "share_prefix": str(run.share).lower(),
-            "eval_fraction": 0, "eval_strategy": "no", "save_strategy": "no", "disable_tqdm": True,
-        }  # fmt: skip
-        command = [sys.executable, "-m", "benchmarks.memory", "--child"]
-        command += [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{run}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def child(argv: list[str]) -> None:
-    """The train door, with gauges where training begins and where it has ended; nothing is done after that."""
+    """The train door, with gauges where training begins and where it has ended: peaks of loading and of training, MB
+    over what is resident before. To be called in a process that has done nothing but its imports."""
     before, peaks, begin = reset_peak_memory(), {}, EngineCheck.on_train_begin
 
     def on_train_begin(self: EngineCheck, *args: Any, **kwargs: Any) -> None:
@@ -122,10 +109,31 @@ def child(argv: list[str]) -> None:
         peaks["training"] = peak_memory() - before
         return {}
 
-    EngineCheck.on_train_begin = on_train_begin
-    door._finish = finish
-    door.main(argv)
-    print(json.dumps({"imported": before, **peaks}))
+    with tempfile.TemporaryDirectory() as out:
+        flags = {
+            "model_name_or_path": folder, "dataset": rows, "output_dir": out, "max_length": run.length, "bf16": False,
+            "per_device_train_batch_size": run.pairs, "gradient_accumulation_steps": run.accumulation, "max_steps": 2,
+            "gradient_checkpointing": run.checkpointing, "lora_r": run.lora_r, "share_prefix": str(run.share).lower(),
+            "eval_fraction": 0, "eval_strategy": "no", "save_strategy": "no", "disable_tqdm": True,
+        }  # fmt: skip
+        with patch.object(EngineCheck, "on_train_begin", on_train_begin), patch.object(door, "_finish", finish):
+            door.main([word for name, value in flags.items() for word in (f"--{name}", str(value))])
+    return peaks
+
+
+def in_a_process_of_its_own(function: Callable[..., T], *args: Any) -> T:
+    """Its result; forked, so that it starts with everything imported."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=lambda: theirs.send(function(*args)))
+    process.start()
+    theirs.close()
+    try:
+        return ours.recv()
+    except EOFError:
+        raise RuntimeError(f"{function.__name__}{args} failed; what it said stands above") from None
+    finally:
+        process.join()
 
 
 def make_backbone(folder: Path, shape: str) -> str:
@@ -153,14 +161,13 @@ def make_rows(path: Path, run: Run) -> str:
     return str(path)
 
 
-def check(name: str) -> dict[str, Any]:
-    """Prediction and measurement of one run, MB."""
-    run = RUNS[name]
+def check(run: Run) -> dict[str, Any]:
+    """Prediction and measurement, MB; to be called in a process that has done nothing but its imports."""
     with tempfile.TemporaryDirectory(prefix="qlora_rm_memory_") as scratch:
-        folder = make_backbone(Path(scratch) / "backbone", run.shape)
+        folder = in_a_process_of_its_own(make_backbone, Path(scratch) / "backbone", run.shape)
         rows = make_rows(Path(scratch) / "rows.jsonl", run)
-        predicted = predict(run, folder)
-        measured = measure(run, folder, rows)
+        predicted = in_a_process_of_its_own(predict, run, folder)
+        measured = in_a_process_of_its_own(measure, run, folder, rows)
     terms = {term: size / 1e6 for term, size in vars(predicted).items()}
     return {"run": asdict(run), "terms": terms, "predicted": predicted.total / 1e6, "measured": measured}
 
@@ -172,7 +179,7 @@ def main(argv: list[str]) -> int:
         return 2
     results: dict[str, Any] = json.loads(RESULTS.read_text())["runs"] if RESULTS.exists() else {}
     for name in names:
-        results[name] = result = check(name)
+        results[name] = result = check(RUNS[name])
         predicted, training = result["predicted"], result["measured"]["training"]
         print(
             f"{name:22} predicted {predicted:6.0f}, measured {training:6.0f} MB: {predicted / training:.3f}", flush=True
@@ -184,7 +191,9 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--child"]:
-        child(sys.argv[2:])
-    else:
-        sys.exit(main(sys.argv[1:]))
+    settings = GIVES_BACK | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    if not settings.items() <= os.environ.items():  # the allocator reads them when a process starts
+        os.execve(
+            sys.executable, [sys.executable, "-m", "benchmarks.memory", *sys.argv[1:]], {**os.environ, **settings}
+        )
+    sys.exit(main(sys.argv[1:]))
