@@ -1,7 +1,7 @@
-"""python -m benchmarks.scale_page [plan]
+"""python -m benchmarks.scale_page [plan [SIZE ...]]
 
 docs/scale.md from benchmarks/results/scale.json and memory_cpu.json; with `plan`, scale.json is computed first, by the
-planner itself (a few minutes; no weights, no card).
+planner itself (minutes; no weights, no card), for all backbones or those named.
 """
 
 import json
@@ -158,10 +158,12 @@ gathering of all packed weights in every pass."""
 
 def main(argv: list[str]) -> int:
     path = RESULTS / "scale.json"
-    if argv == ["plan"]:
-        path.write_text(json.dumps({size: plan(size) for size in SIZES}, indent=1) + "\n", encoding="utf-8")
+    if argv[:1] == ["plan"] and set(argv[1:]) <= set(SIZES):
+        known = json.loads(path.read_text()) if path.exists() else {}
+        found = {size: plan(size) if size in (argv[1:] or SIZES) else known[size] for size in SIZES}
+        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     elif argv:
-        print(f"error: {argv[0]!r} is not plan.", file=sys.stderr)
+        print(f"error: {argv[0]!r} is not plan [SIZE ...].", file=sys.stderr)
         return 2
     measured = json.loads((RESULTS / "memory_cpu.json").read_text())
     PAGE.write_text(render(json.loads(path.read_text()), measured), encoding="utf-8")

@@ -52,13 +52,14 @@ def test_a_real_run_takes_what_was_predicted() -> None:
         assert predicted == pytest.approx(measured, rel=0.1)
 
 
-class TestCommand:
-    @pytest.fixture(scope="class")
-    def folder(self, tmp_path_factory) -> Path:
-        folder = tmp_path_factory.mktemp("backbone")
-        save_backbone(folder, "llama", small_tokenizer())
-        return folder
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("backbone")
+    save_backbone(folder, "llama", small_tokenizer())
+    return folder
 
+
+class TestCommand:
     def test_json(self, folder: Path, capsys) -> None:
         assert (
             main(["plan", str(folder / "config.json"), "--json", "--card", "24", "--cards", "2", "--max_length", "256"])

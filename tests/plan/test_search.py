@@ -2,6 +2,7 @@
 
 import random
 import shlex
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from transformers import AutoConfig
 
 from qlora_rm.config import AdapterConfig, BackboneConfig
 from qlora_rm.plan.cards import CARDS, Card, processors
-from qlora_rm.plan.check import in_words, memory_warning
+from qlora_rm.plan.check import in_words, memory_warning, nearest
 from qlora_rm.plan.launch import launch_line
 from qlora_rm.plan.memory import Setting
 from qlora_rm.plan.search import MORE_RANKS, Planner, engines
@@ -40,7 +41,7 @@ SMALL = replace(CARDS["24"], context=1e6, communication=1e6)
 
 
 @given(st.floats(3, 9), st.sampled_from([1, 2, 8, 16]))
-@settings(max_examples=25)
+@settings(max_examples=12)
 def test_the_fastest_fits_and_nothing_faster_does(digits: float, ranks: int) -> None:
     card = replace(SMALL, memory=10**digits * 10)
     found = LLAMA.fastest(card, ranks)
@@ -78,9 +79,8 @@ def test_the_line_is_one_that_accelerate_and_the_door_read(setting: Setting, cud
         "lora_target_modules": ["q_proj"],
         "bf16": False,
     }
-    words = [
-        word for word in shlex.split(launch_line(setting, options, cuda=cuda)) if not word.partition("=")[0].isupper()
-    ]
+    words = shlex.split(launch_line(setting, options, cuda=cuda))
+    words = words[words.index("accelerate") :]  # variables of the environment stand before
     assert words[:2] == ["accelerate", "launch"]
     read = launch_command_parser().parse_args(words[2:])
     assert read.training_script == "qlora_rm/train.py"
@@ -134,13 +134,14 @@ class TestWorkload:
         assert not Workload.assumed(2048, 0.4, 2, layout).batch(1).packed
 
 
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory) -> BackboneConfig:
+    folder = save_backbone(tmp_path_factory.mktemp("backbone"), "llama", small_tokenizer())
+    return BackboneConfig(model_name_or_path=folder)
+
+
 class TestWarning:
     rows = [{"prompt_ids": [5] * 300, "response_ids": [[1] * 100, [2] * 100], "length": 400, "tokens": 500}] * 4
-
-    @pytest.fixture(scope="class")
-    def backbone(self, tmp_path_factory) -> BackboneConfig:
-        folder = save_backbone(tmp_path_factory.mktemp("backbone"), "llama", small_tokenizer())
-        return BackboneConfig(model_name_or_path=folder)
 
     def warn(self, backbone: BackboneConfig, asked: Setting, card: Card | None) -> str | None:
         return memory_warning(backbone, AdapterConfig(), torch.float32, self.rows, asked, ranks_here=1, card=card)
@@ -166,13 +167,13 @@ class TestWarning:
         said = self.warn(backbone, Setting("single", 1, 1, 1, True), replace(processors(1e5), context=0.0))
         assert said is not None and said.endswith("No setting fits: take a smaller backbone or more memory.")
 
-    def test_a_shorter_length(self, backbone: BackboneConfig) -> None:
-        card = replace(processors(1e9), context=0.0)
+    def test_a_shorter_length_and_more_cards(self) -> None:
         asked = Setting("single", 1, 1, 1, True)
-        for _ in range(60):
-            card = replace(card, memory=card.memory * 0.9)
-            said = self.warn(backbone, asked, card) if card.memory < 2e7 else None
-            if said and "--max_length" in said:
-                assert "--max_length 200 " in said
-                return
-        pytest.fail("never proposed")
+        half = LLAMA.cut(256).memory(LLAMA.leanest(SMALL, 1), SMALL).total
+        card = replace(SMALL, memory=half)
+        assert not LLAMA.fits(asked, card)
+        assert nearest(LLAMA, asked, card).startswith("This fits: --max_length 256 --engine single ")
+        heavy = copy(LLAMA)
+        heavy.weights = replace(LLAMA.weights, packed=8 * 10**9, largest=10**8)
+        assert nearest(heavy, asked, replace(SMALL, memory=6e9)).startswith("It fits on 2 such cards: --engine zero3 ")
+        assert nearest(heavy, asked, replace(SMALL, memory=5e8)).startswith("No setting fits")

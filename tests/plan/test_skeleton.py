@@ -53,7 +53,7 @@ def count(model: PeftModel) -> Real:
     ("architecture", "quantization"), [*((a, "4bit") for a in (*CAUSAL, *ENCODERS)), ("llama", "8bit")]
 )
 def test_bytes_are_those_of_the_loaded_model(architecture: str, quantization: str, tmp_path) -> None:
-    folder = save_backbone(tmp_path, architecture, small_tokenizer())
+    folder = save_backbone(tmp_path, architecture, small_tokenizer(), rows=640)
     real = count(load(folder, quantization))
     backbone = BackboneConfig(quantization=quantization)  # type: ignore[arg-type]
     weights = weigh(build(read_model_config(folder), backbone, ADAPTER, torch.float32), torch.float32)
@@ -63,15 +63,13 @@ def test_bytes_are_those_of_the_loaded_model(architecture: str, quantization: st
     assert 8 * weights.trainable == real.moments
 
 
-@pytest.mark.parametrize(
-    ("size", "billions", "active"), [("70B", 69.7, 69.7), ("405B", 404.4, 404.4), ("8x7B", 46.6, 12.8)]
-)
+@pytest.mark.parametrize(("size", "billions", "active"), [("70B", 70.55 - 1.05, 69.5), ("8x7B", 46.70 - 0.13, 12.75)])
 def test_published_shapes_have_the_size_they_are_known_by(size: str, billions: float, active: float) -> None:
     """Without the output embedding, which a reward model has no use for."""
     weights = weigh(build(published(size), BackboneConfig(), AdapterConfig(), torch.bfloat16), torch.bfloat16)
     frozen = (weights.parameters - weights.trainable) / 1e9
-    assert frozen == pytest.approx(billions, abs=0.25)
-    assert (weights.active - weights.trainable) / 1e9 == pytest.approx(active, abs=0.15)
+    assert frozen == pytest.approx(billions, abs=0.02)
+    assert (weights.active - weights.trainable) / 1e9 == pytest.approx(active, abs=0.02)
     assert weights.packed == pytest.approx(weights.parameters / 2, rel=0.02)
 
 
