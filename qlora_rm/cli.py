@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from qlora_rm import __version__
-from qlora_rm.config import AdapterConfig, BackboneConfig, DataConfig, ObjectiveConfig, ScoringConfig
+from qlora_rm.config import AdapterConfig, BackboneConfig, DataConfig, ObjectiveConfig, PlanConfig, ScoringConfig
 from qlora_rm.console import quiet_libraries, rank_prefix, say, table
 from qlora_rm.errors import Terminated, UserError
 from qlora_rm.launchers import torchrun_variables
@@ -69,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, about, add in (
         ("train", "Train a reward model on preferences.", _add_train),
+        ("plan", "Tell what a run needs of memory, what fits on which card, and the line to launch it.", _add_plan),
         ("eval", "Measure how often a reward model agrees with preferences.", _add_eval),
         ("score", "Score the rows of a file, or rank the responses to one prompt.", _add_score),
         ("merge", "Make one stock model of an adapter and its base, and prove its scores.", _add_merge),
@@ -90,6 +91,33 @@ def _add_train(command: argparse.ArgumentParser) -> Run:
     for config in (DataConfig, BackboneConfig, AdapterConfig, ObjectiveConfig):
         add_options(command, config)
     return lambda options: None
+
+
+def _add_plan(command: argparse.ArgumentParser) -> Run:
+    command.add_argument(
+        "model", metavar="MODEL", nargs="?", help="Folder, hub id or config.json of a backbone; no weights are read."
+    )
+    command.add_argument("--json", action="store_true", help="Print JSON instead of tables; sizes are in bytes.")
+    add_options(command, PlanConfig)
+    add_options(command, BackboneConfig, ["model_revision", "quantization", "attn_implementation", "share_prefix"])
+    add_options(command, AdapterConfig, ["lora_r", "lora_target_modules", "lora_layers", "use_dora"])
+    add_options(command, DataConfig, ["over_long", *EVALUATED])
+    return _plan
+
+
+def _plan(options: argparse.Namespace) -> None:
+    asked = read_options(options, PlanConfig)
+    from qlora_rm.plan.report import make_plan
+    from qlora_rm.report.files import as_json
+
+    plan = make_plan(
+        options.model,
+        asked,
+        read_options(options, BackboneConfig),
+        read_options(options, AdapterConfig),
+        read_options(options, DataConfig),
+    )
+    print(as_json(plan.as_dict()) if options.json else "\n".join(plan.lines()), end="" if options.json else "\n")
 
 
 def _add_eval(command: argparse.ArgumentParser) -> Run:

@@ -211,6 +211,47 @@ class ObjectiveConfig:
 
 
 @dataclass
+class PlanConfig:
+    """What a plan is made for."""
+
+    params: str | None = option(
+        None,
+        "A published shape instead of a MODEL: 7B, 8B, 13B, 32B, 70B, 405B, or the mixtures 8x7B, 30B-A3B, 235B-A22B.",
+    )
+    card: list[str] = option(
+        ["24", "48", "80", "141"],
+        "Memory of a card in GB; several are planned for one after the other. cpu:64 is a host of 64 GB without a card.",
+    )
+    cards: int = option(1, "How many of them; on a CPU the number of processes.")
+    engine: Literal["auto", "single", "ddp", "zero2", "zero3", "zero3_offload"] = option(
+        "auto", "Plan for this engine only; auto: the fastest that fits."
+    )
+    max_length: int = option(1024, "Longest sequence in tokens, as in training.")
+    share: float = option(
+        0.5,
+        "Part of a sequence that the responses to a prompt have in common; measured instead where --dataset is given.",
+    )
+    responses: int = option(2, "Responses to a prompt; measured instead where --dataset is given.")
+    pairs_per_step: int = option(64, "Comparisons in an optimizer step, over all cards.")
+    precision: Literal["bf16", "fp16", "fp32"] | None = option(
+        None, "Dtype of the arithmetic; unset: bf16 on cards, fp32 on a CPU."
+    )
+    trust_remote_code: bool = option(False, "Run the model code that a hub repository brings with it.")
+
+    def __post_init__(self) -> None:
+        require(self.cards > 0, f"--cards {self.cards} must be above 0.")
+        require(self.max_length > 1, f"--max_length {self.max_length} must be above 1.")
+        require(0 <= self.share < 1, f"--share {self.share} must be at least 0 and below 1.")
+        require(self.responses > 1, f"--responses {self.responses} must be above 1.")
+        require(self.pairs_per_step >= self.cards, f"--pairs_per_step {self.pairs_per_step} must be at least --cards.")
+        require(self.engine != "single" or self.cards == 1, "--engine single is for one card: pass --cards 1.")
+        require(
+            self.engine in ("auto", "single") or self.cards > 1,
+            f"--engine {self.engine} needs several cards: pass --cards N.",
+        )
+
+
+@dataclass
 class ScoringConfig:
     """How a finished reward model is loaded to score with."""
 

@@ -13,10 +13,11 @@ FLOORS = {
     **dict.fromkeys(["__init__", "config", "console", "errors", "launchers", "options"], 0),
     "preferences": 1,
     "backbone": 2,
-    **dict.fromkeys(["training", "artifacts", "report", "demo"], 3),
-    **dict.fromkeys(["cli", "train"], 4),
+    "plan": 3,
+    **dict.fromkeys(["training", "artifacts", "report", "demo"], 4),
+    **dict.fromkeys(["cli", "train"], 5),
 }
-SHARED_FLOORS = (0, 4)  # the ground floor's nouns and the doors may name one another
+SHARED_FLOORS = (0, 5)  # the ground floor's nouns and the doors may name one another
 SIDEWAYS = {("training", "artifacts"), ("report", "artifacts")}  # public names only
 LIGHT = {
     "__init__",

@@ -1,0 +1,176 @@
+"""A backbone without its weights: the modules that loading would make, quantized and adapted, on the meta device.
+
+Counting them is exact for every architecture the libraries know, where a formula would know only some.
+"""
+
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+
+import bitsandbytes as bnb
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+from transformers.modeling_utils import set_zero3_state
+
+from qlora_rm.backbone.adapter import attach_adapter
+from qlora_rm.backbone.head import compute_in_own_precision, head_modules, is_in_head
+from qlora_rm.backbone.load import Backbone, quantization_config
+from qlora_rm.backbone.packed import PrefixSharing
+from qlora_rm.config import AdapterConfig, BackboneConfig
+
+BLOCK, ABSMAX_BLOCK = 64, 256
+"""NF4 as it is loaded here: a scale for 64 weights, itself in 8 bit with a scale for 256 of them (Dettmers et al. 2023,
+section 3)."""
+CODE_BYTES = (16 + 256) * 4
+"""The two code books that every quantized tensor carries, fp32."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Bytes of a model at rest, all of it in one place.
+
+    Attributes:
+        packed: 4- or 8-bit weights, the experts' among them.
+        scales: their quantization constants. ZeRO shards parameters, and these are none: every rank keeps them all.
+        plain: frozen weights outside quantization: embeddings, norms, biases.
+        trained: adapter and head (or the whole model), fp32.
+        largest: the most that is in use at one time of what ZeRO-3 shards: the packed weights of a layer, or the
+            embedding.
+        parameters: number of weights, whatever they are packed into.
+        trainable: number of those that are trained.
+        active: number of those a token is multiplied with: of a mixture's experts, the ones it is sent to.
+        dense: bytes of the largest matrix once dequantized to the compute dtype.
+    """
+
+    packed: int
+    scales: int
+    plain: int
+    trained: int
+    largest: int
+    parameters: int
+    trainable: int
+    active: int
+    dense: int
+
+    @property
+    def total(self) -> int:
+        """Bytes of a whole copy."""
+        return self.packed + self.scales + self.plain + self.trained
+
+
+def build(
+    config: PretrainedConfig,
+    backbone: BackboneConfig,
+    adapter: AdapterConfig,
+    dtype: torch.dtype,
+    *,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel | PeftModel:
+    """The model that `load_backbone` and `attach_adapter` would make of `config`, without any storage.
+
+    Raises:
+        UserError: the adapter names layers that are not there.
+    """
+    whole = not adapter.use_lora
+    config = deepcopy(config)  # written to below, and by the rehearsal
+    config.num_labels = 1
+    with torch.device("meta"), no_init_weights(), set_zero3_state():  # as in backbone.load: ZeRO-3 shards no skeleton
+        model = AutoModelForSequenceClassification.from_config(
+            config, dtype=torch.float32 if whole else dtype, trust_remote_code=trust_remote_code
+        )
+    head = head_modules(model)
+    for name in head:
+        compute_in_own_precision(model.get_submodule(name).to(torch.float32))
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # the train door switches it off, before LoRA brings its own
+    if isinstance(getattr(model, "score", None), nn.Linear):  # takes forests, as far as can be told without a probe
+        cls = type(model)
+        model.__class__ = type(cls.__name__, (PrefixSharing, cls), {})
+    model.config.use_cache = False
+    model.config.pad_token_id = model.config.get_text_config().pad_token_id = 0
+    quantization = quantization_config(backbone.quantization, dtype)
+    if quantization is not None:
+        replace_with_bnb_linear(model, head, quantization)
+        model.is_quantized = True
+        model.is_loaded_in_4bit = backbone.quantization == "4bit"
+        model.is_loaded_in_8bit = backbone.quantization == "8bit"
+    return attach_adapter(Backbone(model, head, True), adapter) if adapter.use_lora else model
+
+
+def weigh(model: PreTrainedModel | PeftModel, dtype: torch.dtype) -> Weights:
+    """Count a skeleton; `dtype` is the compute dtype that packed weights are unpacked to."""
+    inner = backbone_of(model)
+    head, quantized = head_modules(inner), bool(getattr(inner, "is_quantized", False))
+    text = inner.config.get_text_config()
+    packed = scales = plain = trained = parameters = trainable = idle = dense = 0
+    layers: dict[str, int] = {}
+    for module, name, parameter in weights_of(model):
+        n, experts = parameter.numel(), is_experts(parameter)
+        parameters += n
+        if parameter.requires_grad:
+            trained, trainable = trained + parameter.nbytes, trainable + n
+            continue
+        if quantized and (experts or isinstance(parameter, (bnb.nn.Params4bit, bnb.nn.Int8Params))):
+            stored, constants = quantized_bytes(parameter, experts)
+            packed, scales = packed + stored, scales + constants
+        else:
+            stored = parameter.nbytes
+            plain += stored
+        if parameter.dim() >= 2 and not isinstance(module, nn.Embedding) and not is_in_head(name, head):
+            dense = max(dense, n // (parameter.shape[0] if experts else 1) * dtype.itemsize)
+        if experts:
+            idle += n - n * min(experts_per_token(text), parameter.shape[0]) // parameter.shape[0]
+        unit = name.rpartition(".")[0] if isinstance(module, nn.Embedding) else layer_of(name)
+        layers[unit] = layers.get(unit, 0) + stored
+    largest = max(layers.values(), default=0)
+    return Weights(packed, scales, plain, trained, largest, parameters, trainable, parameters - idle, dense)
+
+
+def quantized_bytes(parameter: torch.Tensor, experts: bool = False) -> tuple[int, int]:
+    """Bytes of a matrix (or of fused experts) once quantized, and of its constants; exactly as bitsandbytes keeps them.
+
+    4 bit: two weights a byte; a uint8 scale for every 64 weights, an fp32 one for every 256 scales, two code books.
+    8 bit: a byte a weight; an fp32 scale for every row.
+    """
+    n = parameter.numel()
+    if isinstance(parameter, bnb.nn.Int8Params) and not experts:
+        return n, parameter.shape[0] * 4
+    scales = -(-n // BLOCK)
+    return -(-n // 2), scales + -(-scales // ABSMAX_BLOCK) * 4 + CODE_BYTES
+
+
+def weights_of(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
+    """Every parameter once, with the module that owns it and its name without PEFT's wrapping."""
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield module, f"{path}.{name}".removeprefix("base_model.model.").replace(".base_layer", ""), parameter
+
+
+def is_experts(parameter: torch.Tensor) -> bool:
+    """Whether this is one weight for all experts of a layer, [experts, out, in]."""
+    return parameter.dim() == 3
+
+
+def experts_per_token(config: PretrainedConfig) -> int:
+    """How many of its experts a mixture sends each token to."""
+    return int(getattr(config, "num_experts_per_tok", None) or getattr(config, "top_k_experts", None) or 1)
+
+
+def layer_of(name: str) -> str:
+    """The transformer layer a parameter belongs to: its name up to the first number."""
+    parts = name.split(".")
+    numbered = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts) - 2)
+    return ".".join(parts[: numbered + 1])
+
+
+def backbone_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The sequence-classification model inside PEFT's wrapper."""
+    return next(module for module in model.modules() if isinstance(module, PreTrainedModel))
