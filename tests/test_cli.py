@@ -2,9 +2,9 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +43,17 @@ def adapter() -> str:
     return str(llama_adapter())
 
 
+def processor_seconds() -> float:
+    """Of all child processes so far; unlike the clock's, they do not grow with what runs beside."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 @pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_answers_in_under_a_second(command: str) -> None:
-    began = time.perf_counter()
+    began = processor_seconds()
     done = run(*command.split(), "--help")
-    took = time.perf_counter() - began
+    took = processor_seconds() - began
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"usage: qlora-rm {command}".rstrip())
     assert took < 1, f"{took:.2f} s"
