@@ -166,7 +166,8 @@ def _tokenized(items: Sequence[Candidates], tokenization: Tokenization) -> list[
 
 
 def awkward(tokenization: Tokenization, as_turns: bool, longest: int = SAFE_LENGTH) -> list[Candidates]:
-    """Items on which readers of reward models have gone wrong: an empty answer, unicode, length, special tokens.
+    """Items on which readers of reward models have gone wrong: an empty answer, unicode, length, special tokens,
+    several turns, and two answers that nearly tie.
 
     Arguments:
         longest: a length in tokens that the model surely takes. The long item stays below it, since more than a model
@@ -185,10 +186,18 @@ def awkward(tokenization: Tokenization, as_turns: bool, longest: int = SAFE_LENG
         ("Grüße auf Ελληνικά, 日本語 und mit 🙂?", ("Γειά σου · こんにちは 🙂👩‍👩‍👧", "Nein\u00a0— \u202bלא\u202c.")),
         (long * repeats, ("Once more: the sea is salt.", "No.")),
         (f"What does {eos} mean?", (f"{eos} ends a text; {eos} again.", "Nothing.")),
+        ("Is it raining?", ("Yes, it is raining.", "Yes, it is raining!")),
     ]
+    talk = ["Good morning.", "Good morning to you.", "And now?"]
     if not as_turns:
+        texts.append(("\n\n".join(talk), ("\n\nNow we begin.", "\n\nLater.")))
         return [Candidates(f"{prompt}\n", responses) for prompt, responses in texts]
-    return [Candidates(_turn("user", p), tuple(_turn("assistant", r) for r in responses)) for p, responses in texts]
+    turns = [turn for role, text in zip(("user", "assistant", "user"), talk, strict=True) for turn in _turn(role, text)]
+    talked = Candidates(turns, (_turn("assistant", "Now we begin."), _turn("assistant", "Later.")))
+    return [
+        *(Candidates(_turn("user", p), tuple(_turn("assistant", r) for r in responses)) for p, responses in texts),
+        talked,
+    ]
 
 
 def _turn(role: str, content: str) -> Content:

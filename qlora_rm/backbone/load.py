@@ -130,7 +130,8 @@ def _load_model(
                 revision=config.model_revision,
                 num_labels=1,
                 dtype=dtype,
-                quantization_config=quantization,
+                # None, said aloud, would take the place of the checkpoint's own
+                **({} if quantization is None else {"quantization_config": quantization}),
                 attn_implementation=config.attn_implementation,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,

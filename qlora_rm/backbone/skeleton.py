@@ -23,7 +23,7 @@ class Skeleton:
     Attributes:
         model: on the meta device, in fp32, with one label and plain layers.
         dtypes: of each parameter and persistent buffer as training loads it, before quantization.
-        quantized: names of the parameters that training holds in 4 bit.
+        quantized: names of the parameters that training quantizes as it loads them.
         conversions: transformers' own, from names and layouts on disk to those of the model.
     """
 
@@ -60,7 +60,7 @@ class Skeleton:
             return dtype if tensor.is_floating_point() else tensor.dtype
 
         def is_quantized(name: str) -> bool:
-            return quantizer is not None and quantizer.param_needs_quantization(loaded, name)
+            return quantizer is not None and stored is None and quantizer.param_needs_quantization(loaded, name)
 
         return cls(
             model=plain,

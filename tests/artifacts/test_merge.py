@@ -90,7 +90,7 @@ def test_a_pipeline_gives_raw_scores(merged: Path) -> None:
 def test_a_checkpoint_without_golden_items_gets_some(tmp_path: Path) -> None:
     folder = make_reward_model(tmp_path, golden=False)
     merge(str(folder), str(tmp_path / "merged"), dtype="fp32")
-    assert len(Manifest.load(tmp_path / "merged").golden) == 4
+    assert len(Manifest.load(tmp_path / "merged").golden) == 6
     assert failing(tmp_path / "merged") == []
 
 
