@@ -4,10 +4,12 @@ import json
 import shutil
 import tempfile
 from atexit import register
+from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedTokenizerBase
 
 from qlora_rm.artifacts.golden import make_golden
@@ -50,14 +52,26 @@ def make_reward_model(
     max_length: int | None = 256,
     golden: bool = True,
     compute: str = "fp32",
+    save_again: Callable[[str], None] | None = None,
+    max_unquantized: float = 0.1,
+    expert_lora: bool = False,
 ) -> Path:
-    """Write `folder/base` and `folder/model`, an adapter on it (a whole model for `AdapterConfig(use_lora=False)`)."""
+    """Write `folder/base` and `folder/model`, an adapter on it (a whole model for `AdapterConfig(use_lora=False)`).
+
+    Arguments:
+        save_again: writes the base anew in its folder, in another form.
+        expert_lora: adapt fused expert weights besides two linear layers.
+    """
     adapter = adapter or AdapterConfig(lora_r=8, lora_alpha=16)
     tokenizer = tokenizer or (word_piece_tokenizer() if architecture == "distilbert" else small_tokenizer())
     base, output = save_backbone(folder / "base", architecture, tokenizer, rows=rows), folder / "model"
-    config = BackboneConfig(model_name_or_path=base, quantization=quantization)
+    if save_again is not None:
+        save_again(base)
+    config = BackboneConfig(model_name_or_path=base, quantization=quantization, max_unquantized=max_unquantized)
     backbone = load_backbone(config, tokenizer, DTYPES[compute], full_fine_tuning=not adapter.use_lora)
-    model = attach_adapter(backbone, adapter) if adapter.use_lora else backbone.model
+    model = backbone.model
+    if adapter.use_lora:
+        model = _with_expert_lora(model) if expert_lora else attach_adapter(backbone, adapter)
     _pretend_to_train(model)
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
@@ -74,6 +88,13 @@ def make_reward_model(
         golden=make_golden(held_out, tokenization, score) if golden else [],
     ).save(output)
     return output
+
+
+def _with_expert_lora(model: torch.nn.Module) -> torch.nn.Module:
+    model.requires_grad_(False)
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    lora = LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["q_proj", "v_proj"], target_parameters=experts)
+    return get_peft_model(model, lora)
 
 
 def _pretend_to_train(model: torch.nn.Module) -> None:

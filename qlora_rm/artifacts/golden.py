@@ -18,7 +18,16 @@ Score = Callable[[list[list[int]]], Tensor]
 
 @dataclass(frozen=True)
 class GoldenItem:
-    """One prompt, its responses, the token ids they must become and the scores they were given after training."""
+    """One prompt, its responses, the token ids they must become and the scores they were given after training.
+
+    Attributes:
+        prompt: text or turns.
+        responses: text or turns each.
+        token_ids: of each response with its prompt.
+        scores: one for each response.
+        tools: what the chat template is given besides; null: none.
+        template_kwargs: and any further arguments of it.
+    """
 
     prompt: Any
     responses: list[Any]

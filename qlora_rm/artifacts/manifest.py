@@ -117,7 +117,12 @@ class Training:
 
 @dataclass(frozen=True)
 class Reward:
-    """Mean and standard deviation of the n held-out responses' scores."""
+    """Mean and standard deviation of the held-out responses' scores.
+
+    Attributes:
+        mean, std: in the units of a score.
+        n: number of responses.
+    """
 
     mean: float
     std: float

@@ -11,7 +11,7 @@ from qlora_rm.artifacts.load import RewardModel, artefact_kind, read_tokenizer
 from qlora_rm.artifacts.manifest import Manifest, Merge, Step
 from qlora_rm.artifacts.merging.in_memory import merge_in_memory
 from qlora_rm.artifacts.merging.plan import NotStreamable
-from qlora_rm.artifacts.merging.stream import Source, stream
+from qlora_rm.artifacts.merging.stream import Source, Stream
 from qlora_rm.artifacts.read_back import read_back
 from qlora_rm.artifacts.seal import changed_files
 from qlora_rm.backbone.precision import DTYPES
@@ -74,31 +74,36 @@ class _Job:
         self.folder, self.beside, self.dtype, self.base, self.trusted = folder, beside, dtype, base, trust_remote_code
         self.manifest, self.base_model = Manifest.load(folder), base_model
         self.tokenizer = read_tokenizer(folder, trust_remote_code)
-        self._require_untouched()
+        self._require_tokenizer()
         self.changes = self.manifest.base.changes(base_model)
 
     def run(self) -> Merge:
+        stream = self._stream()
+        self._require_untouched()
         golden = self.manifest.golden
         if not golden or self.changes:
             golden = self._golden_of_adapter()
-        sealed = self._write()
+        sealed = self._write(stream)
         self.tokenizer.save_pretrained(self.beside)
         record, step = self._prove(golden)
         manifest = replace(self.manifest, golden=golden)
         manifest.after(step, merge=record).save(self.beside, sealed)
         return record
 
+    def _require_tokenizer(self) -> None:
+        """Text becomes the token ids that it became in training."""
+        checks = [*check_tokenizer(self.manifest, self.tokenizer), *check_golden_ids(self.manifest, self.tokenizer)]
+        for check in checks:
+            if not check.ok and self.manifest.golden:
+                raise UserError(f"{self.folder} fails the check {check.name!r}: {check.detail}.")
+
     def _require_untouched(self) -> None:
-        """The files are those that training wrote, and text becomes the token ids it became there."""
+        """The files are those that training wrote; asked last, for what is broken in them has by then been named."""
         changes = changed_files(self.folder, self.manifest.files)
         if changes:
             raise UserError(
                 f"{self.folder} is not as training left it: {changes[0]}. Restore it from the run's output."
             )
-        checks = [*check_tokenizer(self.manifest, self.tokenizer), *check_golden_ids(self.manifest, self.tokenizer)]
-        for check in checks:
-            if not check.ok and self.manifest.golden:
-                raise UserError(f"{self.folder} fails the check {check.name!r}: {check.detail}.")
 
     def _golden_of_adapter(self) -> list[GoldenItem]:
         """The adapter's golden items, made where it has none yet; on a base that was changed they must hold."""
@@ -112,7 +117,9 @@ class _Job:
                 )
             return make_golden([], adapted.tokenization, adapted.score_token_ids)
         self._require_own_scores(adapted)
-        say(f"{' and '.join(self.changes)} of the base changed since training; its golden scores are given all the same")
+        say(
+            f"{' and '.join(self.changes)} of the base changed since training; its golden scores are given all the same"
+        )
         return self.manifest.golden
 
     def _load(self, quantization: Quantization | None = None) -> RewardModel:
@@ -130,8 +137,8 @@ class _Job:
                 "Its base has changed: pass --base_model with the one it was trained on."
             )
 
-    def _write(self) -> dict[str, str]:
-        """The merged weights and config; returns the hashes that are known from writing them."""
+    def _stream(self) -> Stream | None:
+        """The merge weight by weight, planned; None where there is no such."""
         manifest = self.manifest
         source = Source(
             adapter=self.folder,
@@ -142,11 +149,18 @@ class _Job:
             dequantized=self.base == "dequantized",
             pad=self.tokenizer.pad_token_id,
             tokens=len(self.tokenizer),
+            trusted=self.trusted,
         )
         try:
-            return stream(source, self.beside, DTYPES[self.dtype])
+            return Stream(source, DTYPES[self.dtype])
         except NotStreamable as reason:
             say(f"merging in the memory of the whole model in fp32, since {reason}")
+            return None
+
+    def _write(self, stream: Stream | None) -> dict[str, str]:
+        """The merged weights and config; returns the hashes that are known from writing them."""
+        if stream is not None:
+            return stream.run(self.beside)
         adapted = self._load(None if self.base == "dequantized" else "none")
         merge_in_memory(adapted, self.folder, self.beside, DTYPES[self.dtype])
         return {}
@@ -172,7 +186,9 @@ class _Job:
             )
         settings = {"base": self.base, "dtype": self.dtype}
         if self.base == "dequantized":
-            return Merge(METHODS[self.base], self.dtype, found.computed_in, moved.largest), Step.of("merge", settings, moved)
+            return Merge(METHODS[self.base], self.dtype, found.computed_in, moved.largest), Step.of(
+                "merge", settings, moved
+            )
         since_training = drift(golden, found.scores, allowed)
         record = Merge(METHODS[self.base], self.dtype, found.computed_in, since_training.largest, self.base)
         return record, Step.of("merge", settings, since_training, found.scores)

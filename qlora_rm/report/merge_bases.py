@@ -98,7 +98,9 @@ def merge_better(adapter: str, output: str, data: DataConfig, *, dtype: MergeDty
     return choice
 
 
-def _better(scores: dict[MergeBase, Tensor], measured: dict[MergeBase, Measured], data: Dataset) -> tuple[MergeBase, str]:
+def _better(
+    scores: dict[MergeBase, Tensor], measured: dict[MergeBase, Measured], data: Dataset
+) -> tuple[MergeBase, str]:
     winners, losers = win_pairs(data)
     right = {base: scores[base][winners] > scores[base][losers] for base in BASES}
     ours, theirs = (int((right[a] & ~right[b]).sum()) for a, b in (BASES, BASES[::-1]))

@@ -69,7 +69,16 @@ class Adapter:
         lost = sorted(wanted.keys() - stored.keys())
         foreign = sorted(k for k in stored.keys() - wanted.keys() if k.removeprefix(PREFIX) not in names)
         other = sorted(k for k in wanted.keys() & stored.keys() if wanted[k] != stored[k])
-        for found, what in ((lost, "lacks"), (foreign, "holds what the base has no place for:"), (other, "is of another shape in")):
+        headless = [key for key in lost if "lora_" not in key]
+        if headless:
+            raise UserError(
+                f"The adapter {self._folder} was saved without its head ({headless[0]}): its scores would be random."
+            )
+        for found, what in (
+            (lost, "lacks"),
+            (foreign, "holds what the base has no place for:"),
+            (other, "is of another shape in"),
+        ):
             if found:
                 raise UserError(f"The adapter {self._folder} does not fit its base: it {what} {found[0]}.")
 
@@ -100,7 +109,9 @@ class LinearRows:
     def __init__(self, layer: Linear):
         self._layer = layer
         self._B = layer.lora_B[ADAPTER].weight
-        self._magnitude = layer.lora_magnitude_vector[ADAPTER].weight if ADAPTER in layer.lora_magnitude_vector else None
+        self._magnitude = (
+            layer.lora_magnitude_vector[ADAPTER].weight if ADAPTER in layer.lora_magnitude_vector else None
+        )
 
     def add(self, rows: Tensor, start: int) -> Tensor:
         """Rows `start` and on of the merged weight, from the base's; both fp32 [rows, in]. All of a Conv1D's [in, out]."""

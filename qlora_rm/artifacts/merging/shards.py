@@ -78,7 +78,9 @@ class Shards:
             self._put(piece)
         assert size == wanted.nbytes, (name, size, wanted.nbytes)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             if kind is None:
                 assert not self._coming, f"{self._coming[0][1].name} was never written"

@@ -32,6 +32,7 @@ class Source:
         dequantized: whether each weight goes through the quantization of training, as it must for the same scores.
         dtype: in which training computed, and from which it quantized.
         pad, tokens: the tokenizer's pad id and number of tokens.
+        trusted: whether code that the base brings may be run.
     """
 
     adapter: str
@@ -42,25 +43,7 @@ class Source:
     dequantized: bool
     pad: int
     tokens: int
-
-
-def stream(source: Source, output: Path, dtype: torch.dtype) -> dict[str, str]:
-    """Write the merged model's weights in `dtype` and its config into the folder `output`.
-
-    Returns: file name -> sha256 of the weights' files.
-
-    Raises:
-        NotStreamable: the base has no safetensors, or an architecture or quantization for which this is not made.
-        UserError: a file is broken, the adapter belongs to another base, or the disk is too full.
-    """
-    merge = _Merge(source, dtype)
-    wanted = [tensor for group in merge.groups for tensor in group.saved]
-    require_room(output, sum(tensor.nbytes for tensor in wanted))
-    with Shards(output, wanted) as shards:
-        for group in merge.groups:
-            merge.write(group, shards)
-    merge.save_config(output, source.pad)
-    return shards.sha256
+    trusted: bool = False
 
 
 def require_room(folder: Path, nbytes: int) -> None:
@@ -70,28 +53,55 @@ def require_room(folder: Path, nbytes: int) -> None:
         raise UserError(f"The merged model takes {nbytes / 1e9:.1f} GB, {folder.parent} has {free / 1e9:.1f} GB free.")
 
 
-class _Merge:
+class Stream:
     """One merge: the skeleton, the base's and the adapter's files, and the plan."""
 
     def __init__(self, source: Source, dtype: torch.dtype):
-        config = read_model_config(source.base, source.revision)
+        """Read headers and plan, for weights saved in `dtype`.
+
+        Raises:
+            NotStreamable: the base has no safetensors, or an architecture or quantization for which this is not made.
+            UserError: a file is broken, or the adapter belongs to another base.
+        """
+        try:
+            config = read_model_config(source.base, source.revision, source.trusted)
+        except UserError as error:
+            raise UserError(
+                f"The base of the adapter {source.adapter} is not there: {error} Pass --base_model FOLDER_OR_HUB_ID."
+            ) from error
+        if not type(config).__module__.startswith("transformers."):
+            raise NotStreamable("its architecture is not one of transformers' own")
         stored = Checkpoint.of_model(source.base, source.revision)
         if stored is None:
             raise NotStreamable(f"{source.base} has no safetensors files")
         if source.quantization == "8bit":
             raise NotStreamable("its base was trained on in 8 bit")
         self.skeleton = Skeleton.of(config, source.quantization, source.dtype)
-        if self.skeleton.model.is_custom_code():
-            raise NotStreamable("its architecture is not one of transformers' own")
         if source.tokens > self.skeleton.model.get_input_embeddings().num_embeddings:
             self.skeleton.model.resize_token_embeddings(source.tokens, mean_resizing=False)
         self.adapter = Adapter(source.adapter, self.skeleton)
-        self.stored, self.dtype = stored, dtype
+        self.stored, self.dtype, self.pad = stored, dtype, source.pad
         self.shapes = {name: tensor.shape for name, tensor in self.skeleton.model.state_dict().items()}
         self.quantized = self.skeleton.quantized if source.dequantized else frozenset[str]()
         self.groups = plan(self.skeleton, stored, self.adapter.brought, dtype)
 
-    def write(self, group: Group, shards: Shards) -> None:
+    def run(self, output: Path) -> dict[str, str]:
+        """Write the merged model's weights and config into the folder `output`.
+
+        Returns: file name -> sha256 of the weights' files.
+
+        Raises:
+            UserError: the disk is too full.
+        """
+        wanted = [tensor for group in self.groups for tensor in group.saved]
+        require_room(output, sum(tensor.nbytes for tensor in wanted))
+        with Shards(output, wanted) as shards:
+            for group in self.groups:
+                self._write(group, shards)
+        self._save_config(output)
+        return shards.sha256
+
+    def _write(self, group: Group, shards: Shards) -> None:
         """Read, convert, merge and write one group; in pieces where nothing must be converted back."""
         values = {} if self.adapter.brought.issuperset(group.targets) else self._values(group)
         if group.straight:
@@ -126,12 +136,12 @@ class _Merge:
         if base.numel < shape.numel():  # a grown embedding's pad token, which no sequence contains
             yield torch.zeros(shape.numel() - base.numel, dtype=self.dtype)
 
-    def save_config(self, folder: Path, pad: int) -> None:
+    def _save_config(self, folder: Path) -> None:
         """As a stock classifier of one label, which pipelines and vLLM do not squash to (0, 1)."""
         model = self.skeleton.model
         model.config.architectures = [type(model).__name__]
         model.config.dtype = self.dtype
-        as_scalar(model.config, pad)
+        as_scalar(model.config, self.pad)
         model.config.save_pretrained(folder)
 
 
