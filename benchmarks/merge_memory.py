@@ -39,14 +39,8 @@ LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 
 
 def shape(layers: int, **more: int) -> LlamaConfig:
-    return LlamaConfig(
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_hidden_layers=layers,
-        num_attention_heads=32,
-        vocab_size=32000,
-        **more,
-    )
+    seven_b = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "vocab_size": 32000}
+    return LlamaConfig(num_hidden_layers=layers, **seven_b | more)
 
 
 def make(folder: Path, layers: int) -> None:

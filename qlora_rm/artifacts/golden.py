@@ -201,7 +201,7 @@ def awkward(tokenization: Tokenization, as_turns: bool, longest: int = SAFE_LENG
     if not as_turns:
         texts.append(("\n\n".join(talk), ("\n\nNow we begin.", "\n\nLater.")))
         return [Candidates(f"{prompt}\n", responses) for prompt, responses in texts]
-    turns = [turn for role, text in zip(("user", "assistant", "user"), talk, strict=True) for turn in _turn(role, text)]
+    turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant", "user"), talk, strict=True)]
     talked = Candidates(turns, (_turn("assistant", "Now we begin."), _turn("assistant", "Later.")))
     return [
         *(Candidates(_turn("user", p), tuple(_turn("assistant", r) for r in responses)) for p, responses in texts),

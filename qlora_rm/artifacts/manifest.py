@@ -155,8 +155,9 @@ class Step:
     Attributes:
         name: "merge", "requantize", "export", ...
         settings: by name.
-        drift: largest distance of a golden score from the one before this step, its own copy read back from disk.
-        flips: how many of the `pairs` clear golden pairs changed their order.
+        drift: largest distance of a golden score, computed with what was written, from the one it had before.
+        flips: how many golden pairs changed their order.
+        pairs: of how many whose scores had been clearly apart.
         scores: the golden items' scores from this step on, one list each, where it changes them on purpose; null: they
             stay what they were.
         versions: of the libraries that did it.

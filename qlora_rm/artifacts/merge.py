@@ -1,6 +1,7 @@
 """One stock model from an adapter and its base: dequantize, add in fp32, cast, and prove the scores."""
 
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -92,8 +93,8 @@ class _Job:
 
     def _require_tokenizer(self) -> None:
         """Text becomes the token ids that it became in training."""
-        checks = [*check_tokenizer(self.manifest, self.tokenizer), *check_golden_ids(self.manifest, self.tokenizer)]
-        for check in checks:
+        checks = check_tokenizer(self.manifest, self.tokenizer), check_golden_ids(self.manifest, self.tokenizer)
+        for check in chain.from_iterable(checks):  # one by one: the later ones take the earlier ones to hold
             if not check.ok and self.manifest.golden:
                 raise UserError(f"{self.folder} fails the check {check.name!r}: {check.detail}.")
 

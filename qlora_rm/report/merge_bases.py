@@ -54,7 +54,7 @@ class Choice:
     kept: MergeBase
     reason: str
     adapter: Agreement
-    measured: dict[str, Measured]
+    measured: dict[MergeBase, Measured]
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -87,7 +87,8 @@ def merge_better(adapter: str, output: str, data: DataConfig, *, dtype: MergeDty
     before = adapted.score_token_ids(sequences)
     del adapted
     with new_folder(output) as beside:
-        scores, measured = {}, {}
+        scores: dict[MergeBase, Tensor] = {}
+        measured: dict[MergeBase, Measured] = {}
         for base in BASES:
             merge(adapter, str(beside / base), dtype=dtype, base=base, **places)
             scores[base] = RewardModel.load(str(beside / base), trust_remote_code=trusted).score_token_ids(sequences)

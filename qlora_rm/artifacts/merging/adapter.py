@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
@@ -108,10 +109,9 @@ class LinearRows:
 
     def __init__(self, layer: Linear):
         self._layer = layer
-        self._B = layer.lora_B[ADAPTER].weight
-        self._magnitude = (
-            layer.lora_magnitude_vector[ADAPTER].weight if ADAPTER in layer.lora_magnitude_vector else None
-        )
+        self._B: Any = layer.lora_B[ADAPTER].weight
+        has_magnitude = ADAPTER in layer.lora_magnitude_vector
+        self._magnitude: Any = layer.lora_magnitude_vector[ADAPTER].weight if has_magnitude else None
 
     def add(self, rows: Tensor, start: int) -> Tensor:
         """Rows `start` and on of the merged weight, from the base's; both fp32 [rows, in]. All of a Conv1D's [in, out]."""

@@ -50,7 +50,7 @@ class Stored:
         if raw.numel():
             with self.file.open("rb") as file:
                 file.seek(self.start)
-                if file.readinto(raw.numpy()) != raw.numel():
+                if file.readinto(raw.numpy().data) != raw.numel():
                     raise UserError(f"{self.file} is cut short. Fetch or save it again.")
         return raw.view(self.dtype).reshape(self.shape)
 

@@ -8,7 +8,8 @@ import torch
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+from transformers.core_model_loading import WeightConverter, WeightTransform
+from transformers.integrations.bitsandbytes import Bnb4bitDeserialize, dequantize_bnb_weight
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer
 
@@ -49,7 +50,16 @@ def dequantize(model: PreTrainedModel) -> None:
             model.set_submodule(name, _plain_layer(module))
     if quantizer is not None:
         quantizer.remove_quantization_config(model)
+        # what read stored 4-bit weights would be asked for its reverse in saving, and has none (transformers 5.23)
+        conversions: Any = model._weight_conversions
+        model._weight_conversions = [c for c in conversions if not _reads_4_bit(c)]  # type: ignore[assignment]
     nn.Module.to(model, device="cpu", dtype=torch.float32)
+
+
+def _reads_4_bit(conversion: WeightTransform) -> bool:
+    return isinstance(conversion, WeightConverter) and any(
+        isinstance(o, Bnb4bitDeserialize) for o in conversion.operations
+    )
 
 
 def _plain_layer(module: Any) -> nn.Module:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,7 +13,6 @@ from transformers.core_model_loading import (
     PrefixChange,
     WeightConverter,
     WeightRenaming,
-    WeightTransform,
     dot_natural_key,
     rename_source_key,
     revert_weight_conversion,
@@ -40,7 +40,7 @@ class Group:
     """
 
     sources: list[tuple[str, str]]
-    transform: WeightTransform | None
+    transform: WeightConverter | WeightRenaming | None
     targets: list[str]
     saved: list[Wanted]
     straight: bool
@@ -52,7 +52,8 @@ class Group:
         transform = deepcopy(self.transform)
         name = self.targets[0]
         for source, pattern in self.sources:
-            transform.add_tensor(name, source, pattern, lambda source=source: read(source))
+            # synchronous loading hands over calls, whatever the annotation says
+            transform.add_tensor(name, source, pattern, partial(read, source))  # type: ignore[arg-type]
         realized = transform.convert(name, model=model, config=model.config)
         return {target: value[0] if isinstance(value, list) else value for target, value in realized.items()}
 
@@ -70,9 +71,8 @@ def plan(skeleton: Skeleton, stored: Checkpoint, brought: set[str], dtype: torch
     """
     model, names = skeleton.model, skeleton.model.state_dict()
     # as `save_pretrained` takes them for a model that was not loaded from files with a prefix
-    model._weight_conversions = [
-        c for c in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(c, PrefixChange)
-    ]
+    conversions = get_model_conversion_mapping(model, add_legacy=False)
+    model._weight_conversions = [c for c in conversions if not isinstance(c, PrefixChange)]  # type: ignore[assignment]
     groups = _grouped(skeleton, stored, names)
     try:
         for group in groups:

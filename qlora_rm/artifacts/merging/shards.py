@@ -120,7 +120,7 @@ class _File:
 
     def append(self, piece: Tensor) -> None:
         if piece.numel():
-            self._write(memoryview(piece.reshape(-1).view(torch.uint8).numpy()))
+            self._write(piece.reshape(-1).view(torch.uint8).numpy().data)
 
     def _write(self, data: bytes | memoryview) -> None:
         self.hash.update(data)

@@ -10,6 +10,7 @@ import bitsandbytes as bnb
 import torch
 from peft.tuners.lora import Linear, LoraLayer, ParamWrapper
 from torch import Tensor
+from transformers import PretrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
@@ -18,7 +19,7 @@ from qlora_rm.artifacts.merging.checkpoint import Checkpoint
 from qlora_rm.artifacts.merging.nf4 import BLOCK, PIECE, Packed
 from qlora_rm.artifacts.merging.plan import Group, NotStreamable, plan
 from qlora_rm.artifacts.merging.shards import Shards
-from qlora_rm.backbone.load import read_model_config
+from qlora_rm.backbone.load import embedding_rows, read_model_config
 from qlora_rm.backbone.skeleton import Skeleton
 from qlora_rm.config import Quantization
 from qlora_rm.errors import UserError
@@ -77,7 +78,7 @@ class Stream:
         if source.quantization == "8bit":
             raise NotStreamable("its base was trained on in 8 bit")
         self.skeleton = Skeleton.of(config, source.quantization, source.dtype)
-        if source.tokens > self.skeleton.model.get_input_embeddings().num_embeddings:
+        if source.tokens > embedding_rows(self.skeleton.model):
             self.skeleton.model.resize_token_embeddings(source.tokens, mean_resizing=False)
         self.adapter = Adapter(source.adapter, self.skeleton)
         self.stored, self.dtype, self.pad = stored, dtype, source.pad
@@ -145,12 +146,12 @@ class Stream:
         model.config.save_pretrained(folder)
 
 
-def as_scalar(config: object, pad: int) -> None:
+def as_scalar(config: PretrainedConfig, pad: int) -> None:
     """Make a config that of a scalar model: one label named score, no activation on it, and the tokenizer's pad id."""
-    for part in {id(c): c for c in (config, config.get_text_config())}.values():  # type: ignore[attr-defined]
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
         part.pad_token_id = pad
-    config.problem_type = "regression"  # type: ignore[attr-defined]
-    config.id2label, config.label2id = {0: "score"}, {"score": 0}  # type: ignore[attr-defined]
+    config.problem_type = "regression"
+    config.id2label, config.label2id = {0: "score"}, {"score": 0}
 
 
 class _Base:
