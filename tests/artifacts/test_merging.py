@@ -26,6 +26,7 @@ from qlora_rm.artifacts import read_back as reading
 from qlora_rm.artifacts.load import RewardModel
 from qlora_rm.artifacts.manifest import Manifest
 from qlora_rm.artifacts.merge import merge
+from qlora_rm.artifacts.merging import nf4
 from qlora_rm.artifacts.merging import shards as shards_module
 from qlora_rm.artifacts.merging.checkpoint import Checkpoint
 from qlora_rm.artifacts.merging.in_memory import merge_in_memory
@@ -148,6 +149,20 @@ def test_quantizes_at_every_bound_as_bitsandbytes_does() -> None:
     assert torch.equal(
         Packed.of(weight, torch.float32).codes, F.quantize_4bit(weight, blocksize=64, quant_type="nf4")[0].view(-1)
     )
+
+
+@pytest.mark.parametrize("exponent", [8, 100, 127, 249])
+def test_looks_up_what_counting_gives_for_every_bf16_value_under_every_scale(exponent: int) -> None:
+    """Bits of the scale from one power of two to the next; all values down to 2^-9 of it, both signs."""
+    for mantissa in range(128):
+        scale = (exponent << 7) | mantissa
+        value = torch.arange(max(0, scale - (9 << 7)), scale + 1).to(torch.int16).view(torch.bfloat16)
+        value = torch.cat([value, -value, value[: -2 * len(value) % 63]]).view(-1, 63)
+        first = torch.tensor([scale], dtype=torch.int16).view(torch.bfloat16).expand(len(value), 1)
+        weight = torch.cat([first, value], 1).view(-1)
+        found, (codes, absmax) = nf4._look_up(weight), nf4._count(weight)
+        assert found is not None
+        assert torch.equal(found[0], codes) and torch.equal(found[1], absmax)
 
 
 @given(
