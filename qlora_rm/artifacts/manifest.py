@@ -6,21 +6,20 @@ versions are read as far as they go.
 """
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import os
-import types
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Self, get_args, get_origin, get_type_hints
+from typing import Any, Self
 
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from qlora_rm.artifacts.golden import Drift, GoldenItem, make_golden
 from qlora_rm.artifacts.seal import fingerprint, hash_files
+from qlora_rm.artifacts.typed_json import read_as
 from qlora_rm.backbone.paths import is_local
 from qlora_rm.errors import UserError
 from qlora_rm.preferences.tokenization import EOS_RULE, Tokenization
@@ -258,7 +257,7 @@ class Manifest:
                 f"{path} has schema version {found!r}; this qlora_rm reads up to version {SCHEMA_VERSION}. Use the "
                 "qlora_rm that wrote it, or a newer one."
             )
-        return _read(cls, content, str(path))
+        return read_as(cls, content, str(path))
 
 
 def _from_version_1(content: dict[str, Any]) -> dict[str, Any]:
@@ -271,30 +270,6 @@ def _from_version_1(content: dict[str, Any]) -> dict[str, Any]:
         "history": [],
         "files": {},
     }
-
-
-def _read(kind: Any, value: Any, where: str) -> Any:
-    """`value` as the schema's type `kind` (dataclass, list, optional or plain), or a `UserError` naming the place."""
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        if not isinstance(value, dict):
-            raise UserError(f"{where} must be an object, not {value!r:.60}.")
-        hints = get_type_hints(kind)
-        for key in value.keys() - hints.keys():
-            near = difflib.get_close_matches(key, hints, 1)
-            raise UserError(f"{where} has an unknown key {key!r}." + (f" Did you mean {near[0]!r}?" if near else ""))
-        for key in hints.keys() - value.keys():
-            raise UserError(f"{where} lacks the key {key!r}.")
-        return kind(**{key: _read(hint, value[key], f"{where}: {key}") for key, hint in hints.items()})
-    if get_origin(kind) is types.UnionType:
-        return None if value is None else _read(get_args(kind)[0], value, where)
-    if get_origin(kind) is list:
-        if not isinstance(value, list):
-            raise UserError(f"{where} must be a list, not {value!r:.60}.")
-        return [_read(get_args(kind)[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
-    wanted: Any = {float: (int, float), Any: object}.get(kind, get_origin(kind) or kind)
-    if not isinstance(value, wanted) or (kind in (int, float) and isinstance(value, bool)):
-        raise UserError(f"{where} must be of type {getattr(kind, '__name__', kind)}, not {value!r:.60}.")
-    return value
 
 
 def make_contract(tokenizer: PreTrainedTokenizerBase, tokenization: Tokenization) -> Contract:
