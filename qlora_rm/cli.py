@@ -218,23 +218,50 @@ def _add_merge(command: argparse.ArgumentParser) -> Run:
         "--output", metavar="DIR", required=True, help="Folder to write; it must not exist, or be empty."
     )
     command.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="Dtype of the weights. [bf16]")
-    add_options(command, ScoringConfig, ["base", "trust_remote_code"])
+    command.add_argument(
+        "--base",
+        choices=("dequantized", "original", "both"),
+        default="dequantized",
+        help="Add the adapter to the base as training's quantization left it, which keeps the scores; to the base as it "
+        "was before; or try both on --dataset and keep the better. [dequantized]",
+    )
+    command.add_argument(
+        "--base_model", metavar="FOLDER_OR_HUB_ID", help="Another place of the base than the manifest names."
+    )
+    command.add_argument("--json", action="store_true", help="Print JSON instead of a sentence.")
+    add_options(command, ScoringConfig, ["trust_remote_code"])
+    add_options(command, DataConfig, EVALUATED)
     return _merge
 
 
 def _merge(options: argparse.Namespace) -> None:
     from qlora_rm.artifacts.merge import merge
+    from qlora_rm.report.files import as_json
 
-    merged = merge(
-        options.adapter,
-        options.output,
-        dtype=options.dtype,
-        base=options.base,
-        trust_remote_code=options.trust_remote_code,
-    )
+    settings = {name: getattr(options, name) for name in ("dtype", "base_model", "trust_remote_code")}
+    if options.base == "both":
+        _merge_both(options, settings)
+        return
+    if options.dataset:
+        raise UserError("--dataset is what --base both measures on; pass both of them or neither.")
+    merged = merge(options.adapter, options.output, base=options.base, **settings)
     print(
-        f"{options.output}: {merged.method} to {merged.dtype}; scores differ from the golden ones by {merged.drift:.2g} at most"
+        as_json(asdict(merged))
+        if options.json
+        else f"{options.output}: {merged.method} to {merged.dtype}; scores differ from the golden ones by {merged.drift:.2g} at most\n",
+        end="",
     )
+
+
+def _merge_both(options: argparse.Namespace, settings: dict[str, Any]) -> None:
+    data = read_options(options, DataConfig)
+    if not data.dataset:
+        raise UserError("--base both measures on held-out pairs: pass --dataset FILE, FOLDER or HUB_ID.")
+    from qlora_rm.report.files import as_json
+    from qlora_rm.report.merge_bases import merge_better
+
+    choice = merge_better(options.adapter, options.output, data, **settings)
+    print(as_json(choice.as_dict()) if options.json else "\n".join(choice.lines()) + "\n", end="")
 
 
 def _add_verify(command: argparse.ArgumentParser) -> Run:

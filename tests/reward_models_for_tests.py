@@ -4,6 +4,7 @@ import json
 import shutil
 import tempfile
 from atexit import register
+from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 
@@ -50,11 +51,18 @@ def make_reward_model(
     max_length: int | None = 256,
     golden: bool = True,
     compute: str = "fp32",
+    save_again: Callable[[str], None] | None = None,
 ) -> Path:
-    """Write `folder/base` and `folder/model`, an adapter on it (a whole model for `AdapterConfig(use_lora=False)`)."""
+    """Write `folder/base` and `folder/model`, an adapter on it (a whole model for `AdapterConfig(use_lora=False)`).
+
+    Arguments:
+        save_again: writes the base anew in its folder, in another form.
+    """
     adapter = adapter or AdapterConfig(lora_r=8, lora_alpha=16)
     tokenizer = tokenizer or (word_piece_tokenizer() if architecture == "distilbert" else small_tokenizer())
     base, output = save_backbone(folder / "base", architecture, tokenizer, rows=rows), folder / "model"
+    if save_again is not None:
+        save_again(base)
     config = BackboneConfig(model_name_or_path=base, quantization=quantization)
     backbone = load_backbone(config, tokenizer, DTYPES[compute], full_fine_tuning=not adapter.use_lora)
     model = attach_adapter(backbone, adapter) if adapter.use_lora else backbone.model

@@ -33,6 +33,8 @@ def compute_in_fp32(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             module.compute_dtype = torch.float32
+            # on CPUs with AVX512-BF16 bitsandbytes 0.50 would repack the weights and compute in bf16 all the same
+            module.support_avx512bf16_for_cpu = False
     for parameter in model.parameters():
         packed = isinstance(parameter, (bnb.nn.Params4bit, bnb.nn.Int8Params))
         if not packed and parameter.dtype in (torch.bfloat16, torch.float16):

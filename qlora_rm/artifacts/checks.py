@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from qlora_rm.artifacts.golden import GoldenItem, Tolerance, drift, scores_of, tolerance
 from qlora_rm.artifacts.load import tokenization_of
 from qlora_rm.artifacts.manifest import SCORE_POSITION, Manifest, hash_of_template
+from qlora_rm.artifacts.seal import changed_files
 from qlora_rm.backbone.precision import DTYPES
 from qlora_rm.backbone.scoring import Layout, score_sequences
 from qlora_rm.preferences.faults import RowFault
@@ -125,8 +126,11 @@ def check_vocabulary(subject: Subject, tokenizer: PreTrainedTokenizerBase) -> It
     yield Check("model pads as the tokenizer does", configured == pad, f"model {configured}, tokenizer {pad}")
 
 
-def check_leftovers(folder: str) -> Iterator[Check]:
-    """A whole model holds plain floating-point weights, and its config asks for no quantization."""
+def check_leftovers(folder: str, manifest: Manifest) -> Iterator[Check]:
+    """A whole model holds plain floating-point weights, and its config asks for no quantization, unless it was
+    quantized on purpose."""
+    if any(step.name == "requantize" for step in manifest.history):
+        return
     config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     found = ["quantization_config in config.json"] if "quantization_config" in config else []
     for path in sorted(Path(folder).glob("*.safetensors")):
@@ -137,9 +141,27 @@ def check_leftovers(folder: str) -> Iterator[Check]:
     yield Check("no quantization leftovers", not found, _listed(found, "merge the adapter again"))
 
 
+def check_files(folder: str, manifest: Manifest) -> Iterator[Check]:
+    """Weights and tokenizer are, bit for bit, those beside which the manifest was written."""
+    if not manifest.files:
+        yield Check("files are those that were written", True, "not tried: an earlier version wrote no hashes of them")
+        return
+    changes = changed_files(folder, manifest.files)
+    kept = f"{len(manifest.files)} files"
+    yield Check("files are those that were written", not changes, _listed(changes, RESTORE) if changes else kept)
+
+
+def check_base(manifest: Manifest, base: str | None, *, scores_hold: bool) -> Iterator[Check]:
+    """The adapter stands on the base it was trained on; other files of it will do where all scores are the same."""
+    changes = manifest.base.changes(base)
+    found = f"{' and '.join(changes)} changed since training" if changes else ""
+    way_out = "its scores hold all the same" if scores_hold else "pass --base with the one it was trained on"
+    yield Check("base is the trained one", not changes or scores_hold, f"{found}; {way_out}" if changes else "")
+
+
 def check_scores(subject: Subject, manifest: Manifest) -> Iterator[Check]:
     """The golden scores come out again, whatever the batch, the padding and the order."""
-    items, pad = manifest.golden, manifest.contract.pad_token_id
+    items, pad = manifest.expected(), manifest.contract.pad_token_id
     rounding = [manifest.compute_dtype, manifest.quantization, subject.computes_in]
     allowed = tolerance(*rounding, *([manifest.merge.dtype] if manifest.merge else []))
     moved = drift(items, scores_of(items, lambda ids: subject.score(ids, pad)), allowed)

@@ -18,7 +18,16 @@ Score = Callable[[list[list[int]]], Tensor]
 
 @dataclass(frozen=True)
 class GoldenItem:
-    """One prompt, its responses, the token ids they must become and the scores they were given after training."""
+    """One prompt, its responses, the token ids they must become and the scores they were given after training.
+
+    Attributes:
+        prompt: text or turns.
+        responses: text or turns each.
+        token_ids: of each response with its prompt.
+        scores: one for each response.
+        tools: what the chat template is given besides; null: none.
+        template_kwargs: and any further arguments of it.
+    """
 
     prompt: Any
     responses: list[Any]
@@ -166,7 +175,8 @@ def _tokenized(items: Sequence[Candidates], tokenization: Tokenization) -> list[
 
 
 def awkward(tokenization: Tokenization, as_turns: bool, longest: int = SAFE_LENGTH) -> list[Candidates]:
-    """Items on which readers of reward models have gone wrong: an empty answer, unicode, length, special tokens.
+    """Items on which readers of reward models have gone wrong: an empty answer, unicode, length, special tokens,
+    several turns, and two answers that nearly tie.
 
     Arguments:
         longest: a length in tokens that the model surely takes. The long item stays below it, since more than a model
@@ -185,10 +195,18 @@ def awkward(tokenization: Tokenization, as_turns: bool, longest: int = SAFE_LENG
         ("Grüße auf Ελληνικά, 日本語 und mit 🙂?", ("Γειά σου · こんにちは 🙂👩‍👩‍👧", "Nein\u00a0— \u202bלא\u202c.")),
         (long * repeats, ("Once more: the sea is salt.", "No.")),
         (f"What does {eos} mean?", (f"{eos} ends a text; {eos} again.", "Nothing.")),
+        ("Is it raining?", ("Yes, it is raining.", "Yes, it is raining!")),
     ]
+    talk = ["Good morning.", "Good morning to you.", "And now?"]
     if not as_turns:
+        texts.append(("\n\n".join(talk), ("\n\nNow we begin.", "\n\nLater.")))
         return [Candidates(f"{prompt}\n", responses) for prompt, responses in texts]
-    return [Candidates(_turn("user", p), tuple(_turn("assistant", r) for r in responses)) for p, responses in texts]
+    turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant", "user"), talk, strict=True)]
+    talked = Candidates(turns, (_turn("assistant", "Now we begin."), _turn("assistant", "Later.")))
+    return [
+        *(Candidates(_turn("user", p), tuple(_turn("assistant", r) for r in responses)) for p, responses in texts),
+        talked,
+    ]
 
 
 def _turn(role: str, content: str) -> Content:

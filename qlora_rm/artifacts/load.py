@@ -191,6 +191,8 @@ def load_stock(folder: str, trust_remote_code: bool = False) -> tuple[PreTrained
         )
     except Exception as error:  # safetensors raises its own error type for a truncated file
         raise UserError(f"The model in {folder} could not be loaded: {first_line(error)}") from error
+    if dtype is torch.float32:
+        compute_in_fp32(model)
     to_accelerator(model).eval()
     return model, info
 

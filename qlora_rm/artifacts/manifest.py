@@ -1,32 +1,33 @@
 """`rm_manifest.json`: what a reader must know to give a model's sequences the scores it was trained to give.
 
-The schema is the dataclasses below; `Manifest` is the file's outermost object. Every key must be there and no other;
-what may be unknown is null.
+The schema is the dataclasses below, `GoldenItem` among them; `Manifest` is the file's outermost object, and
+docs/manifest.md the same for people. Every key must be there and no other; what may be unknown is null. Files of earlier
+versions are read as far as they go.
 """
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import os
-import types
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Self, get_args, get_origin, get_type_hints
+from typing import Any, Self
 
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from qlora_rm.artifacts.golden import GoldenItem, make_golden
+from qlora_rm.artifacts.golden import Drift, GoldenItem, make_golden
+from qlora_rm.artifacts.seal import fingerprint, hash_files
+from qlora_rm.artifacts.typed_json import read_as
 from qlora_rm.backbone.paths import is_local
 from qlora_rm.errors import UserError
 from qlora_rm.preferences.tokenization import EOS_RULE, Tokenization
 
-__all__ = ["Base", "Contract", "Manifest", "Merge", "Reward", "Training", "make_contract", "make_golden"]
+__all__ = ["Base", "Contract", "Manifest", "Merge", "Reward", "Step", "Training", "make_contract", "make_golden"]
 
 FILE_NAME = "rm_manifest.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SCORE_POSITION = "last token that is not pad"
 LIBRARIES = (
     "torch",
@@ -47,8 +48,11 @@ class Contract:
 
     Attributes:
         chat_template_sha256: of the template's text; null where there is none.
-        eos_rule: in words.
-        max_length, over_long: the longest sequence in tokens (null: no limit), and what is done with longer ones.
+        bos_token_id, eos_token_id, pad_token_id: the tokenizer's; pad stands in no sequence.
+        eos_rule: where sequences get an end-of-text token, in words.
+        max_length: the longest sequence in tokens; null: no limit.
+        over_long: what is done with longer ones: "truncate_prompt", "drop" or "error".
+        score_position: the token whose score is the sequence's, in words.
     """
 
     chat_template_sha256: str | None
@@ -63,21 +67,46 @@ class Contract:
 
 @dataclass(frozen=True)
 class Base:
-    """The backbone the adapter stands on: an absolute path or a hub id, its revision, its config.json's sha256."""
+    """The backbone the adapter stands on.
+
+    Attributes:
+        name_or_path: an absolute path or a hub id.
+        revision: of the hub's repository; null: its latest.
+        config_sha256: of its config.json.
+        weights_fingerprint: sha256 over its safetensors files' names, sizes, headers and samples of their data; null where
+            it has none.
+    """
 
     name_or_path: str
     revision: str | None
     config_sha256: str | None
+    weights_fingerprint: str | None = None
 
     @classmethod
     def of(cls, name_or_path: str, revision: str | None = None) -> Self:
         name = str(Path(name_or_path).expanduser().resolve()) if is_local(name_or_path) else name_or_path
-        return cls(name, revision, hash_of_config(name, revision))
+        return cls(name, revision, hash_of_config(name, revision), fingerprint(name, revision))
+
+    def changes(self, name_or_path: str | None = None) -> list[str]:
+        """What of the base, or of another in its place, is not as it was in training; each in a few words."""
+        now = Base.of(name_or_path or self.name_or_path, None if name_or_path else self.revision)
+        pairs = (
+            ("its config.json", self.config_sha256, now.config_sha256),
+            ("its weights", self.weights_fingerprint, now.weights_fingerprint),
+        )
+        return [what for what, then, today in pairs if then is not None and then != today]
 
 
 @dataclass(frozen=True)
 class Training:
-    """What the model was trained on and how far: optimizer steps, the objective's settings, the data's fingerprint."""
+    """What the model was trained on, and how far.
+
+    Attributes:
+        steps: of the optimizer.
+        objective: its settings by name.
+        data_fingerprint: hash of the comparisons, in their order.
+        data_report: what was read and left out, by kind.
+    """
 
     steps: int
     objective: dict[str, Any]
@@ -87,7 +116,12 @@ class Training:
 
 @dataclass(frozen=True)
 class Reward:
-    """Mean and standard deviation of the n held-out responses' scores."""
+    """Mean and standard deviation of the held-out responses' scores.
+
+    Attributes:
+        mean, std: in the units of a score.
+        n: number of responses.
+    """
 
     mean: float
     std: float
@@ -99,15 +133,46 @@ class Merge:
     """How the adapter was added to its base.
 
     Attributes:
+        method: in words.
         dtype: storage dtype of the merged weights, "bf16" or "fp32".
         compared_in: dtype in which the merged model's golden scores were computed.
         drift: their largest distance from the golden scores.
+        base: "dequantized", the weights the adapter was trained beside, or "original", those before quantization.
     """
 
     method: str
     dtype: str
     compared_in: str
     drift: float
+    base: str = "dequantized"
+
+
+@dataclass(frozen=True)
+class Step:
+    """What was done to the model after training, and what became of its golden scores.
+
+    Attributes:
+        name: "merge", "requantize", "export", ...
+        settings: by name.
+        drift: largest distance of a golden score, computed with what was written, from the one it had before.
+        flips: how many golden pairs changed their order.
+        pairs: of how many whose scores had been clearly apart.
+        scores: the golden items' scores from this step on, one list each, where it changes them on purpose; null: they
+            stay what they were.
+        versions: of the libraries that did it.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    drift: float
+    flips: int
+    pairs: int
+    scores: list[Any] | None = None
+    versions: dict[str, str] = field(default_factory=lambda: library_versions())
+
+    @classmethod
+    def of(cls, name: str, settings: dict[str, Any], moved: Drift, scores: list[list[float]] | None = None) -> Self:
+        return cls(name, settings, moved.largest, moved.flips, moved.pairs, scores)
 
 
 @dataclass(frozen=True)
@@ -115,10 +180,18 @@ class Manifest:
     """The file's outermost object.
 
     Attributes:
+        contract: how text becomes a score.
+        base: what the adapter stands on.
         quantization: of the base under training: "none", "4bit" or "8bit".
         compute_dtype: of the training run's autocast: "fp32", "bf16" or "fp16".
-        golden: empty in a checkpoint of an unfinished run.
+        training: null in a file written by hand.
+        reward: null without held-out comparisons.
+        golden: texts, token ids and the scores that training gave them; empty in a checkpoint of an unfinished run.
         merge: null for adapters and fully fine-tuned models.
+        history: what was done since training, in order.
+        files: sha256 of the folder's weights and tokenizer files by name, as they were when this file was written.
+        versions: of the libraries under which it was trained.
+        schema_version: of this file.
     """
 
     contract: Contract
@@ -129,14 +202,35 @@ class Manifest:
     reward: Reward | None = None
     golden: list[GoldenItem] = field(default_factory=list)
     merge: Merge | None = None
+    history: list[Step] = field(default_factory=list)
+    files: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=lambda: library_versions())
     schema_version: int = SCHEMA_VERSION
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write `rm_manifest.json` into `folder`: beside, then renamed, so that no reader sees half a file."""
+    def expected(self) -> list[GoldenItem]:
+        """The golden items with the scores that this copy of the model must give: training's, or those of the last
+        step that changed them on purpose."""
+        changed = [step.scores for step in self.history if step.scores is not None]
+        if not changed:
+            return self.golden
+        return [dataclasses.replace(item, scores=scores) for item, scores in zip(self.golden, changed[-1], strict=True)]
+
+    def after(self, step: Step, **changes: Any) -> Self:
+        """The manifest after a further step."""
+        return dataclasses.replace(self, history=[*self.history, step], **changes)
+
+    def save(self, folder: str | os.PathLike[str], known: dict[str, str] | None = None) -> None:
+        """Write `rm_manifest.json` into `folder`, last of its files, whose hashes it holds.
+
+        It is written beside, then renamed, so that no reader sees half a file.
+
+        Arguments:
+            known: sha256 of files by name, where they need not be computed again.
+        """
         path = Path(folder) / FILE_NAME
         beside = path.with_name(f"{FILE_NAME}.{os.getpid()}")
-        beside.write_text(json.dumps(asdict(self), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        content = asdict(self) | {"files": hash_files(Path(folder), known)}
+        beside.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
         beside.replace(path)
 
     @classmethod
@@ -156,36 +250,26 @@ class Manifest:
         except (OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read: {error}. Restore it from the training run's output.") from None
         found = content.get("schema_version") if isinstance(content, dict) else None
-        if found != SCHEMA_VERSION:
+        if found == 1:
+            content = _from_version_1(content)
+        elif found != SCHEMA_VERSION:
             raise UserError(
-                f"{path} has schema version {found!r}; this qlora_rm reads version {SCHEMA_VERSION}. Use the qlora_rm "
-                "that wrote it, or a newer one."
+                f"{path} has schema version {found!r}; this qlora_rm reads up to version {SCHEMA_VERSION}. Use the "
+                "qlora_rm that wrote it, or a newer one."
             )
-        return _read(cls, content, str(path))
+        return read_as(cls, content, str(path))
 
 
-def _read(kind: Any, value: Any, where: str) -> Any:
-    """`value` as the schema's type `kind` (dataclass, list, optional or plain), or a `UserError` naming the place."""
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        if not isinstance(value, dict):
-            raise UserError(f"{where} must be an object, not {value!r:.60}.")
-        hints = get_type_hints(kind)
-        for key in value.keys() - hints.keys():
-            near = difflib.get_close_matches(key, hints, 1)
-            raise UserError(f"{where} has an unknown key {key!r}." + (f" Did you mean {near[0]!r}?" if near else ""))
-        for key in hints.keys() - value.keys():
-            raise UserError(f"{where} lacks the key {key!r}.")
-        return kind(**{key: _read(hint, value[key], f"{where}: {key}") for key, hint in hints.items()})
-    if get_origin(kind) is types.UnionType:
-        return None if value is None else _read(get_args(kind)[0], value, where)
-    if get_origin(kind) is list:
-        if not isinstance(value, list):
-            raise UserError(f"{where} must be a list, not {value!r:.60}.")
-        return [_read(get_args(kind)[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
-    wanted: Any = {float: (int, float), Any: object}.get(kind, get_origin(kind) or kind)
-    if not isinstance(value, wanted) or (kind in (int, float) and isinstance(value, bool)):
-        raise UserError(f"{where} must be of type {getattr(kind, '__name__', kind)}, not {value!r:.60}.")
-    return value
+def _from_version_1(content: dict[str, Any]) -> dict[str, Any]:
+    """Version 1 knew no fingerprint of the base, no hashes of files, no history, and one way of merging."""
+    base, merge = content.get("base"), content.get("merge")
+    return content | {
+        "schema_version": SCHEMA_VERSION,
+        "base": base | {"weights_fingerprint": None} if isinstance(base, dict) else base,
+        "merge": merge | {"base": "dequantized"} if isinstance(merge, dict) else merge,
+        "history": [],
+        "files": {},
+    }
 
 
 def make_contract(tokenizer: PreTrainedTokenizerBase, tokenization: Tokenization) -> Contract:

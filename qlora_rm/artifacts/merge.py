@@ -1,171 +1,198 @@
 """One stock model from an adapter and its base: dequantize, add in fp32, cast, and prove the scores."""
 
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import bitsandbytes as bnb
-import torch
-from peft import PeftModel
-from torch import nn
-from transformers import PreTrainedModel
-from transformers.integrations.bitsandbytes import dequantize_bnb_weight
-from transformers.pytorch_utils import Conv1D
-from transformers.quantizers import HfQuantizer
-
+from qlora_rm.artifacts.checks import check_golden_ids, check_tokenizer
+from qlora_rm.artifacts.folders import new_folder
 from qlora_rm.artifacts.golden import GoldenItem, drift, make_golden, scores_of, tolerance
-from qlora_rm.artifacts.load import RewardModel, artefact_kind, load_stock
-from qlora_rm.artifacts.manifest import Manifest, Merge
-from qlora_rm.backbone.adapter import load_adapter
-from qlora_rm.backbone.experts import unpack_experts
-from qlora_rm.backbone.head import head_modules
-from qlora_rm.backbone.load import Backbone
-from qlora_rm.backbone.precision import DTYPES, NAMES
-from qlora_rm.backbone.scoring import score_sequences
+from qlora_rm.artifacts.load import RewardModel, artefact_kind, read_tokenizer
+from qlora_rm.artifacts.manifest import Manifest, Merge, Step
+from qlora_rm.artifacts.merging.in_memory import merge_in_memory
+from qlora_rm.artifacts.merging.plan import NotStreamable
+from qlora_rm.artifacts.merging.stream import Source, Stream
+from qlora_rm.artifacts.read_back import read_back
+from qlora_rm.artifacts.seal import changed_files
+from qlora_rm.backbone.precision import DTYPES
+from qlora_rm.config import Quantization
+from qlora_rm.console import say
 from qlora_rm.errors import UserError
 
 MergeDtype = Literal["bf16", "fp32"]
-METHOD = "base dequantized, adapter added in fp32, cast"
+MergeBase = Literal["dequantized", "original"]
+METHODS = {
+    "dequantized": "base dequantized, adapter added in fp32, cast",
+    "original": "adapter added in fp32 to the base as it was before quantization, cast",
+}
 
 
 def merge(
-    folder: str, output: str, *, dtype: MergeDtype = "bf16", base: str | None = None, trust_remote_code: bool = False
+    folder: str,
+    output: str,
+    *,
+    dtype: MergeDtype = "bf16",
+    base: MergeBase = "dequantized",
+    base_model: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Merge:
     """Write to `output` the model that `folder`'s adapter and its base make together.
 
-    The base is the quantized one the adapter was trained on: added to the original weights, an adapter gives other
-    scores. The result loads by transformers' Auto classes, holds tokenizer, template and manifest, and is renamed
-    into place only after its scores, read back from disk, stand within the tolerance of the golden ones.
+    The base's files are read, changed and written weight by weight; peak memory is that of about two copies of the
+    largest weight. The result loads by transformers' Auto classes, holds tokenizer, template and manifest, and is
+    renamed into place only after its scores, read back from disk, have been found right.
+
+    Arguments:
+        base: "dequantized", what training's quantization made of the base, gives the golden scores. Added to
+            "original" weights an adapter gives other scores, which are compared with those of the adapter on its
+            unquantized base, and are from then on what the merged model's manifest expects.
+        base_model: another place of the base than the manifest names.
 
     Raises:
-        UserError: `folder` holds no adapter or no longer gives its own golden scores, `output` is not free, the disk
-            too full, or the merged scores drift; nothing is left behind then.
+        UserError: `folder` holds no adapter, or one that is not as training left it; its base is another one; `output`
+            is not free, the disk too full, or the merged scores are wrong. Nothing is left behind then.
     """
     if artefact_kind(folder) != "adapter":
         raise UserError(f"{folder} already is one whole model: there is nothing to merge.")
     with new_folder(output) as beside:
-        adapted = RewardModel.load(folder, base=base, trust_remote_code=trust_remote_code)
-        manifest, tokenizer = adapted.manifest, adapted.tokenizer
-        assert manifest is not None
-        golden = manifest.golden or make_golden([], adapted.tokenization, adapted.score_token_ids)
-        _require_own_scores(folder, adapted, golden)
-        model = _merged(adapted, folder)
-        del adapted
-        _save(model, beside, dtype)
-        tokenizer.save_pretrained(beside)
-        del model
-        record = _prove(beside, manifest, golden, dtype, tokenizer.pad_token_id, trust_remote_code)
-        replace(manifest, golden=golden, merge=record).save(beside)
-    return record
+        job = _Job(folder, beside, dtype, base, base_model, trust_remote_code)
+        return job.run()
 
 
-@contextmanager
-def new_folder(output: str) -> Iterator[Path]:
-    """A folder beside `output` that becomes `output` at the end, or vanishes with any error.
+class _Job:
+    """One merge into the folder `beside`."""
 
-    Raises:
-        UserError: `output` exists and is not an empty folder, or cannot be made.
-    """
-    target = Path(output)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{output} exists and is not an empty folder. Choose another --output, or remove it.")
-    beside = target.absolute().with_name(f".{target.name}.{os.getpid()}")
-    try:
-        beside.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"{output} cannot be written: {error.strerror}.") from error
-    try:
-        yield beside
-        beside.rename(target.absolute())
-    except BaseException:
-        shutil.rmtree(beside)
-        raise
+    def __init__(
+        self,
+        folder: str,
+        beside: Path,
+        dtype: MergeDtype,
+        base: MergeBase,
+        base_model: str | None,
+        trust_remote_code: bool,
+    ):
+        self.folder, self.beside, self.dtype, self.base, self.trusted = folder, beside, dtype, base, trust_remote_code
+        self.manifest, self.base_model = Manifest.load(folder), base_model
+        self.tokenizer = read_tokenizer(folder, trust_remote_code)
+        self._require_tokenizer()
+        self.changes = self.manifest.base.changes(base_model)
 
+    def run(self) -> Merge:
+        stream = self._stream()
+        self._require_untouched()
+        golden = self.manifest.golden
+        if not golden or self.changes:
+            golden = self._golden_of_adapter()
+        sealed = self._write(stream)
+        self.tokenizer.save_pretrained(self.beside)
+        record, step = self._prove(golden)
+        manifest = replace(self.manifest, golden=golden)
+        manifest.after(step, merge=record).save(self.beside, sealed)
+        return record
 
-def dequantize(model: PreTrainedModel) -> None:
-    """Make a quantized model one of plain fp32 layers on the CPU, in place, layer by layer.
+    def _require_tokenizer(self) -> None:
+        """Text becomes the token ids that it became in training."""
+        checks = check_tokenizer(self.manifest, self.tokenizer), check_golden_ids(self.manifest, self.tokenizer)
+        for check in chain.from_iterable(checks):  # one by one: the later ones take the earlier ones to hold
+            if not check.ok and self.manifest.golden:
+                raise UserError(f"{self.folder} fails the check {check.name!r}: {check.detail}.")
 
-    Unlike `PreTrainedModel.dequantize` (transformers 5.23) it needs no room on the GPU, and gives GPT-2 its Conv1D
-    back, whose weights would otherwise be saved transposed.
-    """
-    quantizer: HfQuantizer | None = getattr(model, "hf_quantizer", None)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)):
-            model.set_submodule(name, _plain_layer(module))
-    unpack_experts(model)
-    if quantizer is not None:
-        quantizer.remove_quantization_config(model)
-    nn.Module.to(model, device="cpu", dtype=torch.float32)
+    def _require_untouched(self) -> None:
+        """The files are those that training wrote; asked last, for what is broken in them has by then been named."""
+        changes = changed_files(self.folder, self.manifest.files)
+        if changes:
+            raise UserError(
+                f"{self.folder} is not as training left it: {changes[0]}. Restore it from the run's output."
+            )
 
+    def _golden_of_adapter(self) -> list[GoldenItem]:
+        """The adapter's golden items, made where it has none yet; on a base that was changed they must hold."""
+        adapted = self._load()
+        if not self.manifest.golden:
+            if self.changes:
+                raise UserError(
+                    f"{' and '.join(self.changes)} of the base of {self.folder} changed since training, and without "
+                    "golden scores nothing can tell whether they still fit. Pass --base_model with the base it was "
+                    "trained on."
+                )
+            return make_golden([], adapted.tokenization, adapted.score_token_ids)
+        self._require_own_scores(adapted)
+        say(
+            f"{' and '.join(self.changes)} of the base changed since training; its golden scores are given all the same"
+        )
+        return self.manifest.golden
 
-def _plain_layer(module: Any) -> nn.Module:
-    weight = dequantize_bnb_weight(module.weight, getattr(module, "state", None)).float().cpu()
-    rows, columns = weight.shape
-    is_conv = getattr(module, "source_cls", None) is Conv1D
-    with torch.device("meta"):
-        plain: Any = Conv1D(rows, columns) if is_conv else nn.Linear(columns, rows, bias=module.bias is not None)
-    plain.weight = nn.Parameter(weight.T.contiguous() if is_conv else weight, requires_grad=False)
-    if module.bias is not None:
-        plain.bias = nn.Parameter(module.bias.detach().float().cpu(), requires_grad=False)
-    return plain
-
-
-def _require_own_scores(folder: str, adapted: RewardModel, golden: list[GoldenItem]) -> None:
-    """The adapter, loaded here, gives its golden scores; otherwise its base is another one."""
-    manifest = adapted.manifest
-    assert manifest is not None
-    allowed = tolerance(manifest.compute_dtype, adapted.computes_in, manifest.quantization)
-    moved = drift(golden, scores_of(golden, adapted.score_token_ids), allowed)
-    if not moved.ok:
-        raise UserError(
-            f"The adapter {folder} does not give its golden scores on this base ({moved}; allowed {allowed}). Its base "
-            "has changed: pass --base with the one it was trained on."
+    def _load(self, quantization: Quantization | None = None) -> RewardModel:
+        return RewardModel.load(
+            self.folder, base=self.base_model, quantization=quantization, trust_remote_code=self.trusted
         )
 
+    def _require_own_scores(self, adapted: RewardModel) -> None:
+        """The adapter, loaded here, gives its golden scores; otherwise its base is another one."""
+        allowed = tolerance(self.manifest.compute_dtype, adapted.computes_in, self.manifest.quantization)
+        moved = drift(self.manifest.golden, scores_of(self.manifest.golden, adapted.score_token_ids), allowed)
+        if not moved.ok:
+            raise UserError(
+                f"The adapter {self.folder} does not give its golden scores on this base ({moved}; allowed {allowed}). "
+                "Its base has changed: pass --base_model with the one it was trained on."
+            )
 
-def _merged(adapted: RewardModel, folder: str) -> PreTrainedModel:
-    """The whole model in fp32 on the CPU, its trained head in place."""
-    peft = adapted.model
-    assert isinstance(peft, PeftModel)
-    base: PreTrainedModel = peft.unload()
-    dequantize(base)
-    again = load_adapter(Backbone(base, head_modules(base), has_new_head=False), folder, trainable=False)
-    try:
-        return again.merge_and_unload(safe_merge=True)
-    except ValueError as error:
-        raise UserError(f"The adapter {folder} cannot be merged: {error}") from error
-
-
-def _save(model: PreTrainedModel, folder: Path, dtype: MergeDtype) -> None:
-    """Cast and save as a stock classifier of one label, which pipelines and vLLM do not squash to (0, 1)."""
-    nn.Module.to(model, dtype=DTYPES[dtype])
-    needed = sum(p.numel() * p.element_size() for p in model.parameters())
-    free = shutil.disk_usage(folder).free
-    if needed * 1.05 > free:
-        raise UserError(f"The merged model takes {needed / 1e9:.1f} GB, {folder.parent} has {free / 1e9:.1f} GB free.")
-    model.config.problem_type = "regression"
-    model.config.id2label, model.config.label2id = {0: "score"}, {"score": 0}
-    model.save_pretrained(folder)
-
-
-def _prove(
-    folder: Path, manifest: Manifest, golden: list[GoldenItem], dtype: MergeDtype, pad: int, trust_remote_code: bool
-) -> Merge:
-    """Read the merged model back as any reader would and compare its golden scores."""
-    stock, _ = load_stock(str(folder), trust_remote_code)
-    computed_in = NAMES[stock.dtype]
-    allowed = tolerance(manifest.compute_dtype, manifest.quantization, dtype, computed_in)
-    moved = drift(golden, scores_of(golden, lambda ids: score_sequences(stock, ids, pad_token_id=pad)), allowed)
-    if not moved.ok:
-        raise UserError(
-            f"The merged model's scores drift from the golden ones ({moved}; allowed {allowed}); it was not kept. "
-            + _way_out(manifest.quantization, dtype)
+    def _stream(self) -> Stream | None:
+        """The merge weight by weight, planned; None where there is no such."""
+        manifest = self.manifest
+        source = Source(
+            adapter=self.folder,
+            base=self.base_model or manifest.base.name_or_path,
+            revision=None if self.base_model else manifest.base.revision,
+            quantization=manifest.quantization,  # type: ignore[arg-type]
+            dtype=DTYPES[manifest.compute_dtype],
+            dequantized=self.base == "dequantized",
+            pad=self.tokenizer.pad_token_id,
+            tokens=len(self.tokenizer),
+            trusted=self.trusted,
         )
-    return Merge(METHOD, dtype, computed_in, moved.largest)
+        try:
+            return Stream(source, DTYPES[self.dtype])
+        except NotStreamable as reason:
+            say(f"merging in the memory of the whole model in fp32, since {reason}")
+            return None
+
+    def _write(self, stream: Stream | None) -> dict[str, str]:
+        """The merged weights and config; returns the hashes that are known from writing them."""
+        if stream is not None:
+            return stream.run(self.beside)
+        adapted = self._load(None if self.base == "dequantized" else "none")
+        merge_in_memory(adapted, self.folder, self.beside, DTYPES[self.dtype])
+        return {}
+
+    def _prove(self, golden: list[GoldenItem]) -> tuple[Merge, Step]:
+        """Read the merged model back as any reader would and compare its golden scores."""
+        manifest, reference = self.manifest, golden
+        if self.base == "original":
+            unquantized = self._load("none")
+            scores = scores_of(golden, unquantized.score_token_ids)
+            reference = [replace(item, scores=new) for item, new in zip(golden, scores, strict=True)]
+            del unquantized
+        found = read_back(str(self.beside), reference, self.tokenizer.pad_token_id, self.trusted)
+        quantization = manifest.quantization if self.base == "dequantized" else "none"
+        allowed = tolerance(manifest.compute_dtype, quantization, self.dtype, found.computed_in)
+        moved = drift(reference, found.scores, allowed)
+        if not moved.ok:
+            if manifest.golden:
+                self._require_own_scores(self._load())
+            raise UserError(
+                f"The merged model's scores drift from the golden ones ({moved}; allowed {allowed}); it was not kept. "
+                + _way_out(manifest.quantization, self.dtype)
+            )
+        settings = {"base": self.base, "dtype": self.dtype}
+        if self.base == "dequantized":
+            return Merge(METHODS[self.base], self.dtype, found.computed_in, moved.largest), Step.of(
+                "merge", settings, moved
+            )
+        since_training = drift(golden, found.scores, allowed)
+        record = Merge(METHODS[self.base], self.dtype, found.computed_in, since_training.largest, self.base)
+        return record, Step.of("merge", settings, since_training, found.scores)
 
 
 def _way_out(quantization: str, dtype: MergeDtype) -> str:

@@ -10,6 +10,8 @@ from safetensors import safe_open
 from qlora_rm.artifacts.checks import (
     Check,
     Subject,
+    check_base,
+    check_files,
     check_golden_ids,
     check_leftovers,
     check_scores,
@@ -43,6 +45,8 @@ def verify(folder: str, *, base: str | None = None, trust_remote_code: bool = Fa
         "model loads",
         lambda: _adapter(folder, base, trust_remote_code) if kind == "adapter" else _whole(folder, trust_remote_code),
     )
+    if manifest:
+        _run(checks, "files", lambda: check_files(folder, manifest))
     if manifest and tokenizer:
         _run(checks, "tokenizer", lambda: check_tokenizer(manifest, tokenizer))
         _run(checks, "golden token ids", lambda: check_golden_ids(manifest, tokenizer))
@@ -50,10 +54,13 @@ def verify(folder: str, *, base: str | None = None, trust_remote_code: bool = Fa
         _run(checks, "weights", lambda: check_weights(subject))
     if subject and tokenizer:
         _run(checks, "vocabulary", lambda: check_vocabulary(subject, tokenizer))
-    if kind == "model":
-        _run(checks, "no quantization leftovers", lambda: check_leftovers(folder))
+    if kind == "model" and manifest:
+        _run(checks, "no quantization leftovers", lambda: check_leftovers(folder, manifest))
     if manifest and subject and manifest.golden:
         _run(checks, "scores", lambda: check_scores(subject, manifest))
+    if kind == "adapter" and manifest and subject:
+        hold = any(check.name == "golden scores are given again" and check.ok for check in checks)
+        _run(checks, "base", lambda: check_base(manifest, base, scores_hold=hold))
     return checks
 
 

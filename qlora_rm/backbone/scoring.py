@@ -44,7 +44,7 @@ def score_sequences(
     scores = torch.empty(len(sequences))
     was_training = model.training
     model.eval()
-    device = next(model.parameters()).device
+    device = _device(model)
     context = torch.autocast(device.type, autocast) if autocast not in (None, torch.float32) else nullcontext()
     layout = layout or ("forest" if sharing_model(model) is not None else "right")
     with torch.no_grad(), context:
@@ -58,6 +58,11 @@ def score_sequences(
             scores[indices] = logits[:, 0].float().cpu()
     model.train(was_training)
     return scores
+
+
+def _device(model: nn.Module) -> torch.device:
+    """Where inputs go: beside the first weight; weights that accelerate reads from the disk as they are used are none."""
+    return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
 
 
 def batches(sequences: Sequence[list[int]], tokens_per_batch: int, *, in_order: bool) -> Iterator[list[int]]:

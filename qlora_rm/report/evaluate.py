@@ -129,13 +129,28 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
 
 def evaluate(model: RewardModel, dataset: Dataset) -> Evaluation:
     """Score every response of `dataset` (columns of `preferences.table.SCHEMA`) once, and compare."""
-    sequences = [
+    sequences = sequences_of(dataset)
+    lengths = torch.tensor([len(ids) for ids in sequences])
+    return agreement_with(model.score_token_ids(sequences), lengths, dataset)
+
+
+def sequences_of(dataset: Dataset) -> list[list[int]]:
+    """Token ids of all responses with their prompts, those of one row after those of another."""
+    return [
         [*prompt, *ids]
         for prompt, responses in zip(dataset["prompt_ids"], dataset["response_ids"], strict=True)
         for ids in responses
     ]
-    lengths = torch.tensor([len(ids) for ids in sequences])
-    return agreement_with(model.score_token_ids(sequences), lengths, dataset)
+
+
+def win_pairs(dataset: Dataset) -> tuple[Tensor, Tensor]:
+    """Places of the winners and of the losers among all responses, int64 [W] each."""
+    start, pairs = 0, []
+    for responses, wins in zip(dataset["response_ids"], dataset["wins"], strict=True):
+        pairs += [(start + winner, start + loser) for winner, loser in wins]
+        start += len(responses)
+    winners, losers = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).T
+    return winners, losers
 
 
 def agreement_with(scores: Tensor, lengths: Tensor, dataset: Dataset) -> Evaluation:
@@ -144,14 +159,8 @@ def agreement_with(scores: Tensor, lengths: Tensor, dataset: Dataset) -> Evaluat
     Arguments:
         scores, lengths: float and int [R], of the responses of `dataset`'s rows one after the other.
     """
-    rows = zip(dataset["response_ids"], dataset["wins"], dataset["ties"], dataset["source"], strict=True)
-    start, ties, pairs, source_of = 0, 0, [], []
-    for responses, wins, tied, source in rows:
-        pairs += [(start + winner, start + loser) for winner, loser in wins]
-        source_of += [source] * len(wins)
-        start += len(responses)
-        ties += len(tied)
-    winners, losers = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).T
+    winners, losers = win_pairs(dataset)
+    source_of = [source for source, wins in zip(dataset["source"], dataset["wins"], strict=True) for _ in wins]
     margins = (scores[winners] - scores[losers]).double()
     longer = lengths[winners] - lengths[losers]
     return Evaluation(
@@ -161,7 +170,7 @@ def agreement_with(scores: Tensor, lengths: Tensor, dataset: Dataset) -> Evaluat
         swapped_accuracy=Agreement.of((scores[losers] - scores[winners]).double()).accuracy,
         prefer_longer=_share(longer > 0),
         prefer_shorter=_share(longer < 0),
-        ties=ties,
+        ties=sum(map(len, dataset["ties"])),
         responses=len(scores),
         mean_score=float(scores.double().mean()),
         std_score=float(scores.double().std(correction=0)),

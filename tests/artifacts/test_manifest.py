@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from qlora_rm.artifacts.golden import ROUNDED, SAME, GoldenItem, drift, make_golden, tolerance
-from qlora_rm.artifacts.manifest import FILE_NAME, Base, Manifest, Merge, hash_of_template, make_contract
+from qlora_rm.artifacts.manifest import FILE_NAME, Base, Manifest, Merge, Step, hash_of_template, make_contract
+from qlora_rm.artifacts.manifest_page import page
 from qlora_rm.errors import UserError
 from qlora_rm.preferences import EOS_RULE, Candidates, Tokenization
+from tests.models_for_tests import save_backbone
 from tests.reward_models_for_tests import HELD_OUT, HELD_OUT_TEXT, llama_adapter
 from tests.tokenizers_for_tests import small_tokenizer
 
@@ -21,10 +23,48 @@ def lengths(sequences: list[list[int]]) -> torch.Tensor:
 
 
 def test_is_read_back_as_written(tmp_path: Path) -> None:
-    manifest = replace(Manifest.load(llama_adapter()), merge=Merge("by hand", "bf16", "fp32", 0.25))
+    manifest = replace(Manifest.load(llama_adapter()), merge=Merge("by hand", "bf16", "fp32", 0.25), files={})
     manifest.save(tmp_path)
     assert Manifest.load(tmp_path) == manifest
     assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
+
+
+def test_version_1_is_read(tmp_path: Path) -> None:
+    """As the first release wrote it: no fingerprint of the base, no hashes, no history."""
+    content = json.loads((llama_adapter() / FILE_NAME).read_text(encoding="utf-8"))
+    merge = {"method": "by hand", "dtype": "bf16", "compared_in": "fp32", "drift": 0.25}
+    old = {key: value for key, value in content.items() if key not in ("history", "files")} | {"schema_version": 1}
+    old |= {"merge": merge, "base": {k: v for k, v in content["base"].items() if k != "weights_fingerprint"}}
+    (tmp_path / FILE_NAME).write_text(json.dumps(old), encoding="utf-8")
+    manifest = Manifest.load(tmp_path)
+    assert manifest.merge == Merge(**merge)
+    assert (manifest.schema_version, manifest.history, manifest.files) == (2, [], {})
+    assert manifest.golden == Manifest.load(llama_adapter()).golden
+    assert manifest.base.changes() == []
+
+
+def test_the_page_is_made_from_the_schema() -> None:
+    written = (Path(__file__).parents[2] / "docs/manifest.md").read_text(encoding="utf-8")
+    assert written == page(), "run python -m qlora_rm.artifacts.manifest_page > docs/manifest.md"
+    assert "|  |" not in written, "a key without a word on it"
+
+
+def test_expects_the_scores_of_the_last_step_that_changed_them() -> None:
+    manifest = Manifest.load(llama_adapter())
+    doubled = [[2 * score for score in item.scores] for item in manifest.golden]
+    moved = drift(manifest.golden, doubled, ROUNDED)
+    later = manifest.after(Step.of("requantize", {}, moved, doubled)).after(Step.of("export", {"for": "x"}, moved))
+    assert [item.scores for item in later.expected()] == doubled
+    assert later.golden == manifest.golden
+    assert [step.name for step in later.history] == ["requantize", "export"]
+
+
+def test_knows_its_files_and_its_base(tmp_path: Path) -> None:
+    manifest = Manifest.load(llama_adapter())
+    assert {"adapter_model.safetensors", "tokenizer.json", "chat_template.jinja"} <= manifest.files.keys()
+    assert not {"adapter_config.json", FILE_NAME} & manifest.files.keys()
+    other = save_backbone(tmp_path, "llama", small_tokenizer(), seed=3)
+    assert manifest.base.changes(other) == ["its weights"]
 
 
 def test_says_what_a_reader_must_know() -> None:
@@ -82,7 +122,7 @@ class TestGolden:
     def test_holds_the_sample_and_the_awkward(self) -> None:
         items = make_golden(HELD_OUT, Tokenization(small_tokenizer(), 128), lengths)
         assert [item.candidates() for item in items[:2]] == HELD_OUT
-        assert len(items) == 6
+        assert len(items) == 8
         assert all(item.scores == [len(ids) for ids in item.token_ids] for item in items)
         longest = max(len(ids) for item in items for ids in item.token_ids)
         assert longest == 128, "the long item reaches the over-long rule"
@@ -96,19 +136,19 @@ class TestGolden:
         """A model without that many positions would fail here, after all its training."""
         tokenization = Tokenization(small_tokenizer(), max_length, over_long)
         items = make_golden(HELD_OUT, tokenization, lengths)
-        assert len(items) == 6
+        assert len(items) == 8
         assert 100 < max(len(ids) for item in items for ids in item.token_ids) <= 256
 
     def test_awkward_items_are_of_the_sample_s_kind(self) -> None:
         items = make_golden(HELD_OUT_TEXT, Tokenization(small_tokenizer(), 128), lengths)
         assert all(isinstance(item.prompt, str) for item in items)
-        assert len(items) == 5
+        assert len(items) == 7
 
     def test_leaves_out_what_tokenization_faults(self) -> None:
         spells_pad = Candidates("Say <pad>: ", ("<pad>", "no"))
         items = make_golden([spells_pad], Tokenization(small_tokenizer(), 16, "drop"), lengths)
         assert spells_pad not in [item.candidates() for item in items]
-        assert 0 < len(items) < 4, "the long ones are dropped too"
+        assert 0 < len(items) < 6, "the long ones are dropped too"
 
     def test_drift_counts_moved_scores_and_flips(self) -> None:
         item = GoldenItem("", ["a", "b", "c"], [[1], [2], [3]], [0.0, 1.0, 1.1])

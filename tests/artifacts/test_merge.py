@@ -15,44 +15,18 @@ from qlora_rm.artifacts.golden import tolerance
 from qlora_rm.artifacts.load import RewardModel
 from qlora_rm.artifacts.manifest import FILE_NAME, Manifest
 from qlora_rm.artifacts.merge import merge
+from qlora_rm.artifacts.merging import stream as streaming
+from qlora_rm.artifacts.merging.shards import Shards
 from qlora_rm.artifacts.verify import verify
 from qlora_rm.backbone.scoring import score_sequences
-from qlora_rm.config import AdapterConfig
 from qlora_rm.errors import UserError
 from tests.models_for_tests import save_backbone
 from tests.reward_models_for_tests import copy_of, edit_json, llama_adapter, make_reward_model
-from tests.tokenizers_for_tests import small_tokenizer, with_new_pad_token
-
-KINDS: dict[str, dict[str, Any]] = {
-    "rslora": {"adapter": AdapterConfig(lora_r=8, lora_alpha=4, use_rslora=True)},
-    "dora": {"adapter": AdapterConfig(lora_r=8, use_dora=True)},
-    "unquantized": {"quantization": "none"},
-    "gpt2": {"architecture": "gpt2"},
-    "gpt2_dora": {"architecture": "gpt2", "adapter": AdapterConfig(lora_r=8, use_dora=True)},
-    "gpt2_unquantized": {"architecture": "gpt2", "quantization": "none"},
-    "distilbert": {"architecture": "distilbert"},
-    "mixtral": {"architecture": "mixtral"},
-    "mixtral_experts": {"architecture": "mixtral", "adapter": AdapterConfig(lora_r=4, lora_experts=True)},
-    "mixtral_unquantized_experts": {
-        "architecture": "mixtral",
-        "quantization": "none",
-        "adapter": AdapterConfig(lora_r=4, lora_experts=True),
-    },
-    "qwen3_moe_experts": {"architecture": "qwen3_moe", "adapter": AdapterConfig(lora_r=4, lora_experts=True)},
-    "grown_embedding": {"tokenizer": with_new_pad_token(), "rows": len(small_tokenizer())},
-}
+from tests.tokenizers_for_tests import small_tokenizer
 
 
 def failing(folder: Path) -> list[str]:
     return [f"{check.name}: {check.detail}" for check in verify(str(folder)) if not check.ok]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_adapter_merges_to_its_own_scores(tmp_path: Path, kind: str) -> None:
-    folder = make_reward_model(tmp_path, **KINDS[kind])
-    record = merge(str(folder), str(tmp_path / "merged"), dtype="fp32")
-    assert record.drift < 1e-4
-    assert failing(tmp_path / "merged") == []
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +72,7 @@ def test_a_pipeline_gives_raw_scores(merged: Path) -> None:
 def test_a_checkpoint_without_golden_items_gets_some(tmp_path: Path) -> None:
     folder = make_reward_model(tmp_path, golden=False)
     merge(str(folder), str(tmp_path / "merged"), dtype="fp32")
-    assert len(Manifest.load(tmp_path / "merged").golden) == 4
+    assert len(Manifest.load(tmp_path / "merged").golden) == 6
     assert failing(tmp_path / "merged") == []
 
 
@@ -131,8 +105,8 @@ class TestRefusals:
         self.nothing_is_left(tmp_path)
 
     def test_a_full_disk(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        usage = merging.shutil.disk_usage(tmp_path)._replace(free=1000)
-        monkeypatch.setattr(merging.shutil, "disk_usage", lambda folder: usage)
+        usage = streaming.shutil.disk_usage(tmp_path)._replace(free=1000)
+        monkeypatch.setattr(streaming.shutil, "disk_usage", lambda folder: usage)
         with pytest.raises(UserError, match="GB free"):
             merge(str(llama_adapter()), str(tmp_path / "merged"))
         self.nothing_is_left(tmp_path)
@@ -141,20 +115,19 @@ class TestRefusals:
         base = save_backbone(tmp_path / "base", "llama", small_tokenizer(), seed=5)
         (tmp_path / "out").mkdir()
         with pytest.raises(UserError, match="does not give its golden scores on this base"):
-            merge(str(llama_adapter()), str(tmp_path / "out" / "merged"), base=base)
+            merge(str(llama_adapter()), str(tmp_path / "out" / "merged"), base_model=base)
         self.nothing_is_left(tmp_path / "out")
 
     @pytest.mark.parametrize("spoil", ["weights", "head"])
     def test_drift(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: str) -> None:
         """What is compared is what was written: a merge that goes wrong is caught however it does."""
-        save: Callable[..., None] = merging._save
+        write: Callable[..., None] = Shards.write
 
-        def spoilt(model: Any, folder: Path, dtype: str) -> None:
-            name = "score" if spoil == "head" else "model.layers.1.mlp.down_proj"
-            model.get_submodule(name).weight.data.mul_(1.2)
-            save(model, folder, dtype)
+        def spoilt(shards: Shards, name: str, pieces: Any) -> None:
+            wrong = name == ("score.weight" if spoil == "head" else "model.layers.1.mlp.down_proj.weight")
+            write(shards, name, (piece * 1.2 for piece in pieces) if wrong else pieces)
 
-        monkeypatch.setattr(merging, "_save", spoilt)
+        monkeypatch.setattr(Shards, "write", spoilt)
         with pytest.raises(UserError, match="drift from the golden ones"):
             merge(str(llama_adapter()), str(tmp_path / "merged"))
         self.nothing_is_left(tmp_path)
@@ -164,9 +137,9 @@ class TestRefusals:
         tensors = load_file(folder / "adapter_model.safetensors")
         next(tensor for name, tensor in tensors.items() if "lora_B" in name)[0, 0] = float("nan")
         save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
-        edit_json(folder / FILE_NAME, golden=[])
+        edit_json(folder / FILE_NAME, golden=[], files={})
         (tmp_path / "out").mkdir()
-        with pytest.raises(UserError):
+        with pytest.raises(UserError, match="no numbers"):
             merge(str(folder), str(tmp_path / "out" / "merged"))
         self.nothing_is_left(tmp_path / "out")
 
@@ -174,16 +147,7 @@ class TestRefusals:
         def interrupt(*_: Any) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(merging, "_prove", interrupt)
+        monkeypatch.setattr(merging, "read_back", interrupt)
         with pytest.raises(KeyboardInterrupt):
             merge(str(llama_adapter()), str(tmp_path / "merged"))
         self.nothing_is_left(tmp_path)
-
-
-def test_a_model_trained_in_bf16_keeps_its_scores(tmp_path: Path) -> None:
-    """On a machine without bf16 units too: the base is quantized from bf16 weights again, whatever it computes in."""
-    folder = make_reward_model(tmp_path, compute="bf16", adapter=AdapterConfig(lora_r=4, lora_alpha=4))
-    assert failing(folder) == []
-    for dtype in ("bf16", "fp32"):
-        merge(str(folder), str(tmp_path / dtype), dtype=dtype)  # type: ignore[arg-type]
-        assert failing(tmp_path / dtype) == []

@@ -1,11 +1,16 @@
 """Each way of breaking a model on disk fails the check that is named for it, and none raises."""
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from qlora_rm.artifacts.manifest import FILE_NAME, Manifest
@@ -13,7 +18,9 @@ from qlora_rm.artifacts.merge import merge
 from qlora_rm.artifacts.verify import verify
 from qlora_rm.config import AdapterConfig
 from qlora_rm.errors import UserError
+from tests.models_for_tests import save_backbone
 from tests.reward_models_for_tests import copy_of, edit_json, llama_adapter, make_reward_model
+from tests.tokenizers_for_tests import small_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +123,25 @@ def no_golden(folder: Path) -> None:
     edit_json(folder / FILE_NAME, golden=[])
 
 
+def flip_a_bit(folder: Path) -> None:
+    """Of the last byte but some: a mantissa's low bits, which no score shows."""
+    path = weights_of(folder)
+    content = bytearray(path.read_bytes())
+    content[-400] ^= 1
+    path.write_bytes(content)
+
+
+def change_merges(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["model"]["merges"] = content["model"]["merges"][1:]
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def lose_the_tokenizer_s_template(folder: Path) -> None:
+    (folder / "chat_template.jinja").unlink()
+
+
 BREAKS: list[tuple[Callable[[Path], None], str, str]] = [
     (drop_head, "model loads", "head 'score'"),
     (zero_head, "score head is not zero", "score"),
@@ -132,9 +158,12 @@ BREAKS: list[tuple[Callable[[Path], None], str, str]] = [
     (break_tokenizer, "tokenizer loads", "could not be loaded"),
     (break_manifest, "manifest is readable", FILE_NAME),
     (pad_in_golden, "no pad token in golden ids", "1 sequences"),
-    (move_golden, "golden scores are given again", "1 of 13"),
+    (move_golden, "golden scores are given again", "1 of 17"),
     (older_rules, "eos rule and score position are this version's", "never any eos"),
     (no_golden, "golden items are there", "finish the run"),
+    (flip_a_bit, "files are those that were written", "safetensors has changed"),
+    (change_merges, "files are those that were written", "tokenizer.json has changed"),
+    (lose_the_tokenizer_s_template, "files are those that were written", "chat_template.jinja is gone"),
 ]
 OTHERWISE_MERGED = {
     "drop_head": ("no tensor is missing", "score.weight"),
@@ -154,6 +183,85 @@ def test_names_what_was_broken(
     failed = {check.name: check.detail for check in verify(str(folder)) if not check.ok}
     assert name in failed, failed
     assert detail in failed[name]
+
+
+MERGE_SAYS = {
+    drop_head: "without its head",
+    zero_head: "adapter_model.safetensors has changed",
+    nan_weight: "adapter_model.safetensors has changed",
+    extra_tensor: "has no place for: base_model.model.lm_head.weight",
+    lose_a_layer: "does not fit its base: it lacks",
+    scale_a_layer: "adapter_model.safetensors has changed",
+    truncate: "broken or cut short",
+    swap_pad: "'pad token is the trained one'",
+    pad_is_eos: "'pad token is the trained one'",
+    swap_eos: "'bos and eos are the trained ones'",
+    edit_template: "'chat template is the trained one'",
+    break_tokenizer: "could not be loaded",
+    break_manifest: FILE_NAME,
+    pad_in_golden: "'no pad token in golden ids'",
+    older_rules: "eos rule and score position are this version's",
+    flip_a_bit: "adapter_model.safetensors has changed",
+    change_merges: "'golden texts give the golden token ids'",
+    lose_the_tokenizer_s_template: "'chat template is the trained one'",
+}
+
+
+@pytest.mark.parametrize("break_it", MERGE_SAYS, ids=lambda break_it: break_it.__name__)
+def test_merge_names_what_was_broken(tmp_path: Path, break_it: Callable[[Path], None]) -> None:
+    folder = copy_of(llama_adapter(), tmp_path / "model")
+    break_it(folder)
+    with pytest.raises(UserError, match=re.escape(MERGE_SAYS[break_it])):
+        merge(str(folder), str(tmp_path / "merged"))
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("break_it", [zero_head, nan_weight, scale_a_layer, swap_pad, edit_template, change_merges])
+def test_merge_refuses_what_hashes_would_have_shown_without_them(
+    tmp_path: Path, break_it: Callable[[Path], None]
+) -> None:
+    """As in an artefact whose manifest is of version 1."""
+    folder = copy_of(llama_adapter(), tmp_path / "model")
+    break_it(folder)
+    edit_json(folder / FILE_NAME, files={})
+    with pytest.raises(UserError):
+        merge(str(folder), str(tmp_path / "merged"), dtype="fp32")
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+@given(st.floats(0, 1, exclude_max=True), st.sampled_from(["adapter", "merged", "base"]))
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_file_cut_short_anywhere_is_found(tmp_path_factory: Any, merged: Path, share: float, kind: str) -> None:
+    tmp_path = tmp_path_factory.mktemp("cut")
+    folder = copy_of(merged if kind == "merged" else llama_adapter(), tmp_path / "model")
+    cut = folder
+    if kind == "base":
+        cut = copy_of(llama_adapter().parent / "base", tmp_path / "base")
+    path = weights_of(cut)
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    base = str(cut) if kind == "base" else None
+    failed = {check.name: check.detail for check in verify(str(folder), base=base) if not check.ok}
+    assert "model loads" in failed
+    if kind != "merged":
+        with pytest.raises(UserError, match=r"cut short|could not be loaded"):
+            merge(str(folder), str(tmp_path / "out"), base_model=base)
+        assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_of_other_shapes_is_foreign(tmp_path: Path) -> None:
+    narrower = make_reward_model(tmp_path / "other", adapter=AdapterConfig(lora_r=4))
+    folder = copy_of(llama_adapter(), tmp_path / "model")
+    shutil.copy(weights_of(narrower), weights_of(folder))
+    assert "model loads" in {check.name for check in verify(str(folder)) if not check.ok}
+    with pytest.raises(UserError, match="does not fit its base"):
+        merge(str(folder), str(tmp_path / "out"))
+
+
+def test_a_base_of_the_same_shapes_is_foreign(tmp_path: Path) -> None:
+    base = save_backbone(tmp_path / "base", "llama", small_tokenizer(), seed=5)
+    failed = {check.name: check.detail for check in verify(str(llama_adapter()), base=base) if not check.ok}
+    assert "its weights changed since training; pass --base" in failed["base is the trained one"]
+    assert "golden scores are given again" in failed
 
 
 def test_a_merged_model_s_pad_id_is_checked_in_its_config(merged: Path, tmp_path: Path) -> None:

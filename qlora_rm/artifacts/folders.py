@@ -1,0 +1,57 @@
+"""New model folders: whole or not there."""
+
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from qlora_rm.console import say
+from qlora_rm.errors import UserError
+
+
+@contextmanager
+def new_folder(output: str) -> Iterator[Path]:
+    """A folder beside `output` that becomes `output` at the end, or vanishes with any error.
+
+    What a process that was killed has left of such a folder is removed by the next that writes to `output`.
+
+    Raises:
+        UserError: `output` exists and is not an empty folder, or cannot be made.
+    """
+    target = Path(output).absolute()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{output} exists and is not an empty folder. Choose another --output, or remove it.")
+    host = socket.gethostname()
+    _remove_abandoned(target, host)
+    beside = target.with_name(f".{target.name}.{host}.{os.getpid()}")
+    try:
+        beside.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{output} cannot be written: {error.strerror}.") from error
+    try:
+        yield beside
+        beside.rename(target)
+    except BaseException:
+        shutil.rmtree(beside)
+        raise
+
+
+def _remove_abandoned(target: Path, host: str) -> None:
+    """Only this host's: whether a process of another lives cannot be seen from here."""
+    for left in target.parent.glob(f".{target.name}.{host}.*"):
+        process = left.name.rpartition(".")[2]
+        if process.isdigit() and not _is_alive(int(process)):
+            say(f"removed {left}, left by a process that was killed")
+            shutil.rmtree(left)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

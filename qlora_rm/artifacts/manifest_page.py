@@ -1,0 +1,69 @@
+"""docs/manifest.md: the manifest's schema for people, out of the dataclasses that are it.
+
+python -m qlora_rm.artifacts.manifest_page > docs/manifest.md
+"""
+
+import dataclasses
+import inspect
+import re
+from typing import Any, get_type_hints
+
+from qlora_rm.artifacts.golden import GoldenItem
+from qlora_rm.artifacts.manifest import (
+    FILE_NAME,
+    SCHEMA_VERSION,
+    Base,
+    Contract,
+    Manifest,
+    Merge,
+    Reward,
+    Step,
+    Training,
+)
+
+OBJECTS = (Manifest, Contract, Base, Training, Reward, GoldenItem, Merge, Step)
+
+HEAD = f"""# {FILE_NAME}, version {SCHEMA_VERSION}
+
+Every model folder of this project holds one: what a reader must know to give a model's sequences the scores that it was
+trained to give. It is written at the end of training; every later step (merge, re-quantization, export) carries it
+along and adds a record of itself. Every key is there and no other; what is unknown is null. A file of version 1 is read,
+as one without hashes and history. This page is made from the schema by `python -m qlora_rm.artifacts.manifest_page`.
+"""
+
+
+def page() -> str:
+    """The whole page."""
+    return "\n".join([HEAD, *(line for cls in OBJECTS for line in _section(cls))])
+
+
+def _section(cls: Any) -> list[str]:
+    """A heading, the class's summary, and a table of its keys."""
+    summary, about = _described(cls)
+    hints = get_type_hints(cls)
+    rows = [f"| `{f.name}` | {_type_name(hints[f.name])} | {about.get(f.name, '')} |" for f in dataclasses.fields(cls)]
+    return [f"## {cls.__name__}", "", summary, "", "| key | type | what |", "|---|---|---|", *rows, ""]
+
+
+def _described(cls: Any) -> tuple[str, dict[str, str]]:
+    """The docstring's prose, and field name -> what stands under Attributes."""
+    prose, _, attributes = inspect.cleandoc(cls.__doc__).partition("\n\nAttributes:\n")
+    about: dict[str, str] = {}
+    for entry in re.split(r"\n    (?=\S)", "\n" + attributes)[1:]:
+        names, _, text = entry.partition(": ")
+        for name in names.split(", "):
+            about[name] = " ".join(text.split())
+    return " ".join(prose.split()), about
+
+
+def _type_name(hint: Any) -> str:
+    """As JSON's readers would say it: `str | null`, `list of GoldenItem`."""
+    text = re.sub(
+        r"qlora_rm\.[\w.]*\.", "", str(hint) if not isinstance(hint, type) or "[" in str(hint) else hint.__name__
+    )
+    text = text.replace("None", "null").replace("typing.Any", "any").replace(" | ", " or ")
+    return re.sub(r"list\[(.+)\]", r"list of \1", re.sub(r"dict\[(\w+), (\w+)\]", r"object of \2", text))
+
+
+if __name__ == "__main__":
+    print(page(), end="")

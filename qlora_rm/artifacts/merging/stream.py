@@ -1,0 +1,208 @@
+"""The merge itself: weight by weight from the base's files, through what training made of it, to new files."""
+
+import math
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import bitsandbytes as bnb
+import torch
+from peft.tuners.lora import Linear, LoraLayer, ParamWrapper
+from torch import Tensor
+from transformers import PretrainedConfig
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.pytorch_utils import Conv1D
+
+from qlora_rm.artifacts.merging.adapter import Adapter, ExpertRows, LinearRows, is_conv
+from qlora_rm.artifacts.merging.checkpoint import Checkpoint
+from qlora_rm.artifacts.merging.nf4 import BLOCK, PIECE, Packed
+from qlora_rm.artifacts.merging.plan import Group, NotStreamable, plan
+from qlora_rm.artifacts.merging.shards import Shards
+from qlora_rm.backbone.load import embedding_rows, read_model_config
+from qlora_rm.backbone.skeleton import Skeleton
+from qlora_rm.config import Quantization
+from qlora_rm.errors import UserError
+
+
+@dataclass(frozen=True)
+class Source:
+    """An adapter and the base it was trained on, as training loaded it.
+
+    Attributes:
+        dequantized: whether each weight goes through the quantization of training, as it must for the same scores.
+        dtype: in which training computed, and from which it quantized.
+        pad, tokens: the tokenizer's pad id and number of tokens.
+        trusted: whether code that the base brings may be run.
+    """
+
+    adapter: str
+    base: str
+    revision: str | None
+    quantization: Quantization
+    dtype: torch.dtype
+    dequantized: bool
+    pad: int
+    tokens: int
+    trusted: bool = False
+
+
+def require_room(folder: Path, nbytes: int) -> None:
+    """Raise `UserError` where the disk under `folder` has no room for `nbytes`."""
+    free = shutil.disk_usage(folder).free
+    if nbytes * 1.02 > free:
+        raise UserError(f"The merged model takes {nbytes / 1e9:.1f} GB, {folder.parent} has {free / 1e9:.1f} GB free.")
+
+
+class Stream:
+    """One merge: the skeleton, the base's and the adapter's files, and the plan."""
+
+    def __init__(self, source: Source, dtype: torch.dtype):
+        """Read headers and plan, for weights saved in `dtype`.
+
+        Raises:
+            NotStreamable: the base has no safetensors, or an architecture or quantization for which this is not made.
+            UserError: a file is broken, or the adapter belongs to another base.
+        """
+        try:
+            config = read_model_config(source.base, source.revision, source.trusted)
+        except UserError as error:
+            raise UserError(
+                f"The base of the adapter {source.adapter} is not there: {error} Pass --base_model FOLDER_OR_HUB_ID."
+            ) from error
+        if not type(config).__module__.startswith("transformers."):
+            raise NotStreamable("its architecture is not one of transformers' own")
+        stored = Checkpoint.of_model(source.base, source.revision)
+        if stored is None:
+            raise NotStreamable(f"{source.base} has no safetensors files")
+        if source.quantization == "8bit":
+            raise NotStreamable("its base was trained on in 8 bit")
+        self.skeleton = Skeleton.of(config, source.quantization, source.dtype)
+        if source.tokens > embedding_rows(self.skeleton.model):
+            self.skeleton.model.resize_token_embeddings(source.tokens, mean_resizing=False)
+        self.adapter = Adapter(source.adapter, self.skeleton)
+        self.stored, self.dtype, self.pad = stored, dtype, source.pad
+        self.shapes = {name: tensor.shape for name, tensor in self.skeleton.model.state_dict().items()}
+        self.quantized = self.skeleton.quantized if source.dequantized else frozenset[str]()
+        self.groups = plan(self.skeleton, stored, self.adapter.brought, dtype)
+
+    def run(self, output: Path) -> dict[str, str]:
+        """Write the merged model's weights and config into the folder `output`.
+
+        Returns: file name -> sha256 of the weights' files.
+
+        Raises:
+            UserError: the disk is too full.
+        """
+        wanted = [tensor for group in self.groups for tensor in group.saved]
+        require_room(output, sum(tensor.nbytes for tensor in wanted))
+        with Shards(output, wanted) as shards:
+            for group in self.groups:
+                self._write(group, shards)
+        self._save_config(output)
+        return shards.sha256
+
+    def _write(self, group: Group, shards: Shards) -> None:
+        """Read, convert, merge and write one group; in pieces where nothing must be converted back."""
+        values = {} if self.adapter.brought.issuperset(group.targets) else self._values(group)
+        if group.straight:
+            shards.write(group.saved[0].name, self._merged(group.targets[0], values))
+            return
+        merged = {name: self._whole(name, values) for name in group.targets}
+        back = revert_weight_conversion(self.skeleton.model, merged)
+        merged.clear()
+        for tensor in group.saved:
+            shards.write(tensor.name, [back.pop(tensor.name).contiguous()])
+
+    def _values(self, group: Group) -> dict[str, Tensor]:
+        return group.convert(lambda name: self.stored[name].read(), self.skeleton.model)
+
+    def _whole(self, name: str, values: dict[str, Tensor]) -> Tensor:
+        shape = self.shapes[name]
+        whole, end = torch.empty(shape.numel(), dtype=self.dtype), 0
+        for piece in self._merged(name, values):
+            start, end = end, end + piece.numel()
+            whole[start:end] = piece.view(-1)
+        return whole.view(shape)
+
+    def _merged(self, name: str, values: dict[str, Tensor]) -> Iterator[Tensor]:
+        """The merged weight `name` in pieces, in the dtype it is saved in; its value is taken out of `values`."""
+        shape = self.shapes[name]
+        if name in self.adapter.brought:
+            yield self.adapter.weight(name).to(self.dtype)
+            return
+        base = _Base(name, values.pop(name), self.skeleton, self.quantized)
+        for piece in _add(base, self.adapter.layer_of(name), shape):
+            yield piece.to(self.dtype) if piece.is_floating_point() else piece
+        if base.numel < shape.numel():  # a grown embedding's pad token, which no sequence contains
+            yield torch.zeros(shape.numel() - base.numel, dtype=self.dtype)
+
+    def _save_config(self, folder: Path) -> None:
+        """As a stock classifier of one label, which pipelines and vLLM do not squash to (0, 1)."""
+        model = self.skeleton.model
+        model.config.architectures = [type(model).__name__]
+        model.config.dtype = self.dtype
+        as_scalar(model.config, self.pad)
+        model.config.save_pretrained(folder)
+
+
+def as_scalar(config: PretrainedConfig, pad: int) -> None:
+    """Make a config that of a scalar model: one label named score, no activation on it, and the tokenizer's pad id."""
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        part.pad_token_id = pad
+    config.problem_type = "regression"
+    config.id2label, config.label2id = {0: "score"}, {"score": 0}
+
+
+class _Base:
+    """A weight of the base as training saw it, in pieces of its flattened form."""
+
+    def __init__(self, name: str, value: Tensor, skeleton: Skeleton, quantized: frozenset[str]):
+        self.dtype = skeleton.dtypes[name] if value.is_floating_point() else value.dtype
+        self.block = BLOCK
+        self._packed: Packed | None = None
+        self._value: Tensor | None = None
+        module = skeleton.model.get_submodule(name.rpartition(".")[0])
+        if isinstance(value, bnb.nn.Params4bit):
+            self._packed, self.numel = Packed.from_parameter(value), value.quant_state.shape.numel()
+            self.block = self._packed.block
+        elif name in quantized and isinstance(module, Conv1D):
+            # quantized in the layout of a linear layer, [out, in]
+            packed = Packed.of(value.T.contiguous(), self.dtype)
+            self._value, self.numel = packed.values(0, value.numel()).view(value.T.shape).T.contiguous(), value.numel()
+        elif name in quantized:
+            self._packed, self.numel = Packed.of(value, self.dtype), value.numel()
+        else:
+            self._value, self.numel = value, value.numel()
+
+    def values(self, start: int, stop: int) -> Tensor:
+        if self._packed is not None:
+            return self._packed.values(start, stop)
+        assert self._value is not None
+        return self._value.view(-1)[start:stop].to(self.dtype)
+
+
+def _add(base: _Base, layer: LoraLayer | None, shape: torch.Size) -> Iterator[Tensor]:
+    """The weight with its adapter, piece by piece; fp32 where it has one."""
+    if layer is None:
+        for start in range(0, base.numel, 4 * PIECE):
+            yield base.values(start, min(start + 4 * PIECE, base.numel))
+        return
+    *_, rows, columns = shape
+    merging: LinearRows | ExpertRows
+    if isinstance(layer, ParamWrapper):
+        merging, step = ExpertRows(layer), _rows_a_piece(columns, base.block)
+    else:
+        assert isinstance(layer, Linear)
+        merging, step = LinearRows(layer), rows if is_conv(layer) else _rows_a_piece(columns, base.block)
+    for first in range(0, base.numel // columns, rows):  # of each expert; a linear layer is one
+        for start in range(first, first + rows, step):
+            stop = min(start + step, first + rows)
+            piece = base.values(start * columns, stop * columns).float().view(-1, columns)
+            yield merging.add(piece, start)
+
+
+def _rows_a_piece(columns: int, block: int) -> int:
+    """As many rows as make about a piece, and whole blocks."""
+    least = block // math.gcd(columns, block)
+    return max(PIECE // columns // least, 1) * least

@@ -1,0 +1,331 @@
+"""A merge weight by weight gives what PEFT gives a model that is loaded whole, in the memory of one weight."""
+
+import os
+import signal
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes import functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+)
+
+from benchmarks import merge_memory
+from qlora_rm.artifacts import read_back as reading
+from qlora_rm.artifacts.load import RewardModel
+from qlora_rm.artifacts.manifest import Manifest
+from qlora_rm.artifacts.merge import merge
+from qlora_rm.artifacts.merging import nf4
+from qlora_rm.artifacts.merging import shards as shards_module
+from qlora_rm.artifacts.merging.checkpoint import Checkpoint
+from qlora_rm.artifacts.merging.in_memory import merge_in_memory
+from qlora_rm.artifacts.merging.nf4 import PIECE, Packed
+from qlora_rm.artifacts.merging.shards import Shards, Wanted
+from qlora_rm.artifacts.merging.stream import Source, Stream
+from qlora_rm.artifacts.verify import verify
+from qlora_rm.config import AdapterConfig
+from qlora_rm.errors import UserError
+from tests.reward_models_for_tests import edit_json, llama_adapter, make_reward_model
+from tests.tokenizers_for_tests import small_tokenizer, with_new_pad_token
+
+
+def in_shards(base: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base)
+    (Path(base) / "model.safetensors").unlink()
+    model.save_pretrained(base, max_shard_size="100KB")
+    assert len(list(Path(base).glob("*.safetensors"))) > 3
+
+
+def in_bf16(base: str) -> None:
+    AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(base)
+
+
+def without_prefix(base: str) -> None:
+    AutoModel.from_pretrained(base).save_pretrained(base)
+    assert "embed_tokens.weight" in load_file(Path(base) / "model.safetensors")
+
+
+def in_4_bit(base: str) -> None:
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=settings, dtype=torch.float32)
+    model.save_pretrained(base)
+
+
+def tied(base: str) -> None:
+    tensors = load_file(Path(base) / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, Path(base) / "model.safetensors", {"format": "pt"})
+    edit_json(Path(base) / "config.json", tie_word_embeddings=True)
+
+
+def with_a_head(base: str) -> None:
+    AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=torch.float32).save_pretrained(base)
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "rslora": {"adapter": AdapterConfig(lora_r=8, lora_alpha=4, use_rslora=True)},
+    "dora": {"adapter": AdapterConfig(lora_r=8, use_dora=True)},
+    "unquantized": {"quantization": "none"},
+    "trained_in_bf16": {"compute": "bf16", "adapter": AdapterConfig(lora_r=4, lora_alpha=4)},
+    "gpt2": {"architecture": "gpt2"},
+    "gpt2_dora": {"architecture": "gpt2", "adapter": AdapterConfig(lora_r=8, use_dora=True)},
+    "gpt2_unquantized": {"architecture": "gpt2", "quantization": "none"},
+    "gemma3": {"architecture": "gemma3"},
+    "distilbert": {"architecture": "distilbert"},
+    "roberta": {"architecture": "roberta"},
+    "grown_embedding": {"tokenizer": with_new_pad_token(), "rows": len(small_tokenizer())},
+    "experts": {"architecture": "mixtral"},
+    "lora_on_experts": {"architecture": "mixtral", "adapter": AdapterConfig(lora_r=4, lora_experts=True)},
+    "lora_on_unquantized_experts": {
+        "architecture": "mixtral",
+        "quantization": "none",
+        "adapter": AdapterConfig(lora_r=4, lora_experts=True),
+    },
+    "qwen3_moe": {"architecture": "qwen3_moe", "adapter": AdapterConfig(lora_r=4, lora_experts=True)},
+    "sharded": {"save_again": in_shards},
+    "stored_in_bf16": {"save_again": in_bf16},
+    "stored_in_4_bit": {"save_again": in_4_bit},
+    "without_prefix": {"save_again": without_prefix},
+    "tied": {"save_again": tied},
+    "with_a_head": {"save_again": with_a_head},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gives_what_peft_gives_the_whole_model(tmp_path: Path, kind: str) -> None:
+    folder = make_reward_model(tmp_path, **KINDS[kind])
+    merge(str(folder), str(tmp_path / "merged"), dtype="fp32")
+    (tmp_path / "whole").mkdir()
+    merge_in_memory(RewardModel.load(str(folder)), str(folder), tmp_path / "whole", torch.float32)
+    got, expected = load_file(tmp_path / "merged/model.safetensors"), load_file(tmp_path / "whole/model.safetensors")
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(got[name], tensor, rtol=0, atol=1e-5, msg=name)
+    assert [check for check in verify(str(tmp_path / "merged")) if not check.ok] == []
+
+
+@given(
+    blocks=st.integers(0, 40),
+    rest=st.sampled_from([0, 0, 2, 30]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    scale=st.sampled_from([1e-30, 1e-3, 1.0, 100.0]),
+    seed=st.integers(0, 1000),
+    cut=st.integers(1, 40),
+)
+@settings(max_examples=60)
+def test_quantizes_as_bitsandbytes_does(
+    blocks: int, rest: int, dtype: torch.dtype, scale: float, seed: int, cut: int
+) -> None:
+    weight = scale * torch.randn(64 * blocks + rest + 64, generator=torch.Generator().manual_seed(seed))
+    weight[::7] = weight[0]  # the largest of some blocks, more than once
+    weight[64:128] = 0
+    codes, state = F.quantize_4bit(weight.to(dtype), blocksize=64, quant_type="nf4", compress_statistics=True)
+    packed = Packed.of(weight, dtype)
+    assert torch.equal(packed.codes, codes.view(-1))
+    pieces = [packed.values(i, min(i + 64 * cut, len(weight))) for i in range(0, len(weight), 64 * cut)]
+    assert torch.equal(torch.cat(pieces), F.dequantize_4bit(codes, state).view(-1))
+
+
+def test_quantizes_at_every_bound_as_bitsandbytes_does() -> None:
+    """Values on, just below and just above the bounds, over more than a piece."""
+    code = F.get_4bit_type("nf4", device="cpu")
+    bounds = (code[1:] + code[:-1]) / 2
+    near = torch.cat(
+        [bounds, bounds.nextafter(torch.tensor(2.0)), bounds.nextafter(torch.tensor(-2.0)), code, -code[:1]]
+    )
+    block = torch.cat([near, torch.zeros(64 - len(near) % 64)])[:64]
+    weight = torch.cat([block * s for s in torch.linspace(0.01, 3, 1 + PIECE // 64)])
+    assert torch.equal(
+        Packed.of(weight, torch.float32).codes, F.quantize_4bit(weight, blocksize=64, quant_type="nf4")[0].view(-1)
+    )
+
+
+@pytest.mark.parametrize("exponent", [8, 100, 127, 249])
+def test_looks_up_what_counting_gives_for_every_bf16_value_under_every_scale(exponent: int) -> None:
+    """Bits of the scale from one power of two to the next; all values down to 2^-9 of it, both signs."""
+    for mantissa in range(128):
+        scale = (exponent << 7) | mantissa
+        value = torch.arange(max(0, scale - (9 << 7)), scale + 1).to(torch.int16).view(torch.bfloat16)
+        value = torch.cat([value, -value, value[: -2 * len(value) % 63]]).view(-1, 63)
+        first = torch.tensor([scale], dtype=torch.int16).view(torch.bfloat16).expand(len(value), 1)
+        weight = torch.cat([first, value], 1).view(-1)
+        found, (codes, absmax) = nf4._look_up(weight), nf4._count(weight)
+        assert found is not None
+        assert torch.equal(found[0], codes) and torch.equal(found[1], absmax)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([torch.float32, torch.bfloat16, torch.int64]), st.lists(st.integers(0, 5), max_size=3)
+        ),
+        min_size=1,
+        max_size=6,
+    )
+)
+@settings(max_examples=25)
+def test_files_are_those_that_the_library_reads(tensors: list[tuple[torch.dtype, list[int]]]) -> None:
+    with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards_module, "SHARD_BYTES", 100)
+        folder = Path(name)
+        values = {f"t{i}": torch.randint(0, 99, shape).to(dtype) for i, (dtype, shape) in enumerate(tensors)}
+        with Shards(folder, [Wanted(n, v.dtype, tuple(v.shape)) for n, v in values.items()]) as shards:
+            for key, value in values.items():
+                shards.write(key, value.reshape(-1).split(3))
+        read: dict[str, torch.Tensor] = {}
+        for file in folder.glob("*.safetensors"):
+            read |= load_file(file)
+            assert safe_open(file, framework="pt").metadata() == {"format": "pt"}
+        stored = Checkpoint.of_model(name)
+        assert stored is not None
+        assert read.keys() == values.keys() == stored.keys()
+        for key, value in values.items():
+            assert torch.equal(read[key], value)
+            assert torch.equal(stored[key].read(), value)
+        assert shards.sha256.keys() == {file.name for file in folder.glob("*.safetensors")}
+
+
+def test_large_results_are_written_in_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards_module, "SHARD_BYTES", 100_000)
+    merge(str(llama_adapter()), str(tmp_path / "merged"), dtype="fp32")
+    assert len(list((tmp_path / "merged").glob("model-*-of-*.safetensors"))) > 3
+    assert [check for check in verify(str(tmp_path / "merged")) if not check.ok] == []
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside what was resident before, at most two of the largest weight and some pieces, at 3 layers and at 12."""
+
+    def narrow(layers: int, **more: int) -> Any:
+        return original(layers, **more | {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 8})
+
+    original = merge_memory.shape
+    monkeypatch.setattr(merge_memory, "shape", narrow)
+    grown = []
+    for layers in (3, 12):
+        folder = tmp_path / str(layers)
+        (folder / "out").mkdir(parents=True)
+        merge_memory.make(folder, layers)
+        source = Source(
+            str(folder / "adapter"),
+            str(folder / "base"),
+            None,
+            "4bit",
+            torch.bfloat16,
+            dequantized=True,
+            pad=0,
+            tokens=32000,
+        )
+        before = _reset_high_water()
+        Stream(source, torch.bfloat16).run(folder / "out")
+        grown.append(merge_memory._high_water() - before)
+    largest = 32000 * 1024 * 2
+    assert max(grown) < 2 * largest + 100_000_000, grown
+    assert grown[1] < grown[0] + 30_000_000, grown
+
+
+def _reset_high_water() -> int:
+    """Bytes resident now, from which the kernel's mark of the most begins anew."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    return merge_memory._high_water()
+
+
+def test_a_killed_merge_leaves_no_folder_and_the_next_one_clears_up(tmp_path: Path, capsys: Any) -> None:
+    output = tmp_path / "merged"
+    child = os.fork()
+    if child == 0:
+        written: list[str] = []
+        write: Callable[..., None] = Shards.write
+
+        def killed(self: Shards, name: str, pieces: Any) -> None:
+            write(self, name, pieces)
+            written.append(name)
+            if len(written) == 5:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        Shards.write = killed  # type: ignore[method-assign]
+        try:
+            merge(str(llama_adapter()), str(output))
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    assert not output.exists()
+    left = list(tmp_path.iterdir())
+    assert len(left) == 1 and left[0].name.startswith(".merged.")
+    merge(str(llama_adapter()), str(output), dtype="fp32")
+    assert list(tmp_path.iterdir()) == [output]
+    assert "left by a process that was killed" in capsys.readouterr().err
+
+
+def test_a_proof_that_does_not_fit_into_memory_is_read_from_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    memory = reading.psutil.virtual_memory()._replace(available=200_000)
+    monkeypatch.setattr(reading.psutil, "virtual_memory", lambda: memory)
+    record = merge(str(llama_adapter()), str(tmp_path / "merged"), dtype="fp32")
+    assert record.drift < 1e-4
+    assert "layer by layer" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [tmp_path / "merged"]
+
+
+class TestInMemoryInstead:
+    def test_of_a_base_without_safetensors(self, tmp_path: Path, capsys: Any) -> None:
+        def in_pickles(base: str) -> None:
+            file = Path(base) / "model.safetensors"
+            torch.save(load_file(file), Path(base) / "pytorch_model.bin")
+            file.unlink()
+
+        folder = make_reward_model(tmp_path, save_again=in_pickles)
+        assert merge(str(folder), str(tmp_path / "merged"), dtype="fp32").drift < 1e-4
+        assert "has no safetensors files" in capsys.readouterr().err
+
+    def test_of_a_base_in_8_bit(self, tmp_path: Path, capsys: Any) -> None:
+        folder = make_reward_model(tmp_path, quantization="8bit")
+        with pytest.raises(UserError, match=r"LLM.int8\(\)"):
+            merge(str(folder), str(tmp_path / "merged"), dtype="fp32")
+        assert "in 8 bit" in capsys.readouterr().err
+
+
+def test_the_original_base_gives_other_scores_and_the_manifest_expects_them(tmp_path: Path) -> None:
+    record = merge(str(llama_adapter()), str(tmp_path / "merged"), dtype="fp32", base="original")
+    manifest = Manifest.load(tmp_path / "merged")
+    assert record.base == "original"
+    assert record.drift > 0.01
+    assert manifest.golden == Manifest.load(llama_adapter()).golden
+    assert manifest.expected() != manifest.golden
+    step = manifest.history[-1]
+    assert (step.name, step.settings, step.drift) == ("merge", {"base": "original", "dtype": "fp32"}, record.drift)
+    assert [check for check in verify(str(tmp_path / "merged")) if not check.ok] == []
+    base = load_file(llama_adapter().parent / "base/model.safetensors")
+    merged = load_file(tmp_path / "merged/model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert torch.linalg.matrix_rank(merged[name] - base[name], atol=1e-4) == 8, "nothing but the adapter's rank"
+
+
+def test_other_files_of_the_same_base_will_do(tmp_path: Path, capsys: Any) -> None:
+    folder = make_reward_model(tmp_path)
+    base = tmp_path / "base/model.safetensors"
+    save_file(load_file(base), base, {"format": "pt", "saved": "again"})
+    assert merge(str(folder), str(tmp_path / "merged"), dtype="fp32").drift < 1e-4
+    assert "its golden scores are given all the same" in capsys.readouterr().err
+    checks = {check.name: check for check in verify(str(folder))}
+    assert checks["base is the trained one"].ok
+    assert "its weights changed" in checks["base is the trained one"].detail

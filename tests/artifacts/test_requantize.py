@@ -1,0 +1,40 @@
+"""A merged model in 4 bit again: stock transformers loads it, and its manifest says what changed."""
+
+from pathlib import Path
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from qlora_rm.artifacts.manifest import Manifest
+from qlora_rm.artifacts.merge import merge
+from qlora_rm.artifacts.requantize import requantize
+from qlora_rm.artifacts.verify import verify
+from qlora_rm.errors import UserError
+from tests.reward_models_for_tests import llama_adapter
+
+
+def test_quantizes_all_but_the_head_and_counts_flips(tmp_path: Path) -> None:
+    merge(str(llama_adapter()), str(tmp_path / "merged"), dtype="fp32")
+    result = requantize(str(tmp_path / "merged"), str(tmp_path / "small"), yours=[[[5, 6, 7], [5, 6, 8], [9]]])
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "small")
+    linear = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert type(linear.pop("score")) is torch.nn.Linear
+    assert linear and all(isinstance(m, bnb.nn.Linear4bit) for m in linear.values())
+    assert model.score.weight.dtype == torch.float32
+    manifest = Manifest.load(tmp_path / "small")
+    step = manifest.history[-1]
+    assert (step.name, step.drift, step.flips) == ("requantize", result.golden.largest, result.golden.flips)
+    assert result.golden.largest > 0
+    assert result.yours is not None and result.yours.pairs == 3
+    assert step.settings["flips_on_your_pairs"] == f"{result.yours.flips} of 3"
+    assert [check for check in verify(str(tmp_path / "small")) if not check.ok] == []
+    with pytest.raises(UserError, match="in 4 bit already"):
+        requantize(str(tmp_path / "small"), str(tmp_path / "again"))
+
+
+def test_an_adapter_is_merged_first(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="Merge it first"):
+        requantize(str(llama_adapter()), str(tmp_path / "small"))
+    assert list(tmp_path.iterdir()) == []
