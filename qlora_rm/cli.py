@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from qlora_rm import __version__
-from qlora_rm.config import AdapterConfig, BackboneConfig, DataConfig, ObjectiveConfig, ScoringConfig
+from qlora_rm.config import AdapterConfig, BackboneConfig, DataConfig, ObjectiveConfig, ScoringConfig, ServeConfig
 from qlora_rm.console import quiet_libraries, rank_prefix, say, table
 from qlora_rm.errors import UserError
 from qlora_rm.options import add_options, read_options
@@ -69,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         ("score", "Score the rows of a file, or rank the responses to one prompt.", _add_score),
         ("merge", "Make one stock model of an adapter and its base, and prove its scores.", _add_merge),
         ("verify", "Prove that a model still gives the scores it was trained to give.", _add_verify),
+        ("serve", "Score over HTTP, requests that come together in one batch.", _add_serve),
         ("bench", "Measure what computing shared prompts once gains, beside TRL's trainer.", _add_bench),
         ("demo", "Walk the whole road on a small model and made-up preferences.", _add_demo),
     ):
@@ -228,6 +229,24 @@ def _verify(options: argparse.Namespace) -> int:
             + (f"{failed} of {len(checks)} checks failed" if failed else f"all {len(checks)} checks hold")
         )
     return 1 if failed else 0
+
+
+def _add_serve(command: argparse.ArgumentParser) -> Run:
+    command.add_argument("model", metavar="MODEL", help="Folder of an adapter or whole model, or a hub id.")
+    add_options(command, ServeConfig)
+    add_options(command, ScoringConfig)
+    return _serve
+
+
+def _serve(options: argparse.Namespace) -> int:
+    config, scoring = read_options(options, ServeConfig), read_options(options, ScoringConfig)
+    try:
+        from qlora_rm.serve.run import serve
+    except ModuleNotFoundError as error:
+        if error.name not in ("starlette", "uvicorn", "prometheus_client"):
+            raise
+        raise UserError(f"Serving needs {error.name}: pip install 'qlora_rm[serve]'.") from error
+    return serve(options.model, config, scoring)
 
 
 def _add_demo(command: argparse.ArgumentParser) -> Run:

@@ -13,11 +13,11 @@ FLOORS = {
     **dict.fromkeys(["__init__", "config", "console", "errors", "options"], 0),
     "preferences": 1,
     "backbone": 2,
-    **dict.fromkeys(["training", "artifacts", "report", "demo"], 3),
+    **dict.fromkeys(["training", "artifacts", "report", "serve", "demo"], 3),
     **dict.fromkeys(["cli", "train"], 4),
 }
 SHARED_FLOORS = (0, 4)  # the ground floor's nouns and the doors may name one another
-SIDEWAYS = {("training", "artifacts"), ("report", "artifacts")}  # public names only
+SIDEWAYS = {("training", "artifacts"), ("report", "artifacts"), ("serve", "artifacts")}  # public names only
 LIGHT = {"__init__", "config", "console", "errors", "options", "preferences", "cli"}  # what `qlora-rm --help` may load
 HEAVY = {
     "accelerate",
@@ -27,9 +27,11 @@ HEAVY = {
     "matplotlib",
     "pandas",
     "peft",
+    "starlette",
     "torch",
     "transformers",
     "trl",
+    "uvicorn",
 }
 
 MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
