@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from qlora_rm import __version__
+from qlora_rm.bearer import read_token
 from qlora_rm.config import AdapterConfig, BackboneConfig, DataConfig, ObjectiveConfig, ScoringConfig, ServeConfig
 from qlora_rm.console import quiet_libraries, rank_prefix, say, table
 from qlora_rm.errors import UserError
@@ -210,6 +211,15 @@ def _add_verify(command: argparse.ArgumentParser) -> Run:
     command.add_argument("model", metavar="DIR", help="Folder of an adapter or whole model that qlora-rm wrote.")
     command.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
     add_options(command, ScoringConfig, ["base", "trust_remote_code"])
+    server = command.add_argument_group("A running server instead of the folder's weights")
+    server.add_argument("--url", help="Where it is; DIR holds the manifest and the tokenizer of the model it serves.")
+    server.add_argument(
+        "--protocol",
+        choices=("auto", "score", "get_reward", "classify"),
+        default="auto",
+        help="score is this project's, get_reward OpenRLHF's, classify vLLM's; auto: by the path of the URL, or by asking. [auto]",
+    )
+    add_options(command, ServeConfig, ["token_file"])
     return _verify
 
 
@@ -217,7 +227,10 @@ def _verify(options: argparse.Namespace) -> int:
     from qlora_rm.artifacts.verify import verify
     from qlora_rm.report.files import as_json
 
-    checks = verify(options.model, base=options.base, trust_remote_code=options.trust_remote_code)
+    if options.url:
+        checks = _verify_endpoint(options)
+    else:
+        checks = verify(options.model, base=options.base, trust_remote_code=options.trust_remote_code)
     failed = sum(not check.ok for check in checks)
     if options.json:
         print(as_json({"ok": failed == 0, "checks": [asdict(check) for check in checks]}), end="")
@@ -225,10 +238,22 @@ def _verify(options: argparse.Namespace) -> int:
         width = max(len(check.name) for check in checks)
         print(*(f"{'ok  ' if c.ok else 'FAIL'}  {c.name.ljust(width)}  {c.detail}".rstrip() for c in checks), sep="\n")
         print(
-            f"{options.model}: "
+            f"{options.url or options.model}: "
             + (f"{failed} of {len(checks)} checks failed" if failed else f"all {len(checks)} checks hold")
         )
     return 1 if failed else 0
+
+
+def _verify_endpoint(options: argparse.Namespace) -> Any:
+    from qlora_rm.artifacts.verify_endpoint import verify_endpoint
+
+    return verify_endpoint(
+        options.model,
+        options.url,
+        protocol=None if options.protocol == "auto" else options.protocol,
+        token=read_token(options.token_file),
+        trust_remote_code=options.trust_remote_code,
+    )
 
 
 def _add_serve(command: argparse.ArgumentParser) -> Run:

@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "qlora_rm"
 FLOORS = {
-    **dict.fromkeys(["__init__", "config", "console", "errors", "options"], 0),
+    **dict.fromkeys(["__init__", "bearer", "config", "console", "errors", "options"], 0),
     "preferences": 1,
     "backbone": 2,
     **dict.fromkeys(["training", "artifacts", "report", "serve", "demo"], 3),
@@ -18,7 +18,16 @@ FLOORS = {
 }
 SHARED_FLOORS = (0, 4)  # the ground floor's nouns and the doors may name one another
 SIDEWAYS = {("training", "artifacts"), ("report", "artifacts"), ("serve", "artifacts")}  # public names only
-LIGHT = {"__init__", "config", "console", "errors", "options", "preferences", "cli"}  # what `qlora-rm --help` may load
+LIGHT = {
+    "__init__",
+    "bearer",
+    "config",
+    "console",
+    "errors",
+    "options",
+    "preferences",
+    "cli",
+}  # what `qlora-rm --help` may load
 HEAVY = {
     "accelerate",
     "bitsandbytes",

@@ -28,19 +28,21 @@ class DecodedText:
     def __init__(self, tokenization: Tokenization, as_turns: bool) -> None:
         self.tokenization, self.as_turns = tokenization, as_turns
         tokenizer = tokenization.tokenizer
-        self._bos, self._eos, self._pad = (t or "" for t in (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token))  # fmt: skip
+        bos, eos, pad = tokenizer.bos_token or "", tokenizer.eos_token or "", tokenizer.pad_token or ""
         if as_turns:
             renderings = _two_renderings(tokenization)
-            self._begin = self._bos if renderings[0].startswith(self._bos) else ""
+            self._begin = bos if renderings[0].startswith(bos) else ""
             self._end = os.path.commonprefix([text[::-1] for text in renderings])[::-1]
-            strips_bos = self._bos != self._eos or bool(self._begin)
+            bos_is_known = bool(self._begin) or bos != eos
         else:
-            self._begin, self._end = "", self._eos
-            strips_bos = tokenizer.bos_token_id in tokenization.encode(["a"], add_special_tokens=True)[0]
-        # a token that neither template nor tokenizer puts first may be meant where it also ends texts (GPT-2's only one)
-        self._strips_bos = bool(self._bos) and strips_bos
-        whole = sorted({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}, key=len, reverse=True)
-        self._pieces = [piece for piece in re.split(f"({'|'.join(map(re.escape, whole))})", self._end) if piece]
+            self._begin, self._end = "", eos
+            bos_is_known = tokenizer.bos_token_id in tokenization.encode(["a"], add_special_tokens=True)[0]
+        # a token that training puts at no beginning may be meant where it also ends texts (GPT-2 has only that one)
+        self._first = re.compile(f"^{_any_of(pad, bos if bos_is_known else '')}*")
+        self._last = re.compile(f"{_any_of(pad, eos)}*$")
+        self._end_is_eos = self._end == eos
+        whole = _any_of(*tokenizer.all_special_tokens, *tokenizer.get_added_vocab())
+        self._pieces = [piece for piece in re.split(f"({whole})", self._end) if piece]
 
     def candidates(self, text: str) -> Candidates:
         """`text` as a single sequence of token ids, to which the over-long rule still applies.
@@ -55,26 +57,19 @@ class DecodedText:
 
     def completed(self, text: str) -> str:
         """`text` between the beginning and the end that training gave every text of its kind."""
-        text = self._without(text, self._pad, "left")
-        if self._strips_bos:
-            text = self._without(text, self._bos, "left")
-        return self._begin + self._ended(self._without(text, self._pad, "right"))
-
-    def _ended(self, text: str) -> str:
-        """With as much of the end as is missing; an eos that training does not write there is the policy's."""
-        if self._end and text.endswith(self._end):
-            return text
-        for count in range(len(self._pieces) - 1, 0, -1):
+        text = self._first.sub("", text)
+        if self._end and not self._end_is_eos and text.endswith(self._end):
+            return self._begin + text  # whatever stands before the end was said
+        text = self._last.sub("", text, count=1)  # an eos of the policy's, or many where it pads with them
+        for count in range(len(self._pieces), 0, -1):
             if text.endswith("".join(self._pieces[:count])):
-                return text + "".join(self._pieces[count:])
-        return self._without(text, self._eos, "right") + self._end
+                return self._begin + text + "".join(self._pieces[count:])
+        return self._begin + text + self._end
 
-    @staticmethod
-    def _without(text: str, token: str, side: str) -> str:
-        """Without the repetitions of `token` at one side."""
-        while token and (text.startswith(token) if side == "left" else text.endswith(token)):
-            text = text.removeprefix(token) if side == "left" else text.removesuffix(token)
-        return text
+
+def _any_of(*tokens: str) -> str:
+    """A pattern for one of `tokens`, the longest that fits; for nothing where there are none."""
+    return f"(?:{'|'.join(map(re.escape, sorted(filter(None, tokens), key=len, reverse=True)))})"
 
 
 def _two_renderings(tokenization: Tokenization) -> list[str]:

@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from qlora_rm.bearer import authorization
 from qlora_rm.config import ServeConfig
 from qlora_rm.serve.batcher import Batcher, Closed, QueueFull, ScoringFailed
 from qlora_rm.serve.metrics import Metrics
@@ -85,7 +86,7 @@ class Service:
 
     def _authorize(self, request: Request) -> None:
         given = request.headers.get("authorization", "")
-        if self.token and not hmac.compare_digest(given.encode(), f"Bearer {self.token}".encode()):
+        if self.token and not hmac.compare_digest(given.encode(), authorization(self.token).encode()):
             raise Refused(
                 401, "this server asks for a token: Authorization: Bearer TOKEN", {"WWW-Authenticate": "Bearer"}
             )

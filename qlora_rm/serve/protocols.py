@@ -15,9 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from transformers import PreTrainedTokenizerBase
 
 from qlora_rm.errors import UserError
-from qlora_rm.preferences import Candidates, RowFault, Tokenization, parse_candidates
-from qlora_rm.preferences.contents import kind_of
+from qlora_rm.preferences import Candidates, RowFault, Tokenization
+from qlora_rm.preferences.contents import content, kind_of
 from qlora_rm.preferences.decoded import DecodedText
+from qlora_rm.preferences.parts import join, with_system
 
 Ids = list[int]
 T = TypeVar("T", bound=BaseModel)
@@ -86,19 +87,26 @@ class Reader:
         return self._asked([ids for of_item in sequences for ids in of_item], answer)
 
     def _candidates(self, item: "ScoreBody", place: str) -> Candidates:
-        row = item.model_dump(exclude_unset=True)
-        all_text = "prompt" in row and all(isinstance(part, str) for part in (item.prompt, *item.responses))
-        if self.as_turns and all_text:
-            row["prompt"] = [{"role": "user", "content": item.prompt}]
-        if taken := OF_THE_LIBRARY & (item.chat_template_kwargs or {}).keys():
+        """As rows are read, but that an answer may be empty: a policy may give one, and it has a score."""
+        kwargs, given = item.chat_template_kwargs or {}, item.model_fields_set
+        if taken := OF_THE_LIBRARY & kwargs.keys():
             raise Refused(422, f"{place}chat_template_kwargs: {min(taken)} is not the template's")
         try:
-            candidates = parse_candidates(row)
+            prompt = content(item.prompt, "prompt") if "prompt" in given else ""
+            responses = [content(said, f"responses[{index}]") for index, said in enumerate(item.responses)]
+            if [] in responses:
+                raise RowFault("empty_response", f"responses[{responses.index([])}] is an empty array")
+            if self.as_turns and "prompt" in given and all(isinstance(part, str) for part in (prompt, *responses)):
+                prompt = [{"role": "user", "content": prompt}]
+            prompt, responses = join(prompt, responses)
+            prompt = with_system(prompt, item.system)
         except RowFault as fault:
             raise Refused(422, f"{place}{fault.what}") from fault
-        if kind_of(candidates.responses[0]) != "turns" and (idle := ONLY_WITH_TURNS & row.keys()):
+        if kind_of(responses[0]) == "turns":
+            return Candidates(prompt, tuple(responses), item.tools, kwargs)
+        if idle := ONLY_WITH_TURNS & given:
             raise Refused(422, f"{place}{min(idle)}: goes with turns, and this is text")
-        return candidates
+        return Candidates(prompt, tuple(responses))
 
     def _tokenized(self, candidates: Candidates, place: str) -> tuple[list[Ids], int]:
         """The sequences of one prompt, and how many tokens of it were cut; a fault names the response it is of."""

@@ -20,6 +20,7 @@ from qlora_rm import __version__
 from qlora_rm.artifacts.load import RewardModel
 from qlora_rm.artifacts.proof import prove, prove_decoded, trained_on_turns
 from qlora_rm.backbone.packed import sharing_model
+from qlora_rm.bearer import TOKEN_VARIABLE, read_token
 from qlora_rm.config import ScoringConfig, ServeConfig
 from qlora_rm.console import say
 from qlora_rm.errors import UserError
@@ -32,8 +33,6 @@ from qlora_rm.serve.protocols import Reader
 CONNECTIONS = 1024
 """Open at once; each may hold a body that is being read. Beyond it the framework answers 503."""
 
-TOKEN_VARIABLE = "QLORA_RM_TOKEN"
-
 
 def serve(folder: str, config: ServeConfig, scoring: ScoringConfig) -> int:
     """Serve the model of `folder` until SIGTERM or SIGINT.
@@ -44,7 +43,7 @@ def serve(folder: str, config: ServeConfig, scoring: ScoringConfig) -> int:
     Raises:
         UserError: the address cannot be had or needs a token, there is no such model, or its golden scores have moved.
     """
-    token = read_token(config)
+    token = read_token(config.token_file)
     check_address(config, token)
     listener = _bound(config)  # before the model is loaded, which takes minutes
     model = RewardModel.load(folder, **asdict(scoring))
@@ -120,23 +119,6 @@ def _longest(model: RewardModel) -> int | None:
     inner = next(module for module in model.model.modules() if isinstance(module, PreTrainedModel))
     told = getattr(inner.config.get_text_config(), "max_position_embeddings", None)  # few architectures have none
     return min(filter(None, (told, model.tokenizer.model_max_length)), default=None)
-
-
-def read_token(config: ServeConfig) -> str | None:
-    """The token of `--token_file`, else of the environment; never of the command line, which any user can read.
-
-    Raises:
-        UserError: the file cannot be read or is empty.
-    """
-    if config.token_file is None:
-        return os.environ.get(TOKEN_VARIABLE) or None
-    try:
-        lines = Path(config.token_file).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--token_file {config.token_file} cannot be read: {error}.") from error
-    if not (token := lines[0].strip()):
-        raise UserError(f"--token_file {config.token_file} has an empty first line; write the token there.")
-    return token
 
 
 def check_address(config: ServeConfig, token: str | None) -> None:
