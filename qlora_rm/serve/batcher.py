@@ -120,20 +120,22 @@ class Batcher:
     # ---- the model thread ----------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        jobs: list[Job] = []
         try:
             while jobs := self._next():
                 self._answer(jobs)
         except BaseException as error:  # nobody else sees what ends a thread
-            self._die(error)
+            self._die(error, jobs)
 
-    def _die(self, error: BaseException) -> None:
+    def _die(self, error: BaseException, begun: list[Job]) -> None:
+        """Leave nobody waiting, then tell."""
         with self._changed:
             self._closed, self.death = True, error
-            left = list(self._waiting)
+            waiting = list(self._waiting)
             self._waiting.clear()
-        for job in left:
-            if job.answer.set_running_or_notify_cancel():
-                job.answer.set_exception(Closed())
+        begun = [job for job in begun if not job.answer.done()]
+        for job in begun + [job for job in waiting if job.answer.set_running_or_notify_cancel()]:
+            job.answer.set_exception(Closed())
         self.on_death()
 
     def _next(self) -> list[Job]:
@@ -176,10 +178,8 @@ class Batcher:
         """Score jobs together; an error is looked for by halves, so that it is told to none but the request it is of."""
         try:
             scores = self._scored(jobs)
-        except torch.AcceleratorError as error:  # a CUDA context that has failed once fails for ever
-            for job in jobs:
-                job.answer.set_exception(Closed())
-            raise error
+        except torch.AcceleratorError:  # a CUDA context that has failed once fails for ever: the thread ends
+            raise
         except Exception as error:
             failure = ScoringFailed(f"{type(error).__name__}: {error}")
         else:

@@ -174,13 +174,14 @@ def test_closing_finishes_what_waits_and_takes_no_more(model: Model) -> None:
     assert answer.result(0) == [4]
 
 
-def test_a_dead_model_thread_fails_everything_and_says_so() -> None:
+@pytest.mark.parametrize("error", [torch.AcceleratorError("CUDA error: an illegal memory access"), SystemExit()])
+def test_a_dead_model_thread_fails_everything_and_says_so(error: BaseException) -> None:
     entered, go = threading.Event(), threading.Event()
 
     def score(sequences: Sequence[Ids]) -> list[float]:
         entered.set()
         assert go.wait(PATIENCE)
-        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+        raise error
 
     told = threading.Event()
     batcher = make(score, on_death=told.set)
@@ -192,7 +193,7 @@ def test_a_dead_model_thread_fails_everything_and_says_so() -> None:
     for answer in (first, waiting):
         with pytest.raises(Closed):
             answer.result(PATIENCE)
-    assert isinstance(batcher.death, torch.AcceleratorError) and not batcher.alive
+    assert batcher.death is error and not batcher.alive
     with pytest.raises(Closed):
         batcher.submit([[1]])
 
