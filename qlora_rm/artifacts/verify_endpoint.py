@@ -97,8 +97,9 @@ class _Proof:
         yield self._dtype(scores)
         again = self.endpoint.scores(self.questions)
         yield _alike("the same question gets the same scores", again, scores, self.same)
-        backwards = self.endpoint.scores(self.questions[::-1])[::-1]
-        yield _alike("answers keep the order of the questions", backwards, scores, self.same)
+        first = sum(question.item is self.questions[0].item for question in self.questions)
+        turned = self.endpoint.scores(self.questions[first:] + self.questions[:first])
+        yield _alike("answers keep the order of the questions", turned[-first:] + turned[:-first], scores, self.same)
         known = dict(zip(map(_key, self.questions), scores, strict=True))
         alone = [self.endpoint.scores([question])[0] for question in self.whole]
         together = [known[_key(question)] for question in self.whole]

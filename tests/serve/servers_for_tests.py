@@ -1,6 +1,5 @@
 """Servers on loopback, in a thread of the test process or as a user starts them."""
 
-import os
 import re
 import socket
 import subprocess
@@ -53,13 +52,18 @@ def served(model: RewardModel, folder: Path, token: str | None = None, **setting
 
 
 class Door:
-    """`qlora-rm serve` as a process of its own, on a free port."""
+    """`qlora-rm serve` as a process of its own, on a free port.
 
-    def __init__(self, folder: Path | str, *words: str, log: Path, **environment: str) -> None:
+    Arguments:
+        code: a program to run instead of the door's, with the door's arguments.
+    """
+
+    def __init__(self, folder: Path, *words: str, log: Path, code: str | None = None) -> None:
         self.log = log
-        command = [sys.executable, "-m", "qlora_rm.cli", "serve", str(folder), "--port", "0", *words]
+        program = ["-m", "qlora_rm.cli"] if code is None else ["-c", code]
+        command = [sys.executable, *program, "serve", str(folder), "--port", "0", *words]
         with log.open("w") as file:
-            self.process = subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, stderr=file)
+            self.process = subprocess.Popen(command, cwd=ROOT, stderr=file)
 
     def url(self) -> str:
         """Once it listens."""
