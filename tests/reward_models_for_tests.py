@@ -50,14 +50,20 @@ def make_reward_model(
     max_length: int | None = 256,
     golden: bool = True,
     compute: str = "fp32",
+    backbone: str | None = None,
 ) -> Path:
-    """Write `folder/base` and `folder/model`, an adapter on it (a whole model for `AdapterConfig(use_lora=False)`)."""
+    """Write `folder/base` and `folder/model`, an adapter on it (a whole model for `AdapterConfig(use_lora=False)`).
+
+    Arguments:
+        backbone: a folder to take as base instead of writing one.
+    """
     adapter = adapter or AdapterConfig(lora_r=8, lora_alpha=16)
     tokenizer = tokenizer or (word_piece_tokenizer() if architecture == "distilbert" else small_tokenizer())
-    base, output = save_backbone(folder / "base", architecture, tokenizer, rows=rows), folder / "model"
+    base = backbone or save_backbone(folder / "base", architecture, tokenizer, rows=rows)
+    output = folder / "model"
     config = BackboneConfig(model_name_or_path=base, quantization=quantization)
-    backbone = load_backbone(config, tokenizer, DTYPES[compute], full_fine_tuning=not adapter.use_lora)
-    model = attach_adapter(backbone, adapter) if adapter.use_lora else backbone.model
+    loaded = load_backbone(config, tokenizer, DTYPES[compute], full_fine_tuning=not adapter.use_lora)
+    model = attach_adapter(loaded, adapter) if adapter.use_lora else loaded.model
     _pretend_to_train(model)
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)

@@ -20,6 +20,25 @@ TRIES = 4
 """How often a server that is busy (503) is asked."""
 
 
+def connect(url: str, token: str | None) -> tuple[httpx2.Client, Protocol | None]:
+    """A client of the server at `url`, to be closed, and the protocol that the last part of the path names.
+
+    Raises:
+        UserError: `url` is none.
+    """
+    try:
+        parsed = httpx2.URL(url)
+    except httpx2.InvalidURL as error:
+        raise UserError(f"--url {url} is no URL: {error}.") from error
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise UserError(f"--url {url} must begin with http:// or https:// and name a server.")
+    path = parsed.path.rstrip("/")
+    named = next((protocol for protocol in PROTOCOLS if path.endswith(f"/{protocol}")), None)
+    root = parsed.copy_with(path=path.removesuffix(f"/{named}") or "/", query=None, fragment=None)
+    headers = {"Authorization": authorization(token)} if token else {}
+    return httpx2.Client(base_url=root, headers=headers, timeout=TIMEOUT), named
+
+
 class NoAnswer(Exception):
     """The server gave no scores; why, and what to do."""
 
@@ -60,33 +79,25 @@ class Endpoint:
     add_special_tokens: bool = False
 
     @classmethod
-    def find(cls, url: str, protocol: Protocol | None, token: str | None, as_turns: bool, probe: Question) -> Self:
-        """The endpoint at `url`, its protocol found by asking where neither `protocol` nor the url's path names it.
+    def find(cls, client: httpx2.Client, protocol: Protocol | None, as_turns: bool, probe: Question) -> Self:
+        """What `client` reaches; without `protocol`, ours if the server says so, else what answers `probe`.
 
         Raises:
             NoAnswer: nothing there gives a score.
-            UserError: `url` is none.
         """
-        root, named = _parted(url)
-        headers = {"Authorization": authorization(token)} if token else {}
-        client = httpx2.Client(base_url=root, headers=headers, timeout=TIMEOUT)
         health, models = _told(client, "/health"), _told(client, "/v1/models")
         about = health if str(health.get("server", "")).startswith("qlora_rm") else {}
         names = [entry.get("id") for entry in models.get("data") or [] if isinstance(entry, dict)]
-        wanted = protocol or named
-        if wanted is None:
-            tried: tuple[Protocol, ...] = ("score",) if about else ("get_reward", "classify")
-        else:
-            tried = (wanted,)
+        of_strangers: tuple[Protocol, ...] = ("get_reward", "classify")
         reasons = []
-        for each in tried:
-            endpoint = cls(client, each, about, next(iter(names), None), add_special_tokens=not as_turns)
+        for tried in (protocol,) if protocol else ("score",) if about else of_strangers:
+            endpoint = cls(client, tried, about, next(iter(names), None), add_special_tokens=not as_turns)
             try:
                 endpoint.scores([probe])
                 return endpoint
             except NoAnswer as error:
                 reasons.append(str(error))
-        raise NoAnswer("; ".join(dict.fromkeys(reasons)))
+        raise NoAnswer("; ".join(reasons))
 
     def scores(self, questions: Sequence[Question]) -> list[float]:
         """Scores of `questions`, asked in one body.
@@ -176,19 +187,6 @@ def _told(client: httpx2.Client, path: str) -> dict[str, Any]:
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _parted(url: str) -> tuple[str, Protocol | None]:
-    """The server's root, and the protocol that the path's last part names."""
-    try:
-        parsed = httpx2.URL(url)
-    except httpx2.InvalidURL as error:
-        raise UserError(f"--url {url} is no URL: {error}.") from error
-    if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise UserError(f"--url {url} must begin with http:// or https:// and name a server.")
-    path = parsed.path.rstrip("/")
-    named = next((protocol for protocol in PROTOCOLS if path.endswith(f"/{protocol}")), None)
-    return str(parsed.copy_with(path=path.removesuffix(f"/{named}") or "/", query=None, fragment=None)), named
 
 
 def _of(answer: Any, key: str) -> list[Any]:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from qlora_rm.artifacts.checks import Check, check_golden_ids, check_tokenizer
-from qlora_rm.artifacts.endpoint import Endpoint, NoAnswer, Protocol, Question
+from qlora_rm.artifacts.endpoint import Endpoint, NoAnswer, Protocol, Question, connect
 from qlora_rm.artifacts.golden import GoldenItem, Tolerance, drift, tolerance
 from qlora_rm.artifacts.load import read_tokenizer, tokenization_of
 from qlora_rm.artifacts.manifest import Manifest, Reward
@@ -42,13 +42,15 @@ def verify_endpoint(
         return checks  # the texts to ask for would not be those of training
     questions = questions_of(manifest.golden, tokenization)
     as_turns = trained_on_turns(manifest, tokenization)
-    try:
-        endpoint = Endpoint.find(url, protocol, token, as_turns, questions[0])
-        told = endpoint.about.get("server", "not this project's")
-        checks.append(Check("server answers", True, f"{endpoint.protocol} protocol; server: {told}"))
-        checks.extend(_Proof(endpoint, manifest, tokenization, questions, as_turns).checks())
-    except NoAnswer as error:
-        checks.append(Check("server answers", False, str(error)))
+    client, named = connect(url, token)
+    with client:
+        try:
+            endpoint = Endpoint.find(client, protocol or named, as_turns, questions[0])
+            told = endpoint.about.get("server", "not this project's")
+            checks.append(Check("server answers", True, f"{endpoint.protocol} protocol; server: {told}"))
+            checks.extend(_Proof(endpoint, manifest, tokenization, questions, as_turns).checks())
+        except NoAnswer as error:
+            checks.append(Check("server answers", False, str(error)))
     return checks
 
 
