@@ -50,14 +50,8 @@ class Service:
         scored = {"/score": self.reader.score, "/get_reward": self.reader.get_reward, "/classify": self.reader.classify}
         routes = [Route(path, self._scoring(read), methods=["POST"]) for path, read in scored.items()]
         routes += [Route("/health", self._health), Route("/metrics", self._metrics_text)]
-        app = Starlette(
-            routes=routes,
-            exception_handlers={
-                Refused: lambda request, refused: _error(refused.status, refused.reason, refused.headers),
-                HTTPException: lambda request, error: _error(error.status_code, error.detail, error.headers),
-                Exception: lambda request, error: _error(500, "a defect of the server; its log has the traceback"),
-            },
-        )
+        handlers: dict[Any, Any] = {Refused: _refusal, HTTPException: _http_error, Exception: _defect}
+        app = Starlette(routes=routes, exception_handlers=handlers)
         return Measured(app, self.metrics, {*scored, "/health", "/metrics"})
 
     async def _health(self, request: Request) -> Response:
@@ -149,6 +143,18 @@ async def _unless_gone(request: Request, answer: "Future[list[float]]") -> list[
 async def _departure(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+async def _refusal(request: Request, refused: Refused) -> Response:
+    return _error(refused.status, refused.reason, refused.headers)
+
+
+async def _http_error(request: Request, error: HTTPException) -> Response:
+    return _error(error.status_code, error.detail, error.headers)
+
+
+async def _defect(request: Request, error: Exception) -> Response:
+    return _error(500, "a defect of the server; its log has the traceback")
 
 
 def _error(status: int, reason: str, headers: Any = None) -> JSONResponse:

@@ -115,7 +115,9 @@ def make_service(model: RewardModel, folder: str, config: ServeConfig, token: st
 
 
 def _longest(model: RewardModel) -> int | None:
-    """Tokens of the longest sequence that the model has positions for, as far as its configuration tells."""
+    """Tokens of the longest sequence that the model has positions for; None where the contract's limit keeps to it."""
+    if model.tokenization.max_length is not None:
+        return None
     inner = next(module for module in model.model.modules() if isinstance(module, PreTrainedModel))
     told = getattr(inner.config.get_text_config(), "max_position_embeddings", None)  # few architectures have none
     return min(filter(None, (told, model.tokenizer.model_max_length)), default=None)

@@ -279,6 +279,17 @@ class TestUnderPressure:
             assert (answer.status_code, answer.json()["error"]) == (503, "no answer within 0.3 s")
             slow.go.set()
 
+    def test_a_defect_is_500_and_says_no_more(self, model: RewardModel) -> None:
+        with served(model, llama_adapter()) as service:
+            service.reader.tokenization.tokenize_each = lambda batch: 1 / 0  # type: ignore[method-assign]
+            try:
+                with TestClient(service.app(), raise_server_exceptions=False) as client:
+                    answer = client.post("/score", json={"responses": ["a"]})
+            finally:
+                del service.reader.tokenization.tokenize_each
+        assert answer.status_code == 500
+        assert answer.json() == {"error": "a defect of the server; its log has the traceback"}
+
     def test_a_failing_model_is_500_for_that_request_and_no_other(self, model: RewardModel) -> None:
         with served(model, llama_adapter()) as service, TestClient(service.app()) as client:
             inner = service.batcher._score

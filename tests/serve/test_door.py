@@ -49,27 +49,45 @@ def test_from_start_to_an_orderly_end(model: RewardModel, tmp_path: Path) -> Non
     assert "Traceback" not in door.said()
 
 
-def test_a_dead_model_ends_the_process(tmp_path: Path) -> None:
-    """A model that ends its thread at the first request after the golden ones."""
-    code = (
-        "import sys, torch, qlora_rm.serve.run as run\n"
-        "from qlora_rm.artifacts.load import RewardModel\n"
+def program(score: str) -> str:
+    """The door, its model replaced once it is proved by a function with the body `score`."""
+    return (
+        "import sys, time, torch, qlora_rm.serve.run as run\n"
+        "from qlora_rm.cli import main\n"
         "real = run.make_service\n"
-        "def dying(*args):\n"
+        "def changed(*args):\n"
         "    service = real(*args)\n"
-        "    def score(sequences): raise torch.AcceleratorError('CUDA error: unspecified launch failure')\n"
+        "    def score(sequences):\n"
+        f"        {score}\n"
         "    service.batcher._score = score\n"
         "    return service\n"
-        "run.make_service = dying\n"
-        "from qlora_rm.cli import main\n"
+        "run.make_service = changed\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
+
+
+def test_a_dead_model_ends_the_process(tmp_path: Path) -> None:
+    code = program("raise torch.AcceleratorError('CUDA error: unspecified launch failure')")
     door = Door(llama_adapter(), log=tmp_path / "log", code=code)
     answer = httpx2.post(f"{door.url()}/score", json={"responses": ["a"]}, timeout=PATIENCE)
     assert (answer.status_code, "model has failed" in answer.json()["error"]) == (503, True)
     assert door.ends() == 1
     assert "unspecified launch failure" in door.said()
     assert "the model thread died" in door.said()
+
+
+def test_the_time_to_stop_has_an_end(tmp_path: Path) -> None:
+    """Ctrl-C while the model is stuck."""
+    code = program(f"print('begun', file=sys.stderr, flush=True); time.sleep({10 * PATIENCE})")
+    door = Door(llama_adapter(), "--stop_timeout", "1", log=tmp_path / "log", code=code)
+    url = door.url()
+    with ThreadPoolExecutor(1) as clients:
+        asked = clients.submit(httpx2.post, f"{url}/score", json={"responses": ["a"]}, timeout=PATIENCE)
+        wait_until(lambda: "begun" in door.said())
+        door.process.send_signal(signal.SIGINT)
+        assert door.ends() == 1
+        assert isinstance(asked.exception(PATIENCE), httpx2.HTTPError) or asked.result().status_code == 500
+    assert "stopped with work unfinished after 1 s" in door.said()
 
 
 class TestWhatIsNotServed:
