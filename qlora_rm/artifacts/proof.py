@@ -32,7 +32,7 @@ def trained_on_turns(manifest: Manifest | None, tokenization: Tokenization) -> b
     """Whether the model scores conversations, by its golden items; where there are none, by its having a template."""
     if manifest is None or not manifest.golden:
         return bool(tokenization.tokenizer.chat_template)
-    return any(_is_turns(item) for item in manifest.golden)
+    return any(is_of_kind(item, as_turns=True) for item in manifest.golden)
 
 
 def prove(model: RewardModel, folder: str) -> Proof:
@@ -66,7 +66,7 @@ def prove_decoded(model: RewardModel, decoded: DecodedText, folder: str) -> None
     """
     golden = model.manifest.golden if model.manifest else []
     for place, item in enumerate(golden, start=1):
-        if _is_turns(item) != decoded.as_turns:
+        if not is_of_kind(item, decoded.as_turns):
             continue
         alone = [Candidates(item.prompt, (r,), item.tools, item.template_kwargs) for r in item.responses]  # own cuts
         written = [decoded.candidates(text) for text in model.tokenization.texts(item.candidates())]
@@ -76,8 +76,9 @@ def prove_decoded(model: RewardModel, decoded: DecodedText, folder: str) -> None
             )
 
 
-def _is_turns(item: GoldenItem) -> bool:
-    return kind_of(item.responses[0]) == "turns"
+def is_of_kind(item: GoldenItem, as_turns: bool) -> bool:
+    """Whether an item is a conversation, or else plain text (and no token ids, which have no text)."""
+    return kind_of(item.responses[0]) == ("turns" if as_turns else "text")
 
 
 def _see(folder: str) -> str:

@@ -9,7 +9,7 @@ from qlora_rm.artifacts.endpoint import Endpoint, NoAnswer, Protocol, Question, 
 from qlora_rm.artifacts.golden import GoldenItem, Tolerance, drift, tolerance
 from qlora_rm.artifacts.load import read_tokenizer, tokenization_of
 from qlora_rm.artifacts.manifest import Manifest, Reward
-from qlora_rm.artifacts.proof import allowed_drift, trained_on_turns
+from qlora_rm.artifacts.proof import allowed_drift, is_of_kind, trained_on_turns
 from qlora_rm.errors import UserError
 from qlora_rm.preferences.tokenization import Tokenization
 
@@ -67,7 +67,8 @@ class _Proof:
     """The checks of one server.
 
     Texts longer than the model takes are asked for only under this project's own protocol: the others do not say where
-    a prompt ends, and so cannot cut as training did.
+    a prompt ends, and so cannot cut as training did. Nor do they say what is a conversation: of a model that was trained
+    on plain text too, only the conversations are asked for.
     """
 
     def __init__(
@@ -78,8 +79,8 @@ class _Proof:
         questions: list[Question],
         as_turns: bool,
     ) -> None:
-        self.endpoint, self.manifest, self.tokenization, self.as_turns = endpoint, manifest, tokenization, as_turns
-        whole = [question for question in questions if not self._is_cut(question)]
+        self.endpoint, self.manifest, self.tokenization = endpoint, manifest, tokenization
+        whole = [q for q in questions if is_of_kind(q.item, as_turns) and not self._is_cut(q, as_turns)]
         self.left_out = 0 if endpoint.protocol == "score" else len(questions) - len(whole)
         self.questions, self.whole = (questions if endpoint.protocol == "score" else whole), whole
         computes_in = endpoint.about.get("computes_in")
@@ -87,9 +88,8 @@ class _Proof:
         self.allowed = allowed_drift(manifest, self.computes_in or "bf16")
         self.same = tolerance(self.computes_in or "bf16", manifest.quantization)
 
-    def _is_cut(self, question: Question) -> bool:
-        turns = not isinstance(question.item.responses[question.response], str)
-        [ids] = self.tokenization.encode([question.text], add_special_tokens=not turns)
+    def _is_cut(self, question: Question, as_turns: bool) -> bool:
+        [ids] = self.tokenization.encode([question.text], add_special_tokens=not as_turns)
         return ids != question.item.token_ids[question.response]
 
     def checks(self) -> Iterator[Check]:
@@ -123,7 +123,7 @@ class _Proof:
                 lists.append([next(given) for _ in places])
                 items.append(replace(item, scores=[item.scores[place] for place in places]))
         moved = drift(items, lists, self.allowed)
-        left = f"; {self.left_out} over-long texts not asked for" if self.left_out else ""
+        left = f"; {self.left_out} texts not asked for, over-long or of another kind" if self.left_out else ""
         return Check("golden scores are given again", moved.ok, f"{moved}; allowed {self.allowed}{left}")
 
     def _dtype(self, scores: list[float]) -> Check:

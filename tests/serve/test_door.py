@@ -11,14 +11,16 @@ from typing import Any
 import httpx2
 import pytest
 
+from qlora_rm.artifacts.golden import make_golden
 from qlora_rm.artifacts.load import RewardModel
 from qlora_rm.artifacts.manifest import Manifest
 from qlora_rm.cli import main
 from qlora_rm.config import ServeConfig
 from qlora_rm.errors import UserError
+from qlora_rm.preferences import Candidates
 from qlora_rm.serve.run import check_address, make_service
-from tests.reward_models_for_tests import HELD_OUT, copy_of, edit_json, llama_adapter
-from tests.serve.servers_for_tests import PATIENCE, Door, wait_until
+from tests.reward_models_for_tests import HELD_OUT, HELD_OUT_TEXT, copy_of, edit_json, llama_adapter
+from tests.serve.servers_for_tests import PATIENCE, Door, running, wait_until
 
 
 def test_from_start_to_an_orderly_end(model: RewardModel, tmp_path: Path) -> None:
@@ -116,6 +118,29 @@ class TestWhatIsNotServed:
         service = make_service(other, "there", ServeConfig(skip_golden=True))
         assert service.batcher.close(PATIENCE)
         assert "golden" not in service.about
+
+
+class TestWhatTextIs:
+    """A model trained on text, on conversations or on both has its golden items come back as one text each."""
+
+    @pytest.mark.parametrize("kinds", ["text", "turns", "both", "ids"])
+    def test_by_its_golden_items(self, model: RewardModel, kinds: str) -> None:
+        candidates = {
+            "text": HELD_OUT_TEXT,
+            "turns": HELD_OUT,
+            "both": HELD_OUT_TEXT + HELD_OUT,
+            "ids": [Candidates([5, 6], ([7, 8], [9]))],
+        }[kinds]
+        golden = make_golden(candidates, model.tokenization, model.score_token_ids)
+        manifest = Manifest(**{**vars(model.manifest), "golden": golden})
+        service = make_service(RewardModel(model.model, model.tokenization, manifest, None), "there", ServeConfig())
+        with running(service.app()) as url:
+            prompt, answers = "What is the capital of France? ", ["Paris.", "I do not know."]
+            scores = httpx2.post(f"{url}/score", json={"prompt": prompt, "responses": answers}).json()["scores"]
+        assert service.batcher.close(PATIENCE)
+        said = [{"role": "user", "content": prompt}], tuple([{"role": "assistant", "content": a}] for a in answers)
+        as_trained = Candidates(*said) if kinds in ("turns", "both") else Candidates(prompt, tuple(answers))
+        assert scores == pytest.approx(model.score([as_trained])[0], abs=1e-5)
 
 
 class TestAddresses:
