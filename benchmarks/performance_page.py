@@ -77,29 +77,30 @@ def _sweep(points: list[dict[str, Any]]) -> str:
 
 def _serving(result: dict[str, Any]) -> str:
     rows = [
-        "| side | responses/s | responses per CPU second | requests a batch | tokens computed of asked | latency p50, p99 |",
+        "| side | responses per CPU second | responses/s | requests a batch | tokens computed of asked | latency p50, p99 |",
         "|---|---|---|---|---|---|",
     ]
     for side, m in result["sides"].items():
-        speed, work = (result["responses"] / m[unit] for unit in ("seconds", "cpu_seconds"))
+        work, speed = (result["responses"] / m[unit] for unit in ("cpu_seconds", "seconds"))
         online = (
             f"{m['requests_per_batch']:.1f} | {m['computed_of_asked']:.0%} | {m['latency_p50']:.3f} s, {m['latency_p99']:.3f} s"
             if "requests" in m
             else " | | "
         )
-        rows.append(f"| {side} | {speed:.1f} | {work:.1f} | {online} |")
+        rows.append(f"| {side} | {work:.1f} | {speed:.1f} | {online} |")
     largest = max(m.get("largest_difference", 0.0) for m in result["sides"].values())
     said = (
         f"{result['responses']} responses to {result['prompts']} prompts, {result['tokens']:,} tokens, through `qlora-rm serve`; how "
         f"each side is set up stands at the head of `benchmarks/serving.py`. {result['clients']} clients at once, no answer lost or "
         f"another's: each is within {largest:.1e} of the offline score of its own text. The machine was shared with "
-        "other work while this ran; CPU seconds, the server's own with its HTTP, do not depend on that."
+        "other work while this ran, which falls on the sides unevenly: read the CPU seconds, of the server with its HTTP, or "
+        "offline of the scoring process."
     )
     ratios = [
-        f"| {name} | {ratio['seconds']:.2f}x | {ratio['cpu_seconds']:.2f}x |"
+        f"| {name} | {ratio['cpu_seconds']:.2f}x | {ratio['seconds']:.2f}x |"
         for name, ratio in result["speedup"].items()
     ]
-    head = "| faster by | by the clock | in CPU seconds |\n|---|---|---|"
+    head = "| faster by | in CPU seconds | by the clock |\n|---|---|---|"
     return "\n\n".join([said, "\n".join(rows), "\n".join([head, *ratios])])
 
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from transformers import PreTrainedTokenizerBase
 
 from qlora_rm.errors import UserError
-from qlora_rm.preferences import Candidates, RowFault, Tokenization
+from qlora_rm.preferences import Candidates, Content, RowFault, Tokenization
 from qlora_rm.preferences.contents import content, kind_of
 from qlora_rm.preferences.decoded import DecodedText
 from qlora_rm.preferences.parts import join, with_system
@@ -53,6 +53,7 @@ class Reader:
     Attributes:
         as_turns: a text prompt of `/score` is a user's turn, and decoded text a rendered conversation.
         decoded: how decoded text is tokenized.
+        vocabulary: rows of the model's embedding.
         longest: tokens the model has positions for, None where it has no limit.
         max_sequences, max_tokens: bounds of one request.
     """
@@ -61,6 +62,7 @@ class Reader:
     tokenization: Tokenization
     as_turns: bool
     decoded: DecodedText
+    vocabulary: int
     longest: int | None
     max_sequences: int
     max_tokens: int
@@ -74,17 +76,15 @@ class Reader:
         self._check_count(sum(len(item.responses) for item in items))
         places = [f"[{i}]." if several else "" for i in range(len(items))]
         candidates = [self._candidates(item, place) for item, place in zip(items, places, strict=True)]
-        sequences, cuts = [], []
-        for tokenized, cut in map(self._tokenized, candidates, places):
-            sequences.append(tokenized)
-            cuts.append(cut)
+        tokenized = list(map(self._tokenized, candidates, places))
+        cuts = [cut for _, cut in tokenized]
 
         def answer(scores: list[float]) -> dict[str, Any]:
             rest = iter(scores)
             each = [list(islice(rest, len(item.responses))) for item in items]
             return {"scores": each, "cut": cuts} if several else {"scores": each[0], "cut": cuts[0]}
 
-        return self._asked([ids for of_item in sequences for ids in of_item], answer)
+        return self._asked([ids for sequences, _ in tokenized for ids in sequences], answer)
 
     def _candidates(self, item: "ScoreBody", place: str) -> Candidates:
         """As rows are read, but that an answer may be empty: a policy may give one, and it has a score."""
@@ -99,6 +99,7 @@ class Reader:
             if self.as_turns and "prompt" in given and all(isinstance(part, str) for part in (prompt, *responses)):
                 prompt = [{"role": "user", "content": prompt}]
             prompt, responses = join(prompt, responses)
+            self._check_ids(prompt, *responses)
             prompt = with_system(prompt, item.system)
         except RowFault as fault:
             raise Refused(422, f"{place}{fault.what}") from fault
@@ -107,6 +108,12 @@ class Reader:
         if idle := ONLY_WITH_TURNS & given:
             raise Refused(422, f"{place}{min(idle)}: goes with turns, and this is text")
         return Candidates(prompt, tuple(responses))
+
+    def _check_ids(self, *contents: Content) -> None:
+        """An id that is no token's would be an error of the model, and on CUDA the end of the server."""
+        for token in (token for found in contents if kind_of(found) == "ids" for token in found):
+            if not 0 <= token < self.vocabulary:  # type: ignore[operator]
+                raise RowFault("unknown_token", f"token id {token} is none of the model's {self.vocabulary}")
 
     def _tokenized(self, candidates: Candidates, place: str) -> tuple[list[Ids], int]:
         """The sequences of one prompt, and how many tokens of it were cut; a fault names the response it is of."""

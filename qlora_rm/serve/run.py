@@ -102,23 +102,24 @@ def make_service(model: RewardModel, folder: str, config: ServeConfig, token: st
         max_tokens=config.max_queue_tokens,
         max_wait=config.max_wait_ms / 1000,
     )
+    inner: Any = next(module for module in model.model.modules() if isinstance(module, PreTrainedModel))
     reader = Reader(
         name=about["model"],
         tokenization=model.tokenization,
         as_turns=as_turns,
         decoded=decoded,
-        longest=_longest(model),
+        vocabulary=inner.get_input_embeddings().num_embeddings,
+        longest=_longest(model, inner),
         max_sequences=min(config.max_request_sequences, config.max_queue_sequences),
         max_tokens=config.max_queue_tokens,
     )
     return Service(reader, batcher, metrics, config, about, token)
 
 
-def _longest(model: RewardModel) -> int | None:
+def _longest(model: RewardModel, inner: PreTrainedModel) -> int | None:
     """Tokens of the longest sequence that the model has positions for; None where the contract's limit keeps to it."""
     if model.tokenization.max_length is not None:
         return None
-    inner = next(module for module in model.model.modules() if isinstance(module, PreTrainedModel))
     told = getattr(inner.config.get_text_config(), "max_position_embeddings", None)  # few architectures have none
     return min(filter(None, (told, model.tokenizer.model_max_length)), default=None)
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
 from qlora_rm.artifacts.load import RewardModel
-from qlora_rm.preferences import Candidates
+from qlora_rm.preferences import Candidates, Tokenization
 from qlora_rm.report.scored_rows import rank
 from qlora_rm.serve.app import Service
 from tests.reward_models_for_tests import HELD_OUT, llama_adapter
@@ -59,6 +59,16 @@ class TestScore:
         wanted = [Candidates(item.prompt, item.responses, tools, kwargs) for item in HELD_OUT]
         wanted.append(Candidates([system, *plain.prompt], plain.responses))  # type: ignore[misc]
         assert answer.json()["scores"] == [CLOSE(scores, abs=1e-5) for scores in offline(model, *wanted)]
+
+    def test_token_ids(self, client: TestClient, model: RewardModel) -> None:
+        answer = client.post("/score", json={"prompt": [5, 6], "responses": [[7, 8], [9]]})
+        assert answer.json()["scores"] == CLOSE(model.score_token_ids([[5, 6, 7, 8], [5, 6, 9]]).tolist(), abs=1e-5)
+
+    def test_positions_are_limited_where_the_contract_has_no_limit(self, model: RewardModel) -> None:
+        unlimited = RewardModel(model.model, Tokenization(model.tokenizer), None, None)
+        with served(unlimited, llama_adapter(), skip_golden=True) as service, TestClient(service.app()) as client:
+            answer = client.post("/score", json={"prompt": [5] * 600, "responses": [[6]]})
+        assert (answer.status_code, answer.json()["error"]) == (422, "a sequence of 601 tokens; the model has positions for 512")  # fmt: skip
 
     def test_the_over_long_cut_is_told(self, client: TestClient, model: RewardModel) -> None:
         long = "Tell me again. " * 100
@@ -113,6 +123,11 @@ BAD: list[tuple[str, Any, int, str]] = [
     ("/score", {"prompt": PROMPT, "responses": ["a", True]}, 422, "responses[1] is a boolean"),
     ("/score", {"prompt": PROMPT, "responses": ["a", []]}, 422, "responses[1] is an empty array"),
     ("/score", {"prompt": PROMPT, "responses": ["a", "b <pad>"]}, 422, "responses[1]: the pad token"),
+    ("/score", {"prompt": [5], "responses": [[6, 600]]}, 422, "token id 600 is none of the model's"),
+    ("/score", {"prompt": [], "responses": [[-1]]}, 422, "token id -1 is none"),
+    ("/score", {"prompt": [5, 6], "responses": [[7], []]}, 422, "responses[1] is an empty array"),
+    ("/score", {"prompt": [5, 6], "responses": [[7], [2]]}, 422, "responses[1]: the pad token"),
+    ("/score", {"prompt": "text", "responses": [[7]]}, 422, "the row mixes ids and text"),
     ("/score", {"prompt": None, "responses": ["a"]}, 422, "prompt is null"),
     ("/score", {"prompt": [{"role": "user"}], "responses": ["a"]}, 422, "turn 1 of prompt has no content"),
     ("/score", {"prompt": PROMPT, "responses": ["word " * 900]}, 200, ""),  # alone, the whole text may be cut
@@ -149,7 +164,7 @@ def test_other_mistakes(client: TestClient) -> None:
 
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    st.none() | st.booleans() | st.integers() | st.lists(st.integers(-5, 700), min_size=1, max_size=4) | st.floats(allow_nan=False) | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "from", "value", "x"]), inner, max_size=3),
     max_leaves=6,
 )  # fmt: skip
