@@ -48,7 +48,8 @@ def write_page() -> None:
 
 
 def _machine(machine: dict[str, Any]) -> str:
-    return f"{machine['cpu']}, {machine['threads']} threads, torch {machine['versions']['torch']}, trl {machine['versions']['trl']}."
+    threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
+    return f"{machine['cpu']}, {threads}, torch {machine['versions']['torch']}, trl {machine['versions']['trl']}."
 
 
 def _sides(result: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import groupby
 
 from qlora_rm.artifacts.checks import Check, check_golden_ids, check_tokenizer
 from qlora_rm.artifacts.endpoint import Endpoint, NoAnswer, Protocol, Question, connect
@@ -117,11 +118,10 @@ class _Proof:
     def _golden(self, scores: list[float]) -> Check:
         given = iter(scores)
         items, lists = [], []
-        for item in self.manifest.golden:
-            places = [question.response for question in self.questions if question.item is item]
-            if places:
-                lists.append([next(given) for _ in places])
-                items.append(replace(item, scores=[item.scores[place] for place in places]))
+        for _, group in groupby(self.questions, key=lambda question: id(question.item)):
+            asked = list(group)
+            items.append(replace(asked[0].item, scores=[question.golden for question in asked]))
+            lists.append([next(given) for _ in asked])
         moved = drift(items, lists, self.allowed)
         left = f"; {self.left_out} texts not asked for, over-long or of another kind" if self.left_out else ""
         return Check("golden scores are given again", moved.ok, f"{moved}; allowed {self.allowed}{left}")
