@@ -41,11 +41,15 @@ def write_page() -> None:
         parts.append(
             f"## How it grows\n\n{_machine(found['sweep']['machine'])} Against this trainer's own padded batches.\n\n{_sweep(points)}\n\n![Speed-up over prompt share, K and length](performance.png)"
         )
+    if (served := RESULTS / "serving.json").exists():
+        found_served = json.loads(served.read_text())
+        parts.append(f"## Serving\n\n{_machine(found_served['machine'])}\n\n{_serving(found_served['result'])}")
     PAGE.write_text("\n\n".join(part.strip() for part in parts) + "\n", encoding="utf-8")
 
 
 def _machine(machine: dict[str, Any]) -> str:
-    return f"{machine['cpu']}, {machine['threads']} threads, torch {machine['versions']['torch']}, trl {machine['versions']['trl']}."
+    threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
+    return f"{machine['cpu']}, {threads}, torch {machine['versions']['torch']}, trl {machine['versions']['trl']}."
 
 
 def _sides(result: dict[str, Any]) -> str:
@@ -70,6 +74,35 @@ def _sweep(points: list[dict[str, Any]]) -> str:
             f"| {p['share']:.0%} | {p['k']} | {p['length']} | {per_second['plain']:.2f} | {per_second['shared']:.2f} | {p['speedup_over']['plain']:.2f}x |"
         )
     return "\n".join(rows)
+
+
+def _serving(result: dict[str, Any]) -> str:
+    rows = [
+        "| side | responses per CPU second | responses/s | requests a batch | tokens computed of asked | latency p50, p99 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for side, m in result["sides"].items():
+        work, speed = (result["responses"] / m[unit] for unit in ("cpu_seconds", "seconds"))
+        online = (
+            f"{m['requests_per_batch']:.1f} | {m['computed_of_asked']:.0%} | {m['latency_p50']:.3f} s, {m['latency_p99']:.3f} s"
+            if "requests" in m
+            else " | | "
+        )
+        rows.append(f"| {side} | {work:.1f} | {speed:.1f} | {online} |")
+    largest = max(m.get("largest_difference", 0.0) for m in result["sides"].values())
+    said = (
+        f"{result['responses']} responses to {result['prompts']} prompts, {result['tokens']:,} tokens, through `qlora-rm serve`; how "
+        f"each side is set up stands at the head of `benchmarks/serving.py`. {result['clients']} clients at once, no answer lost or "
+        f"another's: each is within {largest:.1e} of the offline score of its own text. The machine was shared with "
+        "other work while this ran, which falls on the sides unevenly: read the CPU seconds, of the server with its HTTP, or "
+        "offline of the scoring process."
+    )
+    ratios = [
+        f"| {name} | {ratio['cpu_seconds']:.2f}x | {ratio['seconds']:.2f}x |"
+        for name, ratio in result["speedup"].items()
+    ]
+    head = "| faster by | in CPU seconds | by the clock |\n|---|---|---|"
+    return "\n\n".join([said, "\n".join(rows), "\n".join([head, *ratios])])
 
 
 def _plot(points: list[dict[str, Any]]) -> None:

@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from qlora_rm import __version__
-from qlora_rm.config import AdapterConfig, BackboneConfig, DataConfig, ObjectiveConfig, PlanConfig, ScoringConfig
+from qlora_rm.bearer import read_token
+from qlora_rm.config import (
+    AdapterConfig,
+    BackboneConfig,
+    DataConfig,
+    ObjectiveConfig,
+    PlanConfig,
+    ScoringConfig,
+    ServeConfig,
+)
 from qlora_rm.console import quiet_libraries, rank_prefix, say, table
 from qlora_rm.errors import Terminated, UserError
 from qlora_rm.launchers import torchrun_variables
@@ -74,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         ("score", "Score the rows of a file, or rank the responses to one prompt.", _add_score),
         ("merge", "Make one stock model of an adapter and its base, and prove its scores.", _add_merge),
         ("verify", "Prove that a model still gives the scores it was trained to give.", _add_verify),
+        ("serve", "Score over HTTP, requests that come together in one batch.", _add_serve),
         ("bench", "Measure what computing shared prompts once gains, beside TRL's trainer.", _add_bench),
         ("demo", "Walk the whole road on a small model and made-up preferences.", _add_demo),
     ):
@@ -268,6 +278,15 @@ def _add_verify(command: argparse.ArgumentParser) -> Run:
     command.add_argument("model", metavar="DIR", help="Folder of an adapter or whole model that qlora-rm wrote.")
     command.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
     add_options(command, ScoringConfig, ["base", "trust_remote_code"])
+    server = command.add_argument_group("A running server instead of the folder's weights")
+    server.add_argument("--url", help="Where it is; DIR holds the manifest and the tokenizer of the model it serves.")
+    server.add_argument(
+        "--protocol",
+        choices=("auto", "score", "get_reward", "classify"),
+        default="auto",
+        help="score is this project's, get_reward OpenRLHF's, classify vLLM's; auto: by the path of the URL, or by asking. [auto]",
+    )
+    add_options(command, ServeConfig, ["token_file"])
     return _verify
 
 
@@ -275,7 +294,10 @@ def _verify(options: argparse.Namespace) -> int:
     from qlora_rm.artifacts.verify import verify
     from qlora_rm.report.files import as_json
 
-    checks = verify(options.model, base=options.base, trust_remote_code=options.trust_remote_code)
+    if options.url:
+        checks = _verify_endpoint(options)
+    else:
+        checks = verify(options.model, base=options.base, trust_remote_code=options.trust_remote_code)
     failed = sum(not check.ok for check in checks)
     if options.json:
         print(as_json({"ok": failed == 0, "checks": [asdict(check) for check in checks]}), end="")
@@ -283,10 +305,40 @@ def _verify(options: argparse.Namespace) -> int:
         width = max(len(check.name) for check in checks)
         print(*(f"{'ok  ' if c.ok else 'FAIL'}  {c.name.ljust(width)}  {c.detail}".rstrip() for c in checks), sep="\n")
         print(
-            f"{options.model}: "
+            f"{options.url or options.model}: "
             + (f"{failed} of {len(checks)} checks failed" if failed else f"all {len(checks)} checks hold")
         )
     return 1 if failed else 0
+
+
+def _verify_endpoint(options: argparse.Namespace) -> Any:
+    from qlora_rm.artifacts.verify_endpoint import verify_endpoint
+
+    return verify_endpoint(
+        options.model,
+        options.url,
+        protocol=None if options.protocol == "auto" else options.protocol,
+        token=read_token(options.token_file),
+        trust_remote_code=options.trust_remote_code,
+    )
+
+
+def _add_serve(command: argparse.ArgumentParser) -> Run:
+    command.add_argument("model", metavar="MODEL", help="Folder of an adapter or whole model, or a hub id.")
+    add_options(command, ServeConfig)
+    add_options(command, ScoringConfig)
+    return _serve
+
+
+def _serve(options: argparse.Namespace) -> int:
+    config, scoring = read_options(options, ServeConfig), read_options(options, ScoringConfig)
+    try:
+        from qlora_rm.serve.run import serve
+    except ModuleNotFoundError as error:
+        if error.name not in ("starlette", "uvicorn", "prometheus_client"):
+            raise
+        raise UserError(f"Serving needs {error.name}: pip install 'qlora_rm[serve]'.") from error
+    return serve(options.model, config, scoring)
 
 
 def _add_demo(command: argparse.ArgumentParser) -> Run:

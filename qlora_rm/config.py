@@ -270,3 +270,36 @@ class ScoringConfig:
 
     def __post_init__(self) -> None:
         require(self.tokens_per_batch > 0, f"--tokens_per_batch {self.tokens_per_batch} must be above 0.")
+
+
+@dataclass
+class ServeConfig:
+    """How a reward model is served over HTTP."""
+
+    host: str = option("127.0.0.1", "Address to listen on. Others than this machine's own need a token.")
+    port: int = option(8000, "Port to listen on; 0 is any free one.")
+    token_file: str | None = option(
+        None,
+        "File whose first line is the token that requests must carry (Authorization: Bearer TOKEN). Unset: the "
+        "environment variable QLORA_RM_TOKEN, if there is one.",
+    )
+    allow_anonymous: bool = option(False, "Serve addresses beyond this machine without a token.")
+    max_wait_ms: float = option(
+        5.0, "How long the model may wait for requests that are just being read, to score them together."
+    )
+    max_queue_sequences: int = option(4096, "Sequences that may wait for the model; beyond it requests get status 503.")
+    max_queue_tokens: int = option(1_000_000, "Tokens that may wait for the model; beyond it requests get status 503.")
+    max_request_sequences: int = option(512, "Sequences that one request may hold.")
+    max_body_bytes: int = option(4_000_000, "Size of a request's body.")
+    request_timeout: float = option(
+        170.0, "Seconds until a request that has no answer gets status 503; OpenRLHF gives up after 180."
+    )
+    stop_timeout: float = option(30.0, "Seconds to finish what is waiting when the server is told to stop.")
+    skip_golden: bool = option(False, "Serve without scoring the golden items first, which prove the model.")
+
+    def __post_init__(self) -> None:
+        require(0 <= self.port <= 65535, f"--port {self.port} must lie between 0 and 65535.")
+        require(self.max_wait_ms >= 0, f"--max_wait_ms {self.max_wait_ms} must not be negative.")
+        for name, value in vars(self).items():
+            if name.startswith("max_queue") or name.endswith(("_sequences", "_bytes", "_timeout")):
+                require(value > 0, f"--{name} {value} must be above 0.")

@@ -52,20 +52,23 @@ def make_reward_model(
     golden: bool = True,
     compute: str = "fp32",
     save_again: Callable[[str], None] | None = None,
+    backbone: str | None = None,
 ) -> Path:
     """Write `folder/base` and `folder/model`, an adapter on it (a whole model for `AdapterConfig(use_lora=False)`).
 
     Arguments:
         save_again: writes the base anew in its folder, in another form.
+        backbone: a folder to take as base instead of writing one.
     """
     adapter = adapter or AdapterConfig(lora_r=8, lora_alpha=16)
     tokenizer = tokenizer or (word_piece_tokenizer() if architecture == "distilbert" else small_tokenizer())
-    base, output = save_backbone(folder / "base", architecture, tokenizer, rows=rows), folder / "model"
+    base = backbone or save_backbone(folder / "base", architecture, tokenizer, rows=rows)
+    output = folder / "model"
     if save_again is not None:
         save_again(base)
     config = BackboneConfig(model_name_or_path=base, quantization=quantization)
-    backbone = load_backbone(config, tokenizer, DTYPES[compute], full_fine_tuning=not adapter.use_lora)
-    model = attach_adapter(backbone, adapter) if adapter.use_lora else backbone.model
+    loaded = load_backbone(config, tokenizer, DTYPES[compute], full_fine_tuning=not adapter.use_lora)
+    model = attach_adapter(loaded, adapter) if adapter.use_lora else loaded.model
     _pretend_to_train(model)
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)

@@ -15,7 +15,7 @@ from qlora_rm.artifacts.merge import merge
 from qlora_rm.cli import main
 from tests.reward_models_for_tests import copy_of, edit_json, llama_adapter
 
-COMMANDS = ("train", "plan", "eval", "score", "merge", "verify", "demo")
+COMMANDS = ("train", "plan", "eval", "score", "merge", "verify", "serve", "demo")
 ROWS = [
     {"prompt": "What? ", "chosen": "Paris.", "rejected": "No.", "source": "a"},
     {"prompt": "Where? ", "chosen": "In Köln.", "rejected": "The dog does not mind.", "source": "b"},
@@ -224,6 +224,13 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["merge", "BASE", "--output", "OUT"], "already is one whole model"),
     (["merge", "ADAPTER", "--output", "OUT", "--dtype", "fp8"], "invalid choice: 'fp8'"),
     (["verify", "./MISSING"], "There is no folder ./MISSING"),
+    (["verify", "ADAPTER", "--url", "somewhere:80"], "--url somewhere:80 must begin with http://"),
+    (
+        ["verify", "ADAPTER", "--url", "http://127.0.0.1", "--token_file", "MISSING"],
+        "--token_file MISSING cannot be read",
+    ),
+    (["verify", "BASE", "--url", "http://127.0.0.1"], "has no rm_manifest.json"),
+    (["serve", "./MISSING"], "There is no folder ./MISSING"),
 ]
 
 

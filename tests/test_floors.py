@@ -10,17 +10,18 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "qlora_rm"
 FLOORS = {
-    **dict.fromkeys(["__init__", "config", "console", "errors", "launchers", "options"], 0),
+    **dict.fromkeys(["__init__", "bearer", "config", "console", "errors", "launchers", "options"], 0),
     "preferences": 1,
     "backbone": 2,
     "plan": 3,
-    **dict.fromkeys(["training", "artifacts", "report", "demo"], 4),
+    **dict.fromkeys(["training", "artifacts", "report", "serve", "demo"], 4),
     **dict.fromkeys(["cli", "train"], 5),
 }
 SHARED_FLOORS = (0, 5)  # the ground floor's nouns and the doors may name one another
-SIDEWAYS = {("training", "artifacts"), ("report", "artifacts")}  # public names only
+SIDEWAYS = {("training", "artifacts"), ("report", "artifacts"), ("serve", "artifacts")}  # public names only
 LIGHT = {
     "__init__",
+    "bearer",
     "config",
     "console",
     "errors",
@@ -37,9 +38,11 @@ HEAVY = {
     "matplotlib",
     "pandas",
     "peft",
+    "starlette",
     "torch",
     "transformers",
     "trl",
+    "uvicorn",
 }
 
 MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))

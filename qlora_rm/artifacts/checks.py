@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from qlora_rm.artifacts.golden import GoldenItem, Tolerance, drift, scores_of, tolerance
 from qlora_rm.artifacts.load import tokenization_of
 from qlora_rm.artifacts.manifest import SCORE_POSITION, Manifest, hash_of_template
+from qlora_rm.artifacts.proof import allowed_drift
 from qlora_rm.artifacts.seal import changed_files
 from qlora_rm.backbone.precision import DTYPES
 from qlora_rm.backbone.scoring import Layout, score_sequences
@@ -162,8 +163,7 @@ def check_base(manifest: Manifest, base: str | None, *, scores_hold: bool) -> It
 def check_scores(subject: Subject, manifest: Manifest) -> Iterator[Check]:
     """The golden scores come out again, whatever the batch, the padding and the order."""
     items, pad = manifest.expected(), manifest.contract.pad_token_id
-    rounding = [manifest.compute_dtype, manifest.quantization, subject.computes_in]
-    allowed = tolerance(*rounding, *([manifest.merge.dtype] if manifest.merge else []))
+    allowed = allowed_drift(manifest, subject.computes_in)
     moved = drift(items, scores_of(items, lambda ids: subject.score(ids, pad)), allowed)
     yield Check("golden scores are given again", moved.ok, f"{moved}; allowed {allowed}")
     yield from _check_batches(subject, items, pad, tolerance(subject.computes_in, manifest.quantization))

@@ -82,23 +82,32 @@ class Tokenization:
         Raises:
             UserError: there are turns and the tokenizer has no chat template.
         """
-        kinds = [kind_of(candidates.responses[0]) for candidates in batch]
         results: dict[int, Tokenized | RowFault] = {}
         texts: dict[str, dict[int, list[str]]] = {"text": {}, "turns": {}}
         for row, candidates in enumerate(batch):
+            kind = kind_of(candidates.responses[0])
             try:
-                if kinds[row] == "ids":
+                if kind == "ids":
                     results[row] = self._finished(_joined_ids(candidates))
-                elif kinds[row] == "turns":
-                    texts["turns"][row] = self._rendered(candidates)
                 else:
-                    texts["text"][row] = self._plain(candidates)
+                    texts[kind or "text"][row] = self.texts(candidates)
             except RowFault as fault:
                 results[row] = fault
         for kind, of_rows in texts.items():
-            ids = iter(self._encode(list(chain.from_iterable(of_rows.values())), add_special_tokens=kind == "text"))
+            ids = iter(self.encode(list(chain.from_iterable(of_rows.values())), add_special_tokens=kind == "text"))
             results |= {row: self._finished(list(islice(ids, len(of_row)))) for row, of_row in of_rows.items()}
         return [results[row] for row in range(len(batch))]
+
+    def texts(self, candidates: Candidates) -> list[str]:
+        """What is tokenized for each response to a prompt of text or turns: plain text with its eos, which is
+        tokenized with special tokens, or the template's rendering, which holds them already.
+
+        Raises:
+            RowFault: template_error.
+            UserError: there are turns and the tokenizer has no chat template.
+        """
+        turns = kind_of(candidates.responses[0]) == "turns"
+        return self._rendered(candidates) if turns else self._plain(candidates)
 
     def _plain(self, candidates: Candidates) -> list[str]:
         """As TRL: the response decides about eos, whatever stands before it."""
@@ -123,7 +132,8 @@ class Tokenization:
                 "template_error", f"the chat template refuses the turns ({type(error).__name__}: {error})"
             ) from error
 
-    def _encode(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
+    def encode(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
+        """Token ids of each text; special tokens spelled in it become themselves."""
         if not texts:
             return []
         return self.tokenizer(

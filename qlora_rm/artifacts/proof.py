@@ -1,0 +1,85 @@
+"""The proof a loaded model gives before it is used: the golden texts become the golden ids and have the golden scores."""
+
+from dataclasses import dataclass
+
+from qlora_rm.artifacts.golden import Drift, GoldenItem, Tolerance, drift, scores_of, tolerance
+from qlora_rm.artifacts.load import RewardModel
+from qlora_rm.artifacts.manifest import FILE_NAME, Manifest
+from qlora_rm.errors import UserError
+from qlora_rm.preferences.comparison import Candidates
+from qlora_rm.preferences.contents import kind_of
+from qlora_rm.preferences.decoded import DecodedText
+from qlora_rm.preferences.faults import RowFault
+from qlora_rm.preferences.tokenization import Tokenization
+
+
+@dataclass(frozen=True)
+class Proof:
+    """How the golden scores came out, of how many items, and what was allowed."""
+
+    drift: Drift
+    items: int
+    allowed: Tolerance
+
+
+def allowed_drift(manifest: Manifest, computes_in: str) -> Tolerance:
+    """How far scores computed in `computes_in` may stand from the golden ones, given what the model has gone through."""
+    rounding = [manifest.compute_dtype, manifest.quantization, computes_in]
+    return tolerance(*rounding, *([manifest.merge.dtype] if manifest.merge else []))
+
+
+def trained_on_turns(manifest: Manifest | None, tokenization: Tokenization) -> bool:
+    """Whether the model scores conversations, by its golden items; where there are none, by its having a template."""
+    if manifest is None or not manifest.golden:
+        return bool(tokenization.tokenizer.chat_template)
+    return any(is_of_kind(item, as_turns=True) for item in manifest.golden)
+
+
+def prove(model: RewardModel, folder: str) -> Proof:
+    """Score the golden items as any text is scored.
+
+    Raises:
+        UserError: there are none, their texts become other token ids, or their scores have moved.
+    """
+    if model.manifest is None or not model.manifest.golden:
+        raise UserError(
+            f"{folder} has no golden scores in a {FILE_NAME}: nothing proves that it scores as it was trained."
+        )
+    items = model.manifest.expected()
+    for place, (item, result) in enumerate(
+        zip(items, model.tokenization.tokenize_each([item.candidates() for item in items]), strict=True), start=1
+    ):
+        if isinstance(result, RowFault) or result.tokens.sequences != item.token_ids:
+            raise UserError(f"The text of golden item {place} no longer becomes its token ids. {_see(folder)}")
+    allowed = allowed_drift(model.manifest, model.computes_in)
+    moved = drift(items, scores_of(items, model.score_token_ids), allowed)
+    if not moved.ok:
+        raise UserError(f"The golden scores have moved: {moved}; allowed {allowed}. {_see(folder)}")
+    return Proof(moved, len(items), allowed)
+
+
+def prove_decoded(model: RewardModel, decoded: DecodedText, folder: str) -> None:
+    """The golden conversations (or plain texts), written out as one text each, still become their token ids.
+
+    Raises:
+        UserError: one does not.
+    """
+    golden = model.manifest.golden if model.manifest else []
+    for place, item in enumerate(golden, start=1):
+        if not is_of_kind(item, decoded.as_turns):
+            continue
+        alone = [Candidates(item.prompt, (r,), item.tools, item.template_kwargs) for r in item.responses]  # own cuts
+        written = [decoded.candidates(text) for text in model.tokenization.texts(item.candidates())]
+        if model.tokenization.tokenize(alone) != model.tokenization.tokenize(written):
+            raise UserError(
+                f"Golden item {place}, written out with its special tokens, becomes other ids. {_see(folder)}"
+            )
+
+
+def is_of_kind(item: GoldenItem, as_turns: bool) -> bool:
+    """Whether an item is a conversation, or else plain text (and no token ids, which have no text)."""
+    return kind_of(item.responses[0]) == ("turns" if as_turns else "text")
+
+
+def _see(folder: str) -> str:
+    return f"`qlora-rm verify {folder}` tells what has changed."

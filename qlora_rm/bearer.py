@@ -1,0 +1,34 @@
+"""The token that a server and those who ask it share."""
+
+import os
+from pathlib import Path
+
+from qlora_rm.errors import UserError
+
+TOKEN_VARIABLE = "QLORA_RM_TOKEN"
+
+
+def read_token(file: str | None) -> str | None:
+    """The first line of `file`, else what the environment holds; never of the command line, which any user can read.
+
+    Raises:
+        UserError: the file cannot be read, or has no token that a header can carry.
+    """
+    if file is None:
+        name, token = TOKEN_VARIABLE, os.environ.get(TOKEN_VARIABLE, "").strip()
+        if not token:
+            return None
+    else:
+        name = f"--token_file {file}"
+        try:
+            token = Path(file).read_text(encoding="utf-8").partition("\n")[0].strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{name} cannot be read: {error}.") from error
+    if not (token and token.isascii() and token.isprintable()):
+        raise UserError(f"{name} holds no token on its first line: it must be of printable ASCII characters.")
+    return token
+
+
+def authorization(token: str) -> str:
+    """The value of the Authorization header."""
+    return f"Bearer {token}"
