@@ -222,3 +222,39 @@ class ScoringConfig:
 
     def __post_init__(self) -> None:
         require(self.tokens_per_batch > 0, f"--tokens_per_batch {self.tokens_per_batch} must be above 0.")
+
+
+READER_NAMES = (
+    "transformers",
+    "trl",
+    "trl-ppo",
+    "openrlhf",
+    "openrlhf-remote",
+    "verl",
+    "verl-critic",
+    "vllm",
+    "sglang",
+    "rewardbench",
+    "peft",
+)
+"""What `export --for` takes: the rows of `artifacts/exporting/readers.py`, named here so that help needs no library."""
+
+
+@dataclass
+class ExportConfig:
+    """What an exported folder is given and compared with."""
+
+    policy: str | None = option(
+        None,
+        "Folder or hub id of the policy, for readers that hand on its token ids: its tokens and template are compared.",
+    )
+    adapter: str | None = option(None, "Adapter that was merged: its head is compared with the one in the folder.")
+    evaluation: str | None = option(
+        None, "JSON that `qlora-rm eval --output` wrote; its figures go into the model card."
+    )
+    normalize: bool = option(
+        False, "Write the rewards' mean and deviation into config.json, for OpenRLHF's --reward.normalize_enable."
+    )
+    copy_weights: bool = option(
+        False, "Copy the weights. Otherwise they are hard links where the disk has them: quick, and no room taken."
+    )

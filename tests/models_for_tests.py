@@ -20,6 +20,11 @@ ENCODER = {name: value for name, value in SHAPE.items() if name != "num_key_valu
 BACKBONES: dict[str, Callable[..., t.PreTrainedModel]] = {
     "llama": lambda **ids: t.LlamaForCausalLM(t.LlamaConfig(**SHAPE, **ids)),
     "qwen2": lambda **ids: t.Qwen2ForCausalLM(t.Qwen2Config(**SHAPE, **ids)),
+    "qwen3": lambda **ids: t.Qwen3ForCausalLM(t.Qwen3Config(**SHAPE, head_dim=16, **ids)),
+    "mistral": lambda **ids: t.MistralForCausalLM(t.MistralConfig(**SHAPE, **ids)),
+    "gemma": lambda **ids: t.GemmaForCausalLM(t.GemmaConfig(**SHAPE, head_dim=16, **ids)),
+    "gemma2": lambda **ids: t.Gemma2ForCausalLM(t.Gemma2Config(**SHAPE, head_dim=16, **ids)),
+    "phi3": lambda **ids: t.Phi3ForCausalLM(t.Phi3Config(**SHAPE, **ids)),
     "gemma3": lambda **ids: t.Gemma3ForCausalLM(t.Gemma3TextConfig(**SHAPE, head_dim=16, **ids)),
     "gpt2": lambda **ids: t.GPT2LMHeadModel(t.GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=512, **ids)),
     "mixtral": lambda **ids: t.MixtralForCausalLM(t.MixtralConfig(**SHAPE, num_local_experts=4, **ids)),
