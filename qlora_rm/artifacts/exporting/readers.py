@@ -198,7 +198,8 @@ curl http://127.0.0.1:30000/classify -H 'Content-Type: application/json' -d '{"t
         proof="run",
         takes="adapter",
         unchecked=("that the base lies where adapter_config.json says, on the machine that loads it",),
-        limits="the base must be quantized as in training, its head left out; a new pad token needs the merged model",
+        limits="the base must be quantized as in training, its head left out; a new pad token needs the merged model; on "
+        "CPUs with AVX512-BF16 bitsandbytes 0.50 computes 4-bit layers in bf16",
         snippet="""\
 import torch
 from peft import AutoPeftModelForSequenceClassification
