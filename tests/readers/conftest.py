@@ -46,9 +46,7 @@ def polite_rows(count: int, seed: int = 0) -> list[dict]:
     for _ in range(count):
         animal = draw.choice(ANIMALS)
         asked = [{"role": "user", "content": f"Name the {animal}, number {draw.randrange(100)}."}]
-        answers = [
-            [{"role": "assistant", "content": text}] for text in (f"Gladly, a {animal}.", f"Never, a {animal}.")
-        ]
+        answers = [[{"role": "assistant", "content": text}] for text in (f"Gladly, a {animal}.", f"Never, a {animal}.")]
         rows.append({"prompt": asked, "chosen": answers[0], "rejected": answers[1]})
     return rows
 
