@@ -15,7 +15,7 @@ from qlora_rm.artifacts.merge import merge
 from qlora_rm.cli import main
 from tests.reward_models_for_tests import copy_of, edit_json, llama_adapter
 
-COMMANDS = ("train", "eval", "score", "merge", "verify", "demo")
+COMMANDS = ("train", "eval", "score", "merge", "export", "verify", "demo")
 ROWS = [
     {"prompt": "What? ", "chosen": "Paris.", "rejected": "No.", "source": "a"},
     {"prompt": "Where? ", "chosen": "In Köln.", "rejected": "The dog does not mind.", "source": "b"},
@@ -218,6 +218,11 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["merge", "BASE", "--output", "OUT"], "already is one whole model"),
     (["merge", "ADAPTER", "--output", "OUT", "--dtype", "fp8"], "invalid choice: 'fp8'"),
     (["verify", "./MISSING"], "There is no folder ./MISSING"),
+    (["export", "ADAPTER", "--output", "OUT"], "--for"),
+    (["export", "ADAPTER", "--for", "trl", "--output", "OUT"], "qlora-rm merge"),
+    (["export", "./MISSING", "--for", "trl", "--output", "OUT"], "There is no folder ./MISSING"),
+    (["export", "ADAPTER", "--for", "tei", "--output", "OUT"], "encoder classifiers only"),
+    (["export", "BASE", "--for", "vllm", "--output", "OUT"], "has no score head"),
 ]
 
 

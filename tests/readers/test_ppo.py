@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.readers.conftest import ANIMALS
+from qlora_rm.artifacts.exporting.choice import reader_named
+from qlora_rm.artifacts.manifest import Manifest
+from tests.readers.conftest import ANIMALS, BACKBONES
 from tests.readers.overlays import HERE, overlay, run_in
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "ppo_trl.py"
@@ -19,10 +21,15 @@ SETTINGS = {
 
 
 @pytest.mark.slow
-def test_ppo_reads_the_golden_scores(world):
-    scores = json.loads(run_in(overlay("trl-1.12"), HERE / "in_trl_1_12.py", str(world.exported)).splitlines()[-1])
-    golden = [score for item in world.manifest.golden for score in item.scores]
-    assert scores == pytest.approx(golden, abs=1e-4)
+def test_ppo_reads_the_golden_scores(world, toy):
+    """Of the trained model and of every architecture that is exported for it."""
+    folders = [world.exported, *map(toy, BACKBONES)]
+    read = json.loads(run_in(overlay("trl-1.12"), HERE / "in_trl_1_12.py", *map(str, folders)).splitlines()[-1])
+    for folder in folders:
+        golden = [score for item in Manifest.load(folder).golden for score in item.scores]
+        assert read[str(folder)] == pytest.approx(golden, abs=1e-4), folder
+    names = {json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0] for folder in folders}
+    assert reader_named("trl-ppo").architectures == names
 
 
 @pytest.mark.slow
