@@ -20,7 +20,7 @@ def reader_named(name: str) -> Reader:
     raise UserError(f"--for {name}: no such reader. There are {', '.join(reader.name for reader in READERS)}.")
 
 
-def require_readable(readers: list[Reader], folder: str, kind: str) -> None:
+def require_readable(readers: list[Reader], folder: str, kind: str, trust_remote_code: bool = False) -> None:
     """Refuse what none of the readers could score rightly, before anything is written.
 
     Raises:
@@ -37,7 +37,7 @@ def require_readable(readers: list[Reader], folder: str, kind: str) -> None:
         )
     if kind == "adapter":
         return
-    architecture = (read_model_config(folder).architectures or ["unknown"])[0]
+    architecture = (read_model_config(folder, trust_remote_code=trust_remote_code).architectures or ["unknown"])[0]
     if not architecture.endswith("ForSequenceClassification"):
         raise UserError(f"{folder} is no reward model: a {architecture} has no score head.")
     for reader in readers:

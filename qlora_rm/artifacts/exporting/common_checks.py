@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextClassificationPipeline
 
 from qlora_rm.artifacts.checks import (
@@ -19,7 +18,7 @@ from qlora_rm.artifacts.checks import (
     check_weights,
 )
 from qlora_rm.artifacts.exporting.feeds import is_turns, texts_of
-from qlora_rm.artifacts.exporting.files import HEAD_BIAS, read_tensor
+from qlora_rm.artifacts.exporting.files import HEAD_BIAS, opened, read_tensor
 from qlora_rm.artifacts.golden import ROUNDED, SAME, GoldenItem
 from qlora_rm.artifacts.load import load_stock
 from qlora_rm.artifacts.manifest import Manifest
@@ -100,7 +99,7 @@ def _check_pipeline(subject: Subject, manifest: Manifest, tokenizer: PreTrainedT
 
 def check_head_is(folder: Path, adapter: str) -> Iterator[Check]:
     """The head in the files is the adapter's, cast."""
-    with safe_open(Path(adapter) / "adapter_model.safetensors", framework="pt") as file:
+    with opened(Path(adapter) / "adapter_model.safetensors") as file:
         head = {name: file.get_tensor(name) for name in file.keys() if "lora_" not in name}  # noqa: SIM118
     for key, trained in head.items():
         name = key.removeprefix("base_model.model.")

@@ -74,7 +74,7 @@ def export(
     config = config or ExportConfig()
     readers = [reader_named(name) for name in dict.fromkeys(names)]
     kind = artefact_kind(folder)
-    require_readable(readers, folder, kind)
+    require_readable(readers, folder, kind, trust_remote_code)
     manifest, evaluation = Manifest.load(folder), _read_evaluation(config.evaluation)
     try:
         with new_folder(output) as beside:
@@ -82,7 +82,7 @@ def export(
                 notes = write_adapter(Path(folder), beside, manifest, base, config.copy_weights)
                 checks = _check_adapter(beside, base, trust_remote_code)
             else:
-                notes = write_whole(Path(folder), beside, readers, manifest, config.normalize, config.copy_weights)
+                notes = write_whole(Path(folder), beside, readers, manifest, config, trust_remote_code)
                 checks = _check_whole(beside, readers, manifest, config, trust_remote_code)
             notes += filter(None, (reader_checks.clipping(reader, manifest) for reader in readers))
             exported = Exported(

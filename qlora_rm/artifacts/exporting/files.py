@@ -3,15 +3,17 @@
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from safetensors.torch import safe_open, save_file
 from torch import Tensor
 
-from qlora_rm.errors import UserError
+from qlora_rm.errors import UserError, first_line
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -71,6 +73,21 @@ def copy_small_files(source: Path, target: Path) -> None:
                 shutil.copyfile(path, target / path.name)
 
 
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A safetensors file for reading.
+
+    Raises:
+        UserError: it is not there, or broken.
+    """
+    try:
+        file = safe_open(path, framework="pt")
+    except Exception as error:  # safetensors raises its own error type for a truncated file
+        raise UserError(f"{path} is missing, broken or cut short: {first_line(error)}") from error
+    with file:
+        yield file
+
+
 def weight_files(folder: Path) -> dict[str, list[str]]:
     """The tensors' names by the file that holds them.
 
@@ -78,8 +95,8 @@ def weight_files(folder: Path) -> dict[str, list[str]]:
         UserError: there are no safetensors, or not all that the index names.
     """
     if (folder / SINGLE).exists():
-        with safe_open(folder / SINGLE, framework="pt") as file:
-            return {SINGLE: list(file.keys())}
+        with opened(folder / SINGLE) as held:
+            return {SINGLE: list(held.keys())}
     if not (folder / INDEX).exists():
         raise UserError(f"{folder} holds no {SINGLE}: export reads safetensors only.")
     files: dict[str, list[str]] = {}
@@ -124,8 +141,8 @@ def read_tensor(folder: Path, name: str) -> Tensor | None:
     """One tensor of a folder by its name; None where it has none of that name."""
     for file, names in weight_files(folder).items():
         if name in names:
-            with safe_open(folder / file, framework="pt") as opened:
-                return opened.get_tensor(name)
+            with opened(folder / file) as held:
+                return held.get_tensor(name)
     return None
 
 
@@ -136,6 +153,6 @@ def zero_bias(head: Tensor) -> Tensor:
 
 def head_names(adapter: Path) -> list[str]:
     """The modules of an adapter's head: those of the tensors that are no LoRA weights."""
-    with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
+    with opened(adapter / "adapter_model.safetensors") as file:
         names = [name for name in file.keys() if "lora_" not in name]  # noqa: SIM118
     return sorted({name.removeprefix("base_model.model.").rpartition(".")[0] for name in names})

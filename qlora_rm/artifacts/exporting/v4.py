@@ -58,9 +58,12 @@ def tokenizer_config_for_v4(config: dict[str, Any]) -> dict[str, Any]:
     return known
 
 
-def reads_the_same(before: Path, after: Path) -> bool:
+def reads_the_same(before: Path, after: Path, trust_remote_code: bool = False) -> bool:
     """Whether transformers 5 makes one config of both folders, as far as rotary positions go."""
-    first, second = (AutoConfig.from_pretrained(folder).get_text_config().to_dict() for folder in (before, after))
+    first, second = (
+        AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).get_text_config().to_dict()
+        for folder in (before, after)
+    )
     return first.get("rope_parameters") == second.get("rope_parameters")
 
 

@@ -5,14 +5,23 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from qlora_rm.artifacts.checks import check_golden_ids, check_tokenizer
-from qlora_rm.artifacts.exporting.files import HEAD, HEAD_BIAS, Placing, copy_small_files, place_weights, read_tensor
-from qlora_rm.artifacts.exporting.files import zero_bias as zeros_beside
+from qlora_rm.artifacts.exporting.files import (
+    HEAD,
+    HEAD_BIAS,
+    Placing,
+    copy_small_files,
+    place_weights,
+    read_tensor,
+    zero_bias,
+)
 from qlora_rm.artifacts.exporting.reader import WITH_BIAS_IN_SGLANG, Reader, Writing
 from qlora_rm.artifacts.exporting.v4 import config_for_v4, edit_json, reads_the_same, tokenizer_config_for_v4
 from qlora_rm.artifacts.load import read_tokenizer
 from qlora_rm.artifacts.manifest import Manifest
+from qlora_rm.config import ExportConfig
 from qlora_rm.errors import UserError
 
 V4, VALUE = "v4", "value"
@@ -20,16 +29,23 @@ DTYPES_IN_CONFIG = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 def write_whole(
-    source: Path, folder: Path, readers: list[Reader], manifest: Manifest, normalize: bool, copy: bool
+    source: Path,
+    folder: Path,
+    readers: list[Reader],
+    manifest: Manifest,
+    options: ExportConfig,
+    trust_remote_code: bool = False,
 ) -> list[str]:
     """Write a whole model into `folder` for `readers`; returns what to tell the user."""
     wanted: set[Writing] = {writing for reader in readers for writing in reader.writes}
-    config = _config(json.loads((source / "config.json").read_text(encoding="utf-8")), wanted, manifest, normalize)
-    placing, architecture = Placing(copy), config["architectures"][0]
+    config = _config(
+        json.loads((source / "config.json").read_text(encoding="utf-8")), wanted, manifest, options.normalize
+    )
+    placing, architecture = Placing(options.copy_weights), config["architectures"][0]
     copy_small_files(source, folder)
     needs_bias = "head bias" in wanted and architecture in WITH_BIAS_IN_SGLANG
-    place_weights(source, folder, placing, {HEAD_BIAS: zeros_beside(_head(source))} if needs_bias else {})
-    notes = _write_for_v4(source, folder, config, manifest, placing)
+    place_weights(source, folder, placing, {HEAD_BIAS: zero_bias(_head(source))} if needs_bias else {})
+    notes = _write_for_v4(source, folder, config, manifest, placing, trust_remote_code)
     if "value model" in wanted:
         _write_value_model(source, folder, architecture, placing)
     if "pooler config" in wanted:
@@ -78,17 +94,17 @@ def _head(source: Path) -> Tensor:
 
 
 def _write_for_v4(
-    source: Path, folder: Path, config: dict[str, Any], manifest: Manifest, placing: Placing
+    source: Path, folder: Path, config: dict[str, Any], manifest: Manifest, placing: Placing, trust_remote_code: bool
 ) -> list[str]:
     """Config and tokenizer for transformers 4 and 5 in one, or those for 4 in `v4/` where 5 would read them otherwise."""
-    path = folder / "tokenizer_config.json"
+    tokenizer, path = read_tokenizer(str(source), trust_remote_code), folder / "tokenizer_config.json"
     own = json.loads(path.read_text(encoding="utf-8"))
     edit_json(folder / "config.json", config_for_v4(config))
     edit_json(path, tokenizer_config_for_v4(own))
     reasons = []
-    if not reads_the_same(source, folder):
+    if not reads_the_same(source, folder, trust_remote_code):
         reasons.append("the rotary parameters read otherwise")
-    if not _same_tokenizer(source, folder, manifest):
+    if not _same_tokenizer(tokenizer, folder, manifest, trust_remote_code):
         reasons.append("the tokenizer has other tokens")
     if not reasons:
         return []
@@ -100,11 +116,11 @@ def _write_for_v4(
     return [f"transformers 4 reads the folder {V4}/ in it: as 4 wants them, {' and '.join(reasons)} in 5"]
 
 
-def _same_tokenizer(source: Path, folder: Path, manifest: Manifest) -> bool:
-    """Whether transformers 5 makes of `folder` the tokenizer it makes of `source`: for some models it takes the generic
+def _same_tokenizer(before: PreTrainedTokenizerBase, folder: Path, manifest: Manifest, trust_remote_code: bool) -> bool:
+    """Whether transformers 5 still makes of `folder` the tokenizer that it was: for some models it takes the generic
     class for another one, which adds tokens of its own."""
     try:
-        before, after = read_tokenizer(str(source)), read_tokenizer(str(folder))
+        after = read_tokenizer(str(folder), trust_remote_code)
     except UserError:
         return False
     checks = (*check_golden_ids(manifest, after), *check_tokenizer(manifest, after))
@@ -116,7 +132,7 @@ def _write_value_model(source: Path, folder: Path, architecture: str, placing: P
     value = folder / VALUE
     value.mkdir()
     copy_small_files(folder, value)
-    place_weights(source, value, placing, {HEAD_BIAS: zeros_beside(_head(source))})
+    place_weights(source, value, placing, {HEAD_BIAS: zero_bias(_head(source))})
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     architecture = architecture.replace("ForSequenceClassification", "ForTokenClassification")
     edit_json(value / "config.json", config | {"architectures": [architecture], "classifier_dropout": 0.0})

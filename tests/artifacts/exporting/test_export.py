@@ -18,7 +18,7 @@ from qlora_rm.artifacts.manifest import Manifest
 from qlora_rm.artifacts.merge import merge
 from qlora_rm.artifacts.verify import verify
 from qlora_rm.cli import main
-from qlora_rm.config import READER_NAMES, ExportConfig
+from qlora_rm.config import READER_NAMES, AdapterConfig, ExportConfig
 from qlora_rm.errors import UserError
 from tests.reward_models_for_tests import copy_of, edit_json, llama_adapter, make_reward_model
 from tests.tokenizers_for_tests import BOS, CHATML, ENDS_WITH_EOS, small_tokenizer
@@ -227,6 +227,47 @@ class TestRefuses:
         source = merged_model(tmp_path / "gpt2", "gpt2", quantization="none")
         with pytest.raises(UserError, match="not known to score a GPT2ForSequenceClassification"):
             export(str(source), ["openrlhf"], str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("lost", "message"),
+    [
+        ("model.safetensors", "holds no model.safetensors"),
+        ("tokenizer.json", "tokenizer"),
+        ("rm_manifest.json", "not written by qlora-rm"),
+        ("config.json", "neither adapter_config.json nor config.json"),
+    ],
+)
+def test_a_source_that_lacks_a_file_is_told_in_one_line(llama, tmp_path, lost, message):
+    source = copy_of(llama, tmp_path / "source")
+    (source / lost).unlink()
+    if lost == "tokenizer.json":
+        (source / "tokenizer_config.json").unlink()
+    with pytest.raises(UserError, match=message):
+        export(str(source), ["trl", "verl-critic"], str(tmp_path / "out"))
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_source_cut_short_and_a_wrong_adapter(llama, tmp_path):
+    source = copy_of(llama, tmp_path / "source")
+    whole = (source / "model.safetensors").read_bytes()
+    (source / "model.safetensors").write_bytes(whole[:-1000])
+    with pytest.raises(UserError, match="broken or cut short"):
+        export(str(source), ["trl"], str(tmp_path / "out"))
+    with pytest.raises(UserError, match="missing, broken or cut short"):
+        export(str(llama), ["trl"], str(tmp_path / "out"), ExportConfig(adapter=str(tmp_path)))
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("backbone", ["distilbert", "roberta"])
+def test_encoders_for_whoever_reads_any_classifier(backbone, tmp_path):
+    model = make_reward_model(
+        tmp_path, backbone, quantization="none", adapter=AdapterConfig(use_lora=False), max_length=None
+    )
+    exported = export(str(model), ["transformers"], str(tmp_path / "out"))
+    assert exported.ok, failed(exported)
+    with pytest.raises(UserError, match="not known to score"):
+        export(str(model), ["verl-critic"], str(tmp_path / "no"))
 
 
 def test_openrlhf_s_clipping_is_warned_of(llama, tmp_path):
