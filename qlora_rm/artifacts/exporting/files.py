@@ -18,7 +18,7 @@ from qlora_rm.errors import UserError, first_line
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 HEAD, HEAD_BIAS = "score.weight", "score.bias"
-BESIDE_WEIGHTS = ("config.json", "rm_manifest.json", "*.py")
+BESIDE_WEIGHTS = ("config.json", "*.py")
 OF_TOKENIZER = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -64,7 +64,7 @@ class Placing:
 
 
 def copy_small_files(source: Path, target: Path) -> None:
-    """Config, manifest, tokenizer and model code; not what a training run leaves beside them."""
+    """Config, tokenizer and model code; not what a training run leaves beside them."""
     for pattern in (*BESIDE_WEIGHTS, *OF_TOKENIZER):
         for path in source.glob(pattern):
             if path.is_dir():

@@ -50,6 +50,9 @@ def write_whole(
         _write_value_model(source, folder, architecture, placing)
     if "pooler config" in wanted:
         _write_pooler_config(folder, str(config.get("dtype", "float32")))
+    for written in (folder, folder / V4, folder / VALUE):
+        if written.exists():
+            manifest.save(written)
     return [str(placing), *notes]
 
 
@@ -63,6 +66,7 @@ def write_adapter(source: Path, folder: Path, manifest: Manifest, base: str | No
     if base is not None:
         named = {"base_model_name_or_path": base, "revision": None}
     edit_json(folder / "adapter_config.json", config | named)
+    manifest.save(folder)
     return [str(placing)]
 
 
