@@ -13,9 +13,11 @@ from typing import Any, NoReturn
 from qlora_rm import __version__
 from qlora_rm.bearer import read_token
 from qlora_rm.config import (
+    READER_NAMES,
     AdapterConfig,
     BackboneConfig,
     DataConfig,
+    ExportConfig,
     ObjectiveConfig,
     PlanConfig,
     ScoringConfig,
@@ -82,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         ("eval", "Measure how often a reward model agrees with preferences.", _add_eval),
         ("score", "Score the rows of a file, or rank the responses to one prompt.", _add_score),
         ("merge", "Make one stock model of an adapter and its base, and prove its scores.", _add_merge),
+        ("export", "Make a folder as a reader of reward models wants it, and prove how it scores there.", _add_export),
         ("verify", "Prove that a model still gives the scores it was trained to give.", _add_verify),
         ("serve", "Score over HTTP, requests that come together in one batch.", _add_serve),
         ("bench", "Measure what computing shared prompts once gains, beside TRL's trainer.", _add_bench),
@@ -274,6 +277,61 @@ def _merge_both(options: argparse.Namespace, settings: dict[str, Any]) -> None:
     print(as_json(choice.as_dict()) if options.json else "\n".join(choice.lines()) + "\n", end="")
 
 
+def _add_export(command: argparse.ArgumentParser) -> Run:
+    command.add_argument(
+        "model", metavar="DIR", help="Folder of a whole model that qlora-rm wrote; of an adapter, for peft."
+    )
+    command.add_argument(
+        "--for",
+        dest="readers",
+        nargs="+",
+        required=True,
+        metavar="NAME",
+        help=f"Readers that this one folder is for: {', '.join(READER_NAMES)}.",
+    )
+    command.add_argument(
+        "--output", metavar="DIR", required=True, help="Folder to write; it must not exist, or be empty."
+    )
+    command.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
+    add_options(command, ExportConfig)
+    add_options(command, ScoringConfig, ["base", "trust_remote_code"])
+    return _export
+
+
+def _export(options: argparse.Namespace) -> int:
+    from qlora_rm.artifacts.exporting.export import export
+    from qlora_rm.report.files import as_json
+
+    exported = export(
+        options.model,
+        options.readers,
+        options.output,
+        read_options(options, ExportConfig),
+        base=options.base,
+        trust_remote_code=options.trust_remote_code,
+    )
+    if options.json:
+        print(as_json(exported.as_dict()), end="")
+        return 0 if exported.ok else 1
+    print(*_lines(exported.checks), sep="\n")
+    print(*(f"note: {note}" for note in exported.notes), sep="\n")
+    print(*(f"not checked: {what}" for what in exported.unchecked), sep="\n")
+    failed = sum(not check.ok for check in exported.checks)
+    readers = ", ".join(exported.readers)
+    print(
+        f"{options.output} was not written: {failed} of {len(exported.checks)} checks failed for {readers}"
+        if failed
+        else f"{options.output}: for {readers}; all {len(exported.checks)} checks hold"
+    )
+    return 1 if failed else 0
+
+
+def _lines(checks: list[Any]) -> list[str]:
+    """Checks as lines of a table."""
+    width = max(len(check.name) for check in checks)
+    return [f"{'ok  ' if c.ok else 'FAIL'}  {c.name.ljust(width)}  {c.detail}".rstrip() for c in checks]
+
+
 def _add_verify(command: argparse.ArgumentParser) -> Run:
     command.add_argument("model", metavar="DIR", help="Folder of an adapter or whole model that qlora-rm wrote.")
     command.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
@@ -302,8 +360,7 @@ def _verify(options: argparse.Namespace) -> int:
     if options.json:
         print(as_json({"ok": failed == 0, "checks": [asdict(check) for check in checks]}), end="")
     else:
-        width = max(len(check.name) for check in checks)
-        print(*(f"{'ok  ' if c.ok else 'FAIL'}  {c.name.ljust(width)}  {c.detail}".rstrip() for c in checks), sep="\n")
+        print(*_lines(checks), sep="\n")
         print(
             f"{options.url or options.model}: "
             + (f"{failed} of {len(checks)} checks failed" if failed else f"all {len(checks)} checks hold")

@@ -303,3 +303,39 @@ class ServeConfig:
         for name, value in vars(self).items():
             if name.startswith("max_queue") or name.endswith(("_sequences", "_bytes", "_timeout")):
                 require(value > 0, f"--{name} {value} must be above 0.")
+
+
+READER_NAMES = (
+    "transformers",
+    "trl",
+    "trl-ppo",
+    "openrlhf",
+    "openrlhf-remote",
+    "verl",
+    "verl-critic",
+    "vllm",
+    "sglang",
+    "rewardbench",
+    "peft",
+)
+"""What `export --for` takes: the rows of `artifacts/exporting/readers.py`, named here so that help needs no library."""
+
+
+@dataclass
+class ExportConfig:
+    """What an exported folder is given and compared with."""
+
+    policy: str | None = option(
+        None,
+        "Folder or hub id of the policy, for readers that hand on its token ids: its tokens and template are compared.",
+    )
+    adapter: str | None = option(None, "Adapter that was merged: its head is compared with the one in the folder.")
+    evaluation: str | None = option(
+        None, "JSON that `qlora-rm eval --output` wrote; its figures go into the model card."
+    )
+    normalize: bool = option(
+        False, "Write the rewards' mean and deviation into config.json, for OpenRLHF's --reward.normalize_enable."
+    )
+    copy_weights: bool = option(
+        False, "Copy the weights. Otherwise they are hard links where the disk has them: quick, and no room taken."
+    )

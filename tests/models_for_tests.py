@@ -16,11 +16,32 @@ SHAPE = {
     "max_position_embeddings": 512,
 }
 ENCODER = {name: value for name, value in SHAPE.items() if name != "num_key_value_heads"}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+GEMMA3_ROPE = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+    "full_attention": {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 8.0},
+}
 
 BACKBONES: dict[str, Callable[..., t.PreTrainedModel]] = {
     "llama": lambda **ids: t.LlamaForCausalLM(t.LlamaConfig(**SHAPE, **ids)),
+    "llama_far": lambda **ids: t.LlamaForCausalLM(t.LlamaConfig(**SHAPE, rope_parameters=LLAMA3_ROPE, **ids)),
     "qwen2": lambda **ids: t.Qwen2ForCausalLM(t.Qwen2Config(**SHAPE, **ids)),
+    "qwen3": lambda **ids: t.Qwen3ForCausalLM(t.Qwen3Config(**SHAPE, head_dim=16, **ids)),
+    "mistral": lambda **ids: t.MistralForCausalLM(t.MistralConfig(**SHAPE, **ids)),
+    "gemma": lambda **ids: t.GemmaForCausalLM(t.GemmaConfig(**SHAPE, head_dim=16, **ids)),
+    "gemma2": lambda **ids: t.Gemma2ForCausalLM(t.Gemma2Config(**SHAPE, head_dim=16, **ids)),
+    "phi3": lambda **ids: t.Phi3ForCausalLM(t.Phi3Config(**SHAPE, **ids)),
     "gemma3": lambda **ids: t.Gemma3ForCausalLM(t.Gemma3TextConfig(**SHAPE, head_dim=16, **ids)),
+    "gemma3_far": lambda **ids: t.Gemma3ForCausalLM(
+        t.Gemma3TextConfig(**SHAPE, head_dim=16, layer_types=list(GEMMA3_ROPE), rope_parameters=GEMMA3_ROPE, **ids)
+    ),
     "gpt2": lambda **ids: t.GPT2LMHeadModel(t.GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=512, **ids)),
     "mixtral": lambda **ids: t.MixtralForCausalLM(t.MixtralConfig(**SHAPE, num_local_experts=4, **ids)),
     "qwen3_moe": lambda **ids: t.Qwen3MoeForCausalLM(

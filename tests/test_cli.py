@@ -15,7 +15,7 @@ from qlora_rm.artifacts.merge import merge
 from qlora_rm.cli import main
 from tests.reward_models_for_tests import copy_of, edit_json, llama_adapter
 
-COMMANDS = ("train", "plan", "eval", "score", "merge", "verify", "serve", "demo")
+COMMANDS = ("train", "plan", "eval", "score", "merge", "export", "verify", "serve", "demo")
 ROWS = [
     {"prompt": "What? ", "chosen": "Paris.", "rejected": "No.", "source": "a"},
     {"prompt": "Where? ", "chosen": "In Köln.", "rejected": "The dog does not mind.", "source": "b"},
@@ -231,6 +231,11 @@ MISTAKES: list[tuple[list[str], str]] = [
     ),
     (["verify", "BASE", "--url", "http://127.0.0.1"], "has no rm_manifest.json"),
     (["serve", "./MISSING"], "There is no folder ./MISSING"),
+    (["export", "ADAPTER", "--output", "OUT"], "--for"),
+    (["export", "ADAPTER", "--for", "trl", "--output", "OUT"], "qlora-rm merge"),
+    (["export", "./MISSING", "--for", "trl", "--output", "OUT"], "There is no folder ./MISSING"),
+    (["export", "ADAPTER", "--for", "tei", "--output", "OUT"], "encoder classifiers only"),
+    (["export", "BASE", "--for", "vllm", "--output", "OUT"], "has no score head"),
 ]
 
 

@@ -22,6 +22,11 @@ CHATML = """{%- if tools %}<|im_start|>tools
 {% endfor -%}
 {%- if shout is defined and shout %}!{% endif -%}"""
 
+ENDS_WITH_EOS = """{%- for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content }}</s>{% endfor -%}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% endif -%}"""
+
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 
 
