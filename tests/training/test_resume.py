@@ -254,7 +254,7 @@ def test_a_full_disk_is_told_and_leaves_the_last_checkpoint_whole(forks, flags_o
         "for one and most of another": taken + sum(files) + 8192,
     }
     out = small_disk(size[room]) / "out"
-    ended = forks.run(flags_of(out))
+    ended = forks.run(flags_of(out), tight=True)
     assert ended.status == 2 and "Traceback" not in ended.said, ended.said
     assert "could not be written" in ended.said and "MB are free there" in ended.said
     left = checkpoints(str(out))
