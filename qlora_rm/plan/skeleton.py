@@ -17,6 +17,7 @@ from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.modeling_utils import set_zero3_state
 
 from qlora_rm.backbone.adapter import attach_adapter
+from qlora_rm.backbone.experts import gate_names
 from qlora_rm.backbone.head import compute_in_own_precision, head_modules, is_in_head
 from qlora_rm.backbone.load import Backbone, quantization_config
 from qlora_rm.backbone.packed import PrefixSharing
@@ -95,7 +96,7 @@ def build(
     model.config.pad_token_id = model.config.get_text_config().pad_token_id = 0
     quantization = quantization_config(backbone.quantization, dtype)
     if quantization is not None:
-        replace_with_bnb_linear(model, head, quantization)
+        replace_with_bnb_linear(model, head + gate_names(model), quantization)
         model.is_quantized = True
         model.is_loaded_in_4bit = backbone.quantization == "4bit"
         model.is_loaded_in_8bit = backbone.quantization == "8bit"

@@ -9,15 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig
+from datasets import Dataset
 
 from qlora_rm.artifacts.manifest import Manifest
 from qlora_rm.backbone.load import read_model_config
-from qlora_rm.console import say
+from qlora_rm.console import is_main_process, say
 from qlora_rm.errors import UserError
+from qlora_rm.plan.check import memory_warning
+from qlora_rm.plan.memory import Setting
+from qlora_rm.plan.workload import HEAVIEST
 from qlora_rm.training.arguments import Options, TrainingConfig
 from qlora_rm.training.disk import DiskNeed
-from qlora_rm.training.engine import launched_engine, require_engine
+from qlora_rm.training.engine import Engine, launched_engine, require_engine
+from qlora_rm.training.engine_settings import require_sound_settings
 
 OWN_TO_A_RANK = {"local_rank", "logging_dir", "run_name"}
 """Training options that may differ between the ranks of one job."""
@@ -45,14 +49,14 @@ class Report:
         return f"rank {self.rank} on {self.host}"
 
 
-def preflight(options: Options, manifest: Manifest, comparisons: int, resume: Path | None) -> None:
-    """Check launch, engine settings, folder, disk, and that all ranks are told and read the same.
+def preflight(options: Options, manifest: Manifest, train: Dataset, resume: Path | None) -> None:
+    """Check launch, engine settings, folder, disk, memory, and that all ranks are told and read the same.
 
     Every rank must call it; all of them go on, or all raise the same error.
 
     Arguments:
         manifest: as it stands before training.
-        comparisons: in the training set.
+        train: the training set, tokenized.
         resume: the checkpoint this rank will go on from.
 
     Raises:
@@ -63,7 +67,7 @@ def preflight(options: Options, manifest: Manifest, comparisons: int, resume: Pa
     try:
         problem, warnings = None, list[str]()
         try:
-            warnings = _check_here(options, comparisons, marker)
+            warnings = _check_here(options, train, marker)
         except UserError as error:
             problem = str(error)
         mine = Report(args.process_index, socket.gethostname(), marker.name, problem, _facts(options, manifest, resume))
@@ -77,7 +81,7 @@ def preflight(options: Options, manifest: Manifest, comparisons: int, resume: Pa
     say(*warnings)
 
 
-def _check_here(options: Options, comparisons: int, marker: Path) -> list[str]:
+def _check_here(options: Options, train: Dataset, marker: Path) -> list[str]:
     """What one rank can see alone; warnings, or the first problem as a `UserError`."""
     args = options.training
     engine = launched_engine(args)
@@ -86,81 +90,55 @@ def _check_here(options: Options, comparisons: int, marker: Path) -> list[str]:
         str(options.backbone.model_name_or_path), options.backbone.model_revision, args.trust_remote_code
     )
     if engine.name.startswith("zero"):
-        _require_sound_settings(options, config, args.deepspeed_plugin.deepspeed_config)
+        require_sound_settings(options, config, args.deepspeed_plugin.deepspeed_config)
     try:
         marker.touch()
     except OSError as error:
         raise UserError(f"--output_dir {marker.parent} is not writable: {error.strerror}.") from error
-    need = DiskNeed.of(options, config, engine.name, comparisons)
-    warnings = [need.require_room(marker.parent)]
+    need = DiskNeed.of(options, config, engine.name, len(train))
+    warnings = [
+        need.require_room(marker.parent),
+        _memory_warning(options, engine, train) if is_main_process() else None,
+    ]
     if args.device.type == "cuda" and args.distributed_state.backend == "gloo":
         warnings.append("warning: the ranks talk over gloo, through host memory; --ddp_backend nccl keeps to the cards")
     return [warning for warning in warnings if warning]
 
 
-def _require_sound_settings(options: Options, config: PretrainedConfig, engine: dict[str, Any]) -> None:
-    unsound = unsound_settings(
-        engine,
-        quantized=options.backbone.quantization != "none",
-        storage=stored_as(config),
-        adapter=options.adapter.use_lora,
-        args=options.training,
+def _memory_warning(options: Options, engine: Engine, train: Dataset) -> str | None:
+    """Whether a process of this run will fit the memory at hand; planned by rank 0 for all, since they are alike."""
+    args = options.training
+    setting = Setting(
+        engine=_planned_as(engine.name, args),
+        ranks=args.world_size,
+        pairs=args.per_device_train_batch_size,
+        accumulation=args.gradient_accumulation_steps,
+        checkpointing=bool(args.activation_checkpointing),
     )
-    if unsound:
-        file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE") or options.training.deepspeed
-        where = f" {file}" if isinstance(file, str) and file != "none" else ""
-        raise UserError(f"The DeepSpeed configuration{where} cannot train this model right: {'; '.join(unsound)}.")
+    return memory_warning(
+        options.backbone,
+        options.adapter,
+        args.compute_dtype,
+        _heaviest(train),
+        setting,
+        ranks_here=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        trust_remote_code=args.trust_remote_code,
+    )
 
 
-def unsound_settings(
-    engine: dict[str, Any], *, quantized: bool, storage: str, adapter: bool, args: TrainingConfig
-) -> list[str]:
-    """DeepSpeed settings that spoil 4-bit weights or an fp32 adapter, most of them without a word; each with the way out.
-
-    Arguments:
-        engine: the DeepSpeed configuration, "auto" where the trainer will fill in its own.
-        storage: dtype in which a pre-quantized checkpoint keeps its packed bytes; uint8 otherwise.
-        adapter: LoRA is trained, not the whole model.
-    """
-    zero = engine.get("zero_optimization", {})
-    found = []
-    if quantized:
-        for name in ("zero_quantized_weights", "zero_quantized_nontrainable_weights"):
-            if zero.get(name):
-                found.append(f"{name} rounds the packed 4-bit bytes once more and destroys them: take it out")
-        if zero.get("stage3_use_all_reduce_for_fetch_params"):
-            found.append(
-                "stage3_use_all_reduce_for_fetch_params gathers weights of one dtype only, and a quantized model has several: "
-                "take it out"
-            )
-        if (zero.get("offload_param") or {}).get("device") == "nvme":
-            found.append(
-                "offload_param to nvme has not been shown to bring packed bytes back as they were: use the device cpu, as "
-                "ds_configs/zero3_offload.json does"
-            )
-        if storage != "uint8":
-            found.append(
-                f"the checkpoint keeps its packed bytes as {storage} (bnb_4bit_quant_storage), which the engine casts and "
-                "so corrupts: quantize the 16-bit checkpoint while loading, or one stored as uint8"
-            )
-    for name, asked in (("bf16", args.bf16), ("fp16", args.fp16)):
-        enabled = engine.get(name, {}).get("enabled", False)
-        if adapter and (asked if enabled == "auto" else enabled):
-            found.append(
-                f"{name}.enabled casts adapter and head to 16 bit: set it to false and give torch_autocast, as "
-                "ds_configs/zero3.json does"
-            )
-    clip = engine.get("gradient_clipping", "nothing")
-    if clip not in ("auto", args.max_grad_norm):
-        found.append(f'gradient_clipping says {clip}, --max_grad_norm {args.max_grad_norm}: set it to "auto"')
-    return found
+def _planned_as(engine: str, args: TrainingConfig) -> Any:
+    """The plan's name of an engine: it tells ZeRO-3 that keeps its shards in the host's memory from other ZeRO-3."""
+    if engine == "zero3":
+        zero = args.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        return "zero3_offload" if (zero.get("offload_param") or {}).get("device") == "cpu" else engine
+    return engine
 
 
-def stored_as(config: PretrainedConfig) -> str:
-    """dtype of the packed bytes in a checkpoint that was saved in 4 bit; what this project packs into otherwise."""
-    saved = getattr(config, "quantization_config", None) or {}
-    settings = saved if isinstance(saved, dict) else saved.to_dict()
-    return str(settings.get("bnb_4bit_quant_storage") or "uint8").removeprefix("torch.")
+def _heaviest(train: Dataset) -> Dataset:
+    """The comparisons that the largest micro-batch may hold, of most tokens and of the longest sequences; reading every row
+    would take long."""
+    sizes = (train["tokens"], train["length"])
+    return train.select({i for size in sizes for i in sorted(range(len(train)), key=lambda i: -size[i])[:HEAVIEST]})
 
 
 def _facts(options: Options, manifest: Manifest, resume: Path | None) -> dict[str, Any]:

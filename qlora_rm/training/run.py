@@ -96,7 +96,7 @@ def train(options: Options) -> dict[str, float]:
         return {}
 
     manifest = _describe(options, tokenization, data)
-    preflight(options, manifest, len(train_set), resume)
+    preflight(options, manifest, train_set, resume)
     _require_same_contract(manifest, resume)
 
     model = load_model(options, tokenizer)

@@ -50,7 +50,8 @@ def count(model: PeftModel) -> Real:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "quantization"), [*((a, "4bit") for a in (*CAUSAL, *ENCODERS)), ("llama", "8bit")]
+    ("architecture", "quantization"),
+    [*((a, "4bit") for a in (*CAUSAL, *ENCODERS, "mixtral", "qwen3_moe")), ("llama", "8bit")],
 )
 def test_bytes_are_those_of_the_loaded_model(architecture: str, quantization: str, tmp_path) -> None:
     folder = save_backbone(tmp_path, architecture, small_tokenizer(), rows=640)

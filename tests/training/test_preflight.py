@@ -11,7 +11,8 @@ from qlora_rm.backbone.load import read_model_config
 from qlora_rm.errors import UserError
 from qlora_rm.training.arguments import _require_own_card, parse
 from qlora_rm.training.disk import SMALL_FILES, DiskNeed, checkpoint_bytes, checkpoints_made, trained_weights
-from qlora_rm.training.preflight import Report, _raise_first, _require_alike, stored_as, unsound_settings
+from qlora_rm.training.engine_settings import stored_as, unsound_settings
+from qlora_rm.training.preflight import Report, _raise_first, _require_alike
 from qlora_rm.training.run import main
 
 ROOT = Path(__file__).resolve().parents[2]

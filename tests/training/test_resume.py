@@ -199,6 +199,9 @@ def test_a_changed_learning_rate_and_schedule_are_obeyed(forks, flags_of, cut_of
     ]
     assert set(rates[0]) >= set(range(5, 15))
     assert all(rates[0][step] == rates[1][step] for step in range(5, 15))
+    shutil.copytree(cut_off, tmp_path / "still")
+    finish(forks, flags_of(tmp_path / "still", lora_dropout=0, learning_rate=0))
+    assert weights(tmp_path / "still") == weights(cut_off / "checkpoint-4")
 
 
 def test_another_base_is_refused(forks, flags_of, cut_off, backbone_folder, tmp_path):
@@ -251,7 +254,7 @@ def test_a_full_disk_is_told_and_leaves_the_last_checkpoint_whole(forks, flags_o
         "for one and most of another": taken + sum(files) + 8192,
     }
     out = small_disk(size[room]) / "out"
-    ended = forks.run(flags_of(out))
+    ended = forks.run(flags_of(out), tight=True)
     assert ended.status == 2 and "Traceback" not in ended.said, ended.said
     assert "could not be written" in ended.said and "MB are free there" in ended.said
     left = checkpoints(str(out))

@@ -1,0 +1,75 @@
+"""Settings of DeepSpeed that would spoil a run without a word, found before it begins."""
+
+import os
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from qlora_rm.errors import UserError
+from qlora_rm.training.arguments import Options, TrainingConfig
+
+
+def require_sound_settings(options: Options, config: PretrainedConfig, engine: dict[str, Any]) -> None:
+    """Raise a `UserError` that names every unsound setting of the DeepSpeed configuration `engine`."""
+    unsound = unsound_settings(
+        engine,
+        quantized=options.backbone.quantization != "none",
+        storage=stored_as(config),
+        adapter=options.adapter.use_lora,
+        args=options.training,
+    )
+    if unsound:
+        file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE") or options.training.deepspeed
+        where = f" {file}" if isinstance(file, str) and file != "none" else ""
+        raise UserError(f"The DeepSpeed configuration{where} cannot train this model right: {'; '.join(unsound)}.")
+
+
+def unsound_settings(
+    engine: dict[str, Any], *, quantized: bool, storage: str, adapter: bool, args: TrainingConfig
+) -> list[str]:
+    """DeepSpeed settings that spoil 4-bit weights or an fp32 adapter, most of them without a word; each with the way out.
+
+    Arguments:
+        engine: the DeepSpeed configuration, "auto" where the trainer will fill in its own.
+        storage: dtype in which a pre-quantized checkpoint keeps its packed bytes; uint8 otherwise.
+        adapter: LoRA is trained, not the whole model.
+    """
+    zero = engine.get("zero_optimization", {})
+    found = []
+    if quantized:
+        for name in ("zero_quantized_weights", "zero_quantized_nontrainable_weights"):
+            if zero.get(name):
+                found.append(f"{name} rounds the packed 4-bit bytes once more and destroys them: take it out")
+        if zero.get("stage3_use_all_reduce_for_fetch_params"):
+            found.append(
+                "stage3_use_all_reduce_for_fetch_params gathers weights of one dtype only, and a quantized model has several: "
+                "take it out"
+            )
+        if (zero.get("offload_param") or {}).get("device") == "nvme":
+            found.append(
+                "offload_param to nvme has not been shown to bring packed bytes back as they were: use the device cpu, as "
+                "ds_configs/zero3_offload.json does"
+            )
+        if storage != "uint8":
+            found.append(
+                f"the checkpoint keeps its packed bytes as {storage} (bnb_4bit_quant_storage), which the engine casts and "
+                "so corrupts: quantize the 16-bit checkpoint while loading, or one stored as uint8"
+            )
+    for name, asked in (("bf16", args.bf16), ("fp16", args.fp16)):
+        enabled = engine.get(name, {}).get("enabled", False)
+        if adapter and (asked if enabled == "auto" else enabled):
+            found.append(
+                f"{name}.enabled casts adapter and head to 16 bit: set it to false and give torch_autocast, as "
+                "ds_configs/zero3.json does"
+            )
+    clip = engine.get("gradient_clipping", "nothing")
+    if clip not in ("auto", args.max_grad_norm):
+        found.append(f'gradient_clipping says {clip}, --max_grad_norm {args.max_grad_norm}: set it to "auto"')
+    return found
+
+
+def stored_as(config: PretrainedConfig) -> str:
+    """dtype of the packed bytes in a checkpoint that was saved in 4 bit; what this project packs into otherwise."""
+    saved = getattr(config, "quantization_config", None) or {}
+    settings = saved if isinstance(saved, dict) else saved.to_dict()
+    return str(settings.get("bnb_4bit_quant_storage") or "uint8").removeprefix("torch.")
