@@ -154,7 +154,8 @@ class Step:
     Attributes:
         name: "merge", "requantize", "export", ...
         settings: by name.
-        drift: largest distance of a golden score, computed with what was written, from the one it had before.
+        drift: largest distance of a golden score, computed with what was written, from the one it had before; null for a
+            step that leaves every weight as it is.
         flips: how many golden pairs changed their order.
         pairs: of how many whose scores had been clearly apart.
         scores: the golden items' scores from this step on, one list each, where it changes them on purpose; null: they
@@ -164,14 +165,18 @@ class Step:
 
     name: str
     settings: dict[str, Any]
-    drift: float
+    drift: float | None
     flips: int
     pairs: int
     scores: list[Any] | None = None
     versions: dict[str, str] = field(default_factory=lambda: library_versions())
 
     @classmethod
-    def of(cls, name: str, settings: dict[str, Any], moved: Drift, scores: list[list[float]] | None = None) -> Self:
+    def of(
+        cls, name: str, settings: dict[str, Any], moved: Drift | None, scores: list[list[float]] | None = None
+    ) -> Self:
+        if moved is None:
+            return cls(name, settings, None, 0, 0, scores)
         return cls(name, settings, moved.largest, moved.flips, moved.pairs, scores)
 
 

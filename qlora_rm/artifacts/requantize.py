@@ -26,6 +26,10 @@ class Requantized:
     golden: Drift
     yours: Drift | None
 
+    def __str__(self) -> str:
+        parts = [f"golden items: {self.golden}", f"your rows: {self.yours}" if self.yours else ""]
+        return "; ".join(filter(None, parts))
+
 
 def requantize(
     folder: str,

@@ -12,7 +12,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from qlora_rm.artifacts.folders import new_folder
-from qlora_rm.artifacts.load import RewardModel
+from qlora_rm.artifacts.load import RewardModel, read_tokenizer, tokenization_of
 from qlora_rm.artifacts.manifest import Manifest
 from qlora_rm.artifacts.merge import MergeBase, MergeDtype, merge
 from qlora_rm.config import DataConfig
@@ -97,6 +97,15 @@ def merge_better(adapter: str, output: str, data: DataConfig, *, dtype: MergeDty
         choice = Choice(kept, reason, Measured.of(before, before, dataset).agreement, measured)
         _keep(beside, kept, choice)
     return choice
+
+
+def token_ids_of(folder: str, data: DataConfig, trust_remote_code: bool = False) -> list[list[list[int]]]:
+    """Token ids of the data's responses, grouped by prompt, as the model in `folder` was trained to see them."""
+    manifest = Manifest.load(folder)
+    tokenization = tokenization_of(manifest, read_tokenizer(folder, trust_remote_code))
+    dataset, report = load_comparisons(data.dataset, data, tokenization)
+    say(*report.lines())
+    return [[row["prompt_ids"] + ids for ids in row["response_ids"]] for row in dataset]
 
 
 def _better(

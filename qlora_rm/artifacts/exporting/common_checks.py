@@ -57,7 +57,7 @@ def check_whole(folder: str, manifest: Manifest, tokenizer: PreTrainedTokenizerB
 
 def uncut_items(manifest: Manifest, tokenizer: PreTrainedTokenizerBase) -> list[GoldenItem]:
     """The golden items of text and turns that are no longer than what was trained on: readers cut otherwise or not."""
-    items = [item for item in manifest.golden if isinstance(item.responses[0], str) or is_turns(item)]
+    items = [item for item in manifest.expected() if isinstance(item.responses[0], str) or is_turns(item)]
     results = Tokenization(tokenizer).tokenize_each([item.candidates() for item in items])
     return [
         item

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_rm.artifacts.checks import Check
+from qlora_rm.artifacts.checks import Check, check_files
 from qlora_rm.artifacts.exporting import common_checks, reader_checks
 from qlora_rm.artifacts.exporting.card import write_card
 from qlora_rm.artifacts.exporting.choice import reader_named, require_readable
@@ -13,7 +13,7 @@ from qlora_rm.artifacts.exporting.reader import Reader
 from qlora_rm.artifacts.exporting.write import V4, VALUE, stored_dtype, write_adapter, write_whole
 from qlora_rm.artifacts.folders import new_folder
 from qlora_rm.artifacts.load import artefact_kind, read_tokenizer
-from qlora_rm.artifacts.manifest import Manifest
+from qlora_rm.artifacts.manifest import Manifest, Step
 from qlora_rm.artifacts.verify import verify
 from qlora_rm.config import ExportConfig
 from qlora_rm.errors import UserError
@@ -76,14 +76,16 @@ def export(
     kind = artefact_kind(folder)
     require_readable(readers, folder, kind, trust_remote_code)
     manifest, evaluation = Manifest.load(folder), _read_evaluation(config.evaluation)
+    manifest = manifest.after(Step.of("export", {"readers": [reader.name for reader in readers]}, None))
+    untouched = list(check_files(folder, manifest))
     try:
         with new_folder(output) as beside:
             if kind == "adapter":
                 notes = write_adapter(Path(folder), beside, manifest, base, config.copy_weights)
-                checks = _check_adapter(beside, base, trust_remote_code)
+                checks = [*untouched, *_check_adapter(beside, base, trust_remote_code)]
             else:
                 notes = write_whole(Path(folder), beside, readers, manifest, config, trust_remote_code)
-                checks = _check_whole(beside, readers, manifest, config, trust_remote_code)
+                checks = [*untouched, *_check_whole(beside, readers, manifest, config, trust_remote_code)]
             notes += filter(None, (reader_checks.clipping(reader, manifest) for reader in readers))
             exported = Exported(
                 output, [reader.name for reader in readers], checks, notes, _unchecked(readers, manifest, config)

@@ -52,7 +52,7 @@ def check_feed(
 
 def clipping(reader: Reader, manifest: Manifest) -> str | None:
     """A warning where scores leave the range that the reader keeps."""
-    reward, scores = manifest.reward, [abs(score) for item in manifest.golden for score in item.scores]
+    reward, scores = manifest.reward, [abs(score) for item in manifest.expected() for score in item.scores]
     reach = max([0.0, *scores, *([abs(reward.mean) + 3 * reward.std] if reward else [])])
     if reader.clips is None or reach <= reader.clips:
         return None
@@ -65,7 +65,7 @@ def check_rounding(readers: list[str], subject: Subject, manifest: Manifest, sto
     bf16; fp16 too where the weights are stored in fp32, since vLLM and SGLang choose it then. The model is cast in
     place, so this comes last, and fp16 is made from bf16 weights, which shows differences a little too large.
     """
-    pad, items = manifest.contract.pad_token_id, manifest.golden
+    pad, items = manifest.contract.pad_token_id, manifest.expected()
     any_margin = Tolerance(ROUNDED.absolute, ROUNDED.relative, flip_margin=0.0)
     for name in ("bf16", "fp16") if stored == "fp32" else (stored,):
         nn.Module.to(subject.model, dtype=DTYPES[name])

@@ -52,8 +52,14 @@ def write_whole(
         _write_pooler_config(folder, str(config.get("dtype", "float32")))
     for written in (folder, folder / V4, folder / VALUE):
         if written.exists():
-            manifest.save(written)
+            manifest.save(written, _linked(source, written, manifest.files))
     return [str(placing), *notes]
+
+
+def _linked(source: Path, folder: Path, sha256: dict[str, str]) -> dict[str, str]:
+    """Hashes of the files that both folders share: those need not be read again."""
+    both = [name for name in sha256 if (source / name).exists() and (folder / name).exists()]
+    return {name: sha256[name] for name in both if (folder / name).samefile(source / name)}
 
 
 def write_adapter(source: Path, folder: Path, manifest: Manifest, base: str | None, copy: bool) -> list[str]:

@@ -1,0 +1,120 @@
+"""The doors that score: eval, score, serve."""
+
+import argparse
+from collections import Counter
+
+from qlora_rm.config import DataConfig, ScoringConfig, ServeConfig
+from qlora_rm.console import say, table
+from qlora_rm.doors.common import EVALUATED, Run, load_model
+from qlora_rm.errors import UserError
+from qlora_rm.options import add_options, read_options
+
+
+def add_eval(command: argparse.ArgumentParser) -> Run:
+    command.add_argument("model", metavar="MODEL", help="Folder of an adapter or whole model, or a hub id.")
+    command.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
+    command.add_argument("--output", metavar="FILE", help="Write the JSON to this file as well.")
+    add_options(command, DataConfig, EVALUATED)
+    add_options(command, ScoringConfig)
+    return _eval
+
+
+def _eval(options: argparse.Namespace) -> None:
+    data = read_options(options, DataConfig)
+    if not data.dataset:
+        raise UserError("No data given: pass --dataset FILE, FOLDER or HUB_ID.")
+    from qlora_rm.preferences import load_comparisons
+    from qlora_rm.report.evaluate import evaluate
+    from qlora_rm.report.files import as_json, writing
+
+    with writing(options.output) as file:
+        model = load_model(options)
+        dataset, report = load_comparisons(data.dataset, data, model.tokenization)
+        say(*report.lines())
+        evaluation = evaluate(model, dataset)
+        result = as_json({"model": options.model, **evaluation.as_dict(), "data": report.as_dict()})
+        file.write(result)
+        print(result if options.json else "\n".join(evaluation.lines()), end="" if options.json else "\n")
+
+
+def add_score(command: argparse.ArgumentParser) -> Run:
+    command.add_argument("model", metavar="MODEL", help="Folder of an adapter or whole model, or a hub id.")
+    rows = command.add_argument_group("Rows of a file")
+    rows.add_argument("--input", metavar="FILE", help="JSONL rows to score; - is standard input.")
+    rows.add_argument(
+        "--output", metavar="FILE", default="-", help="JSONL rows with their scores; - is standard output. [-]"
+    )
+    rows.add_argument(
+        "--score_column", metavar="NAME", help="Name of the added column; unset: score, or scores for a list."
+    )
+    add_options(command, DataConfig, ["on_bad_row"])
+    one = command.add_argument_group("One prompt")
+    one.add_argument(
+        "--prompt", help="A user's message; text before the responses where the model has no chat template."
+    )
+    one.add_argument("--responses", nargs="+", metavar="TEXT", help="Responses to rank.")
+    one.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
+    add_options(command, ScoringConfig)
+    return _score
+
+
+def _score(options: argparse.Namespace) -> None:
+    if (options.input is None) == (options.prompt is None):
+        raise UserError("Give --input FILE, or --prompt TEXT with --responses TEXT ...: one of the two.")
+    if options.prompt is None:
+        _score_file(options)
+    elif not options.responses:
+        raise UserError("--prompt needs --responses TEXT ...")
+    else:
+        _rank(options)
+
+
+def _score_file(options: argparse.Namespace) -> None:
+    from qlora_rm.report.files import json_line, reading, writing
+    from qlora_rm.report.scored_rows import score_rows
+
+    with reading(options.input) as lines, writing(options.output) as file:
+        model, skipped, count = load_model(options), Counter[str](), 0
+        for row in score_rows(
+            model, lines, options.input, on_bad_row=options.on_bad_row, column=options.score_column, skipped=skipped
+        ):
+            file.write(json_line(row))
+            count += 1
+    say(
+        f"{count - skipped.total():,} of {count:,} rows scored",
+        *(f"skipped {n} x {kind}" for kind, n in skipped.items()),
+    )
+
+
+def _rank(options: argparse.Namespace) -> None:
+    from qlora_rm.report.files import as_json
+    from qlora_rm.report.scored_rows import rank
+
+    ranked = rank(load_model(options), options.prompt, options.responses)
+    if options.json:
+        print(
+            as_json([{"rank": i, "score": score, "response": text} for i, (score, text) in enumerate(ranked, 1)]),
+            end="",
+        )
+        return
+    width = 60
+    rows = [(text if len(text) <= width else f"{text[: width - 3]}...", f"{score:.4f}") for score, text in ranked]
+    print(*table(("response", "score"), [(" ".join(text.split()), score) for text, score in rows]), sep="\n")
+
+
+def add_serve(command: argparse.ArgumentParser) -> Run:
+    command.add_argument("model", metavar="MODEL", help="Folder of an adapter or whole model, or a hub id.")
+    add_options(command, ServeConfig)
+    add_options(command, ScoringConfig)
+    return _serve
+
+
+def _serve(options: argparse.Namespace) -> int:
+    config, scoring = read_options(options, ServeConfig), read_options(options, ScoringConfig)
+    try:
+        from qlora_rm.serve.run import serve
+    except ModuleNotFoundError as error:
+        if error.name not in ("starlette", "uvicorn", "prometheus_client"):
+            raise
+        raise UserError(f"Serving needs {error.name}: pip install 'qlora_rm[serve]'.") from error
+    return serve(options.model, config, scoring)
