@@ -203,6 +203,19 @@ class TestMergeAndVerify:
         assert main(["verify", str(folder), "--base", base.name_or_path]) == 0
 
 
+def test_export_to_4_bit_counts_what_it_costs(rows: str, tmp_path: Path, capsys: Any) -> None:
+    merged, small = str(tmp_path / "merged"), str(tmp_path / "small")
+    merge(str(llama_adapter()), merged, dtype="fp32")
+    assert main(["export", merged, "--to-4bit", "--output", small, "--dataset", rows, "--json"]) == 0
+    counted = json.loads(capsys.readouterr().out)
+    assert counted["golden"]["scores"] > 0 and counted["yours"]["pairs"] == len(ROWS)
+    assert main(["verify", small]) == 0
+    assert Manifest.load(small).history[-1].name == "requantize"
+    capsys.readouterr()
+    assert main(["export", small, "--to-4bit", "--output", str(tmp_path / "again")]) == 2
+    assert "is in 4 bit already" in capsys.readouterr().err
+
+
 MISTAKES: list[tuple[list[str], str]] = [
     ([], "COMMAND"),
     (["evaluate", "x"], "invalid choice: 'evaluate'"),
@@ -231,7 +244,10 @@ MISTAKES: list[tuple[list[str], str]] = [
     ),
     (["verify", "BASE", "--url", "http://127.0.0.1"], "has no rm_manifest.json"),
     (["serve", "./MISSING"], "There is no folder ./MISSING"),
-    (["export", "ADAPTER", "--output", "OUT"], "--for"),
+    (["export", "ADAPTER", "--output", "OUT"], "--for NAME, or --to-4bit"),
+    (["export", "ADAPTER", "--for", "peft", "--to-4bit", "--output", "OUT"], "one of the two"),
+    (["export", "ADAPTER", "--for", "peft", "--output", "OUT", "--dataset", "ROWS"], "--dataset is what --to-4bit"),
+    (["export", "ADAPTER", "--to-4bit", "--output", "OUT"], "Merge it first"),
     (["export", "ADAPTER", "--for", "trl", "--output", "OUT"], "qlora-rm merge"),
     (["export", "./MISSING", "--for", "trl", "--output", "OUT"], "There is no folder ./MISSING"),
     (["export", "ADAPTER", "--for", "tei", "--output", "OUT"], "encoder classifiers only"),

@@ -99,9 +99,15 @@ class TestWrites:
             save_file({name: tensors[name] for name in names}, source / shard, metadata={"format": "pt"})
         index = {"metadata": {}, "weight_map": {name: shard for shard, names in shards.items() for name in names}}
         (source / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+        Manifest.load(source).save(source)  # as if it had been merged so
         exported = export(str(source), ["transformers", "verl-critic"], str(tmp_path / "out"))
         assert exported.ok, failed(exported)
         assert exported.notes[0] == "files of weights: 4 linked"
+
+    def test_it_stands_in_the_manifest_s_history(self, llama, tmp_path):
+        export(str(llama), ["vllm", "trl"], str(tmp_path / "out"))
+        step = Manifest.load(tmp_path / "out").history[-1]
+        assert (step.name, step.settings) == ("export", {"readers": ["vllm", "trl"]})
 
     def test_mean_and_std_only_on_request(self, llama, tmp_path):
         export(str(llama), ["openrlhf"], str(tmp_path / "out"), ExportConfig(normalize=True))
