@@ -5,9 +5,10 @@ weights, real adapters, two optimizer steps, fp32 on one CPU thread, each settin
 nothing but its imports. Results go to
 benchmarks/results/memory_cpu.json, and from there into docs/scale.md.
 
-What is measured is the growth of the resident set (VmHWM of /proc/self/status) over what the process holds once
-everything is imported: the high-water mark of loading, and, reset when training begins, that of the two steps. The
-allocator is told to give freed memory back (MALLOC_*), or an earlier peak would still be resident in a later one.
+What is measured is the growth of the resident set (VmHWM of /proc/self/status, less RssFile: pages of libraries and of
+the checkpoint, which are files' and which the kernel takes back) over what the process holds once everything is
+imported: the high-water mark of loading, and, reset when training begins, that of the two steps. The allocator is told to
+give freed memory back (MALLOC_*), or an earlier peak would still be resident in a later one.
 """
 
 import json
@@ -98,15 +99,15 @@ def predict(run: Run, folder: str) -> Memory:
 def measure(run: Run, folder: str, rows: str) -> dict[str, float]:
     """The train door, with gauges where training begins and where it has ended: peaks of loading and of training, MB
     over what is resident before. To be called in a process that has done nothing but its imports."""
-    before, peaks, begin = reset_peak_memory(), {}, EngineCheck.on_train_begin
+    before, peaks, begin = reset_peak_memory() - of_files(), {}, EngineCheck.on_train_begin
 
     def on_train_begin(self: EngineCheck, *args: Any, **kwargs: Any) -> None:
         begin(self, *args, **kwargs)
-        peaks["loading"] = peak_memory() - before
-        peaks["loaded"] = reset_peak_memory() - before
+        peaks["loading"] = peak_memory() - of_files() - before
+        peaks["loaded"] = reset_peak_memory() - of_files() - before
 
     def finish(*_: Any) -> dict[str, float]:
-        peaks["training"] = peak_memory() - before
+        peaks["training"] = peak_memory() - of_files() - before
         return {}
 
     with tempfile.TemporaryDirectory() as out:
@@ -119,6 +120,12 @@ def measure(run: Run, folder: str, rows: str) -> dict[str, float]:
         with patch.object(EngineCheck, "on_train_begin", on_train_begin), patch.object(door, "_finish", finish):
             door.main([word for name, value in flags.items() for word in (f"--{name}", str(value))])
     return peaks
+
+
+def of_files() -> float:
+    """MB of the resident set that are pages of files."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("RssFile"))
 
 
 def in_a_process_of_its_own(function: Callable[..., T], *args: Any) -> T:

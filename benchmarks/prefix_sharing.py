@@ -196,7 +196,8 @@ def reset_peak_memory() -> float:
 
 def peak_memory() -> float:
     status = Path("/proc/self/status").read_text()
-    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 1e3
+    kibibytes = int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
+    return kibibytes * 1024 / 1e6
 
 
 # ---- the data --------------------------------------------------------------------------------------------------------

@@ -139,11 +139,10 @@ and backward pass keep, run on tensors that have shapes and no storage (`qlora_r
 is arithmetic, a function a term (`qlora_rm/plan/memory.py`).
 
 Assumed, and not measured here: on a card, 1 GB for CUDA and the libraries' workspaces, 0.5 GB for NCCL between ranks, and
-8 % of the activations for the allocator's fragmentation; a card's memory is its nominal size in units of 1e9 bytes. Under
-ZeRO-3, that ranks load and keep only their shard of the packed weights, and that a mixture's experts are in 4 bit, one of
-them unpacked at a time. Nothing on this page ran on a card.
+8 % of the activations for the allocator's fragmentation; a card's memory is its nominal size in units of 1e9 bytes. What
+DDP and ZeRO share out and hold in buffers is read from their sources. Nothing on this page ran on a card.
 """
-MEASURED = """Growth of the resident set during two optimizer steps of the train door in NF4 and fp32 over what the process
+MEASURED = """Growth of the resident set, pages of files left out, during two optimizer steps of the train door in NF4 and fp32 over what the process
 holds after its imports ({machine}; `python -m benchmarks.memory`, which says how). The prediction has one measured
 constant, {libraries:.0f} MB for the trainer, the data and the libraries; the rest is computed. Over {runs} runs it is
 between {low:.3f} and {high:.3f} times the measurement."""

@@ -71,6 +71,7 @@ CAUSAL = ("llama", "qwen2", "gemma3", "gpt2")
 EXPERTS = ("mixtral", "qwen3_moe")
 UNCOVERED = ("jetmoe",)  # expert weights of a form that stays in 16 bit
 ENCODERS = ("distilbert", "roberta", "bert")
+EXPORTED = ("llama_far", "qwen3", "mistral", "gemma", "gemma2", "phi3", "gemma3_far")  # for the readers' tests alone
 
 
 def save_backbone(

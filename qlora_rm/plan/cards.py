@@ -45,7 +45,7 @@ CARDS = {
 }
 """By size; the rates are about those of an RTX 4090, an RTX A6000, an A100 and an H200."""
 
-LIBRARIES = 0.035 * GB
+LIBRARIES = 0.02 * GB
 """Measured (benchmarks/memory.py): what a process on a CPU grows by between the end of its imports and the first step,
 beyond the weights: the trainer, the data, the libraries' thread pools."""
 

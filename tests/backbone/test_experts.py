@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from qlora_rm.artifacts.merge import dequantize
+from qlora_rm.artifacts.merging.in_memory import dequantize
 from qlora_rm.backbone.adapter import attach_adapter, linear_names, load_adapter
 from qlora_rm.backbone.expert_linear import ONE_BY_ONE, ExpertLinear
 from qlora_rm.backbone.experts import expert_weights, fused_experts, gate_names, pack, quantized_experts

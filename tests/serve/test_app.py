@@ -222,7 +222,7 @@ class TestHealthAndMetrics:
     def test_health_tells_of_the_proof(self, client: TestClient) -> None:
         found = client.get("/health").json()
         assert found["status"] == "ready"
-        assert (found["computes_in"], found["shares_prompts"], found["golden"]["items"]) == ("fp32", True, 6)
+        assert (found["computes_in"], found["shares_prompts"], found["golden"]["items"]) == ("fp32", True, 8)
         assert found["golden"]["largest_difference"] < 1e-4
         assert str(llama_adapter()) not in json.dumps(found)
 

@@ -46,7 +46,7 @@ def test_from_start_to_an_orderly_end(model: RewardModel, tmp_path: Path) -> Non
         assert door.ends() == 0
         with pytest.raises(httpx2.ConnectError):
             client.get("/health")
-    assert "golden scores of 6 items" in door.said()
+    assert "golden scores of 8 items" in door.said()
     assert door.said().endswith("stopped: every request is answered\n")
     assert "Traceback" not in door.said()
 

@@ -138,7 +138,8 @@ def test_when_its_time_is_over_the_job_stops_and_is_queued_again(backbone_folder
         running.processes[0].send_signal(signal.SIGUSR1)
         assert running.wait(90) != [0], running.said(0)[-5000:]
     assert (tmp_path / "bin" / "requeued").exists(), running.said(0)[-5000:]
-    assert list(out.glob("checkpoint-*/COMPLETE"))
+    last = max(out.glob("checkpoint-*/COMPLETE"), key=lambda path: path.stat().st_mtime).parent
+    assert f"told to end (SIGTERM). The last whole checkpoint is {last}" in running.said(0)
 
 
 def test_srun_itself_may_start_the_ranks(one_process, backbone_folder, rows_file, tmp_path):
