@@ -11,6 +11,7 @@ resident, libraries and all; the proof of the scores, which needs a forward pass
 
 import argparse
 import json
+import os
 import platform
 import resource
 import shutil
@@ -160,8 +161,14 @@ def main() -> None:
     elif options.layers:
         print(json.dumps(measure(options.layers, options.rounds), indent=1))
     else:
-        machine = {"processor": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__}
         results = [measure(layers, options.rounds) for layers in LAYERS]
+        machine = {
+            "processor": platform.machine(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "load_average": os.getloadavg()[1],  # beyond the number of cores the seconds are others' too
+            "torch": torch.__version__,
+        }
         RESULT.write_text(json.dumps({"machine": machine, "backbones": results}, indent=1) + "\n", encoding="utf-8")
         print(RESULT.read_text(encoding="utf-8"))
 
