@@ -63,6 +63,10 @@ def test_two_ranks_end_where_one_process_ends(one_process, backbone_folder, rows
     counted = checkpoint_bytes(sum(weight.numel() for weight in weights(out).values()), engine) - SMALL_FILES
     written = sum(file.stat().st_size for file in (out / "checkpoint-20").rglob("*") if file.is_file())
     assert counted <= written <= counted + 400_000
+    states = list((out / "checkpoint-20").rglob("*model_states.pt"))
+    assert len(states) == {"ddp": 0, "zero2": 1, "zero3": 2}[engine]
+    for state in states:  # what the base's own files say is not saved once more, by every rank
+        assert not [key for key in torch.load(state, weights_only=False)["module"] if "base_layer" in key]
     manifest = Manifest.load(out)
     model = RewardModel.load(str(out))
     assert manifest.golden and manifest.reward.n == 48
