@@ -20,9 +20,11 @@ def new_folder(output: str) -> Iterator[Path]:
     Raises:
         UserError: `output` exists and is not an empty folder, or cannot be made.
     """
-    target = Path(output).absolute()
+    target = Path(output).resolve()  # of a link what it points to: a folder cannot be renamed to a link
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{output} exists and is not an empty folder. Choose another --output, or remove it.")
+    if os.path.ismount(target):
+        raise UserError(f"{output} is a mount point, which no folder can be renamed to. Name a folder inside it.")
     host = socket.gethostname()
     _remove_abandoned(target, host)
     beside = target.with_name(f".{target.name}.{host}.{os.getpid()}")

@@ -10,8 +10,9 @@ from qlora_rm.artifacts.folders import new_folder
 from qlora_rm.artifacts.golden import Drift, GoldenItem, Tolerance, drift, scores_of
 from qlora_rm.artifacts.load import RewardModel, artefact_kind, read_tokenizer
 from qlora_rm.artifacts.manifest import Manifest, Step
+from qlora_rm.backbone.experts import fused_experts
 from qlora_rm.backbone.head import head_modules
-from qlora_rm.backbone.load import quantization_config, read_model_config
+from qlora_rm.backbone.load import quantization_config, read_model_config, skeleton
 from qlora_rm.backbone.precision import DTYPES
 from qlora_rm.errors import UserError, first_line
 
@@ -77,10 +78,13 @@ def _save(folder: str, output: str, manifest: Manifest, trust_remote_code: bool)
     dtype = DTYPES[manifest.merge.dtype] if manifest.merge else torch.float32
     settings = quantization_config("4bit", dtype)
     assert settings is not None
-    with torch.device("meta"):
-        config = read_model_config(folder, trust_remote_code=trust_remote_code)
-        skeleton = AutoModelForSequenceClassification.from_config(config, trust_remote_code=trust_remote_code)
-    settings.llm_int8_skip_modules = head_modules(skeleton)
+    bones = skeleton(read_model_config(folder, trust_remote_code=trust_remote_code), trust_remote_code)
+    if fused_experts(bones):
+        raise UserError(
+            f"{folder} is a mixture of experts, whose experts stock transformers keeps in 16 bit. Serve the adapter on its "
+            "4-bit base instead."
+        )
+    settings.llm_int8_skip_modules = head_modules(bones)
     try:
         model = AutoModelForSequenceClassification.from_pretrained(
             folder, dtype=dtype, quantization_config=settings, trust_remote_code=trust_remote_code

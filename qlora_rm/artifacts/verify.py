@@ -19,8 +19,10 @@ from qlora_rm.artifacts.checks import (
     check_vocabulary,
     check_weights,
 )
+from qlora_rm.artifacts.exporting.files import HEAD_BIAS
 from qlora_rm.artifacts.load import RewardModel, artefact_kind, load_stock, read_tokenizer
 from qlora_rm.artifacts.manifest import Manifest
+from qlora_rm.artifacts.merging.checkpoint import Checkpoint
 from qlora_rm.backbone.head import head_modules, is_in_head
 from qlora_rm.backbone.precision import NAMES
 from qlora_rm.errors import UserError, first_line
@@ -43,7 +45,9 @@ def verify(folder: str, *, base: str | None = None, trust_remote_code: bool = Fa
     subject = _part(
         checks,
         "model loads",
-        lambda: _adapter(folder, base, trust_remote_code) if kind == "adapter" else _whole(folder, trust_remote_code),
+        lambda: (
+            _adapter(folder, base, trust_remote_code) if kind == "adapter" else load_whole(folder, trust_remote_code)
+        ),
     )
     if manifest:
         _run(checks, "files", lambda: check_files(folder, manifest))
@@ -99,10 +103,18 @@ def _adapter(folder: str, base: str | None, trust_remote_code: bool) -> Subject:
     return Subject(peft, head, sorted(wanted - saved), sorted(saved - wanted), loaded.computes_in)
 
 
-def _whole(folder: str, trust_remote_code: bool) -> Subject:
-    """A whole model, as any reader loads it."""
+def load_whole(folder: str, trust_remote_code: bool = False) -> Subject:
+    """A whole model, as any reader loads it, for its checks.
+
+    A bias of zeros of the head may stand in the files without a place in the model: SGLang wants it there.
+    """
     model, info = load_stock(folder, trust_remote_code)
     names = head_modules(model)
     head = {name: p for name, p in model.named_parameters() if is_in_head(name, names)}
     missing = [*info["missing_keys"], *map(str, info["mismatched_keys"])]
-    return Subject(model, head, sorted(missing), sorted(info["unexpected_keys"]), NAMES[model.dtype])
+    unread = set(info["unexpected_keys"])
+    if HEAD_BIAS in unread:
+        stored = Checkpoint.of_model(folder)
+        if stored is not None and not stored[HEAD_BIAS].read().any():
+            unread.remove(HEAD_BIAS)
+    return Subject(model, head, sorted(missing), sorted(unread), NAMES[model.dtype])

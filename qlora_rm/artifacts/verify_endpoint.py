@@ -46,7 +46,7 @@ def verify_endpoint(
     client, named = connect(url, token)
     with client:
         try:
-            endpoint = Endpoint.find(client, protocol or named, as_turns, questions[0])
+            endpoint = Endpoint.find(client, protocol or named, as_turns, _shortest(questions, as_turns))
             told = endpoint.about.get("server", "not this project's")
             checks.append(Check("server answers", True, f"{endpoint.protocol} protocol; server: {told}"))
             checks.extend(_Proof(endpoint, manifest, tokenization, questions, as_turns).checks())
@@ -62,6 +62,12 @@ def questions_of(items: Sequence[GoldenItem], tokenization: Tokenization) -> lis
         for item in items
         for place, text in enumerate(tokenization.texts(item.candidates()))
     ]
+
+
+def _shortest(questions: Sequence[Question], as_turns: bool) -> Question:
+    """The question to find a protocol by: one that any server of the model takes."""
+    of_kind = [question for question in questions if is_of_kind(question.item, as_turns)] or questions
+    return min(of_kind, key=lambda question: len(question.item.token_ids[question.response]))
 
 
 class _Proof:

@@ -39,7 +39,7 @@ class DecodedText:
             bos_is_known = tokenizer.bos_token_id in tokenization.encode(["a"], add_special_tokens=True)[0]
         # a token that training puts at no beginning may be meant where it also ends texts (GPT-2 has only that one)
         self._first = re.compile(f"^{_any_of(pad, bos if bos_is_known else '')}*")
-        self._last = re.compile(f"{_any_of(pad, eos)}*$")
+        self._last = tuple(filter(None, (pad, eos)))
         self._end_is_eos = self._end == eos
         whole = _any_of(*tokenizer.all_special_tokens, *tokenizer.get_added_vocab())
         self._pieces = [piece for piece in re.split(f"({whole})", self._end) if piece]
@@ -60,11 +60,21 @@ class DecodedText:
         text = self._first.sub("", text)
         if self._end and not self._end_is_eos and text.endswith(self._end):
             return self._begin + text  # whatever stands before the end was said
-        text = self._last.sub("", text, count=1)  # an eos of the policy's, or many where it pads with them
+        text = self._without_last(text)
         for count in range(len(self._pieces), 0, -1):
             if text.endswith("".join(self._pieces[:count])):
                 return self._begin + text + "".join(self._pieces[count:])
         return self._begin + text + self._end
+
+    def _without_last(self, text: str) -> str:
+        """`text` without an eos of the policy's at its end, or many where it pads with them.
+
+        Taken off one by one: a pattern would look for an end behind each of many within a long text.
+        """
+        end = len(text)
+        while mark := next((mark for mark in self._last if text.endswith(mark, 0, end)), None):
+            end -= len(mark)
+        return text[:end]
 
 
 def _any_of(*tokens: str) -> str:

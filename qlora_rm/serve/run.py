@@ -148,7 +148,12 @@ def _is_loopback(host: str) -> bool:
 def _bound(config: ServeConfig) -> socket.socket:
     """A socket with the address, on which nothing is accepted yet."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    listener = socket.socket(family)
+    try:
+        listener = socket.socket(family)
+    except OSError as error:
+        raise UserError(
+            f"{config.host} is of a kind of address that this machine has not: {error.strerror}."
+        ) from error
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((config.host, config.port))

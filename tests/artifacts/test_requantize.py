@@ -7,12 +7,14 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
+from qlora_rm.artifacts.exporting.export import export
 from qlora_rm.artifacts.manifest import Manifest
 from qlora_rm.artifacts.merge import merge
 from qlora_rm.artifacts.requantize import requantize
 from qlora_rm.artifacts.verify import verify
+from qlora_rm.config import AdapterConfig
 from qlora_rm.errors import UserError
-from tests.reward_models_for_tests import llama_adapter
+from tests.reward_models_for_tests import llama_adapter, make_reward_model
 
 
 def test_quantizes_all_but_the_head_and_counts_flips(tmp_path: Path) -> None:
@@ -38,3 +40,22 @@ def test_an_adapter_is_merged_first(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="Merge it first"):
         requantize(str(llama_adapter()), str(tmp_path / "small"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mixture_of_experts_is_refused(tmp_path: Path) -> None:
+    """Stock transformers would load its experts in 16 bit, under the name of 4."""
+    folder = make_reward_model(tmp_path, "mixtral", adapter=AdapterConfig(lora_r=4))
+    merge(str(folder), str(tmp_path / "merged"), dtype="fp32")
+    with pytest.raises(UserError, match="keeps in 16 bit"):
+        requantize(str(tmp_path / "merged"), str(tmp_path / "small"))
+    assert not (tmp_path / "small").exists()
+
+
+def test_engines_get_no_4_bit_folder(tmp_path: Path) -> None:
+    merge(str(llama_adapter()), str(tmp_path / "merged"), dtype="fp32")
+    requantize(str(tmp_path / "merged"), str(tmp_path / "small"))
+    with pytest.raises(UserError, match="in 4 bit, which vllm is not known to read"):
+        export(str(tmp_path / "small"), ["transformers", "vllm"], str(tmp_path / "out"))
+    exported = export(str(tmp_path / "small"), ["transformers"], str(tmp_path / "out"))
+    assert exported.ok, [check for check in exported.checks if not check.ok]
+    assert "Quantized again to nf4" in (tmp_path / "out/README.md").read_text(encoding="utf-8")

@@ -103,3 +103,9 @@ def test_what_cannot_be_is_refused() -> None:
         DecodedText(Tokenization(small_tokenizer(chat_template=None, bos=False, eos=False)), False).candidates("")
     with pytest.raises(UserError, match="must render a user's question"):
         DecodedText(Tokenization(small_tokenizer(chat_template="{{ raise_exception('no') }}")), as_turns=True)
+
+
+def test_a_text_of_end_of_text_tokens_takes_no_time() -> None:
+    """Half a million that do not end it: by a pattern that looks behind each of them it would take days."""
+    decoded = DecodedText(Tokenization(small_tokenizer()), as_turns=True)
+    assert decoded.completed(EOS * 500_000 + "x").endswith("x<|im_end|>\n")

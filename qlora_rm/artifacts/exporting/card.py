@@ -96,6 +96,12 @@ def _figures(manifest: Manifest, evaluation: dict[str, Any] | None) -> str:
         lines.append(
             f"- Merge: {merge.method}; stored in {merge.dtype}; scores within {merge.drift:.2g} of those after training."
         )
+    lines += [
+        f"- Quantized again to {step.settings['quantization']}: scores moved by up to {step.drift:.2g}, {step.flips} of "
+        f"{step.pairs} golden pairs changed their order."
+        for step in manifest.history
+        if step.name == "requantize"
+    ]
     return "\n".join(lines)
 
 

@@ -18,27 +18,11 @@ from qlora_rm.artifacts.checks import (
     check_weights,
 )
 from qlora_rm.artifacts.exporting.feeds import is_turns, texts_of
-from qlora_rm.artifacts.exporting.files import HEAD_BIAS, opened, read_tensor
+from qlora_rm.artifacts.exporting.files import opened, read_tensor
 from qlora_rm.artifacts.golden import ROUNDED, SAME, GoldenItem
-from qlora_rm.artifacts.load import load_stock
 from qlora_rm.artifacts.manifest import Manifest
-from qlora_rm.backbone.head import head_modules, is_in_head
-from qlora_rm.backbone.precision import NAMES
 from qlora_rm.preferences.faults import RowFault
 from qlora_rm.preferences.tokenization import Tokenization
-
-
-def load_subject(folder: str, trust_remote_code: bool) -> Subject:
-    """The folder's model by transformers' Auto class, loaded once for all checks.
-
-    A bias of the head may stand in the files without a place in the model: SGLang wants it there.
-    """
-    model, info = load_stock(folder, trust_remote_code)
-    names = head_modules(model)
-    head = {name: p for name, p in model.named_parameters() if is_in_head(name, names)}
-    missing = [*info["missing_keys"], *map(str, info["mismatched_keys"])]
-    unread = sorted(set(info["unexpected_keys"]) - {HEAD_BIAS})
-    return Subject(model, head, sorted(missing), unread, NAMES[model.dtype])
 
 
 def check_whole(folder: str, manifest: Manifest, tokenizer: PreTrainedTokenizerBase, subject: Subject) -> list[Check]:

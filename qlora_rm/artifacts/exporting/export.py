@@ -14,7 +14,7 @@ from qlora_rm.artifacts.exporting.write import V4, VALUE, stored_dtype, write_ad
 from qlora_rm.artifacts.folders import new_folder
 from qlora_rm.artifacts.load import artefact_kind, read_tokenizer
 from qlora_rm.artifacts.manifest import Manifest, Step
-from qlora_rm.artifacts.verify import verify
+from qlora_rm.artifacts.verify import load_whole, verify
 from qlora_rm.config import ExportConfig
 from qlora_rm.errors import UserError
 
@@ -112,7 +112,7 @@ def _check_whole(
 ) -> list[Check]:
     """Every check of the common folder and of each reader, on one loaded model."""
     tokenizer = read_tokenizer(str(folder), trust_remote_code)
-    subject = common_checks.load_subject(str(folder), trust_remote_code)
+    subject = load_whole(str(folder), trust_remote_code)
     checks = common_checks.check_whole(str(folder), manifest, tokenizer, subject)
     if config.adapter:
         checks += common_checks.check_head_is(folder, config.adapter)

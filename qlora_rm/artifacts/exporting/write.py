@@ -1,6 +1,7 @@
 """Writing the files of an exported folder: config, tokenizer and weights, and what single readers want beside them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,8 @@ def write_adapter(source: Path, folder: Path, manifest: Manifest, base: str | No
     named = {"base_model_name_or_path": manifest.base.name_or_path, "revision": manifest.base.revision}
     if base is not None:
         named = {"base_model_name_or_path": base, "revision": None}
+        # its hashes stay: the base may stand elsewhere, and must be the one it was
+        manifest = replace(manifest, base=replace(manifest.base, name_or_path=base, revision=None))
     edit_json(folder / "adapter_config.json", config | named)
     manifest.save(folder)
     return [str(placing)]

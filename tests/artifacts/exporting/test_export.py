@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,7 @@ class TestWrites:
         assert exported.ok, failed(exported)
         with safe_open(tmp_path / "out" / "model-00002-of-00002.safetensors", framework="pt") as file:
             assert file.get_tensor("score.bias").tolist() == [0.0]
+        assert [check for check in verify(str(tmp_path / "out")) if not check.ok] == []
 
     def test_a_sharded_source(self, llama, tmp_path):
         source = copy_of(llama, tmp_path / "sharded")
@@ -133,6 +135,13 @@ class TestWrites:
             "base_model_name_or_path"
         ]
         assert Path(named) == llama_adapter().parent / "base"
+
+    def test_an_adapter_on_a_base_that_moved(self, tmp_path):
+        moved = shutil.copytree(llama_adapter().parent / "base", tmp_path / "moved")
+        exported = export(str(llama_adapter()), ["peft"], str(tmp_path / "out"), base=str(moved))
+        assert exported.ok, failed(exported)
+        assert Manifest.load(tmp_path / "out").base.name_or_path == str(moved)
+        assert [check for check in verify(str(tmp_path / "out")) if not check.ok] == []
 
 
 class TestCard:
