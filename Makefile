@@ -16,7 +16,7 @@ demo: env
 	$(BIN)/qlora-rm demo
 
 test: env
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: env
 	$(BIN)/ruff format --check .

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
@@ -13,6 +12,7 @@ from qlora_rm.artifacts.arithmetic import lacks_16_bit_units
 from qlora_rm.artifacts.golden import GoldenItem, scores_of
 from qlora_rm.artifacts.load import load_stock
 from qlora_rm.artifacts.merging.checkpoint import Checkpoint
+from qlora_rm.backbone.host import free_memory
 from qlora_rm.backbone.precision import NAMES
 from qlora_rm.backbone.scoring import score_sequences
 from qlora_rm.console import say
@@ -35,7 +35,7 @@ def read_back(folder: str, items: Sequence[GoldenItem], pad: int, trust_remote_c
     What does not fit into memory is read from the disk for each batch, one layer at a time (accelerate's offloading).
     """
     stored = Checkpoint.of_model(folder)
-    room = int(SHARE * psutil.virtual_memory().available)
+    room = int(SHARE * free_memory())
     if stored is None or loaded_bytes(stored) <= room:
         return _scored(load_stock(folder, trust_remote_code)[0], items, pad)
     say(f"the model does not fit into memory: its golden scores are computed layer by layer from {Path(folder).parent}")

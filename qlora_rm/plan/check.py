@@ -5,10 +5,10 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import psutil
 import torch
 
 from qlora_rm.backbone.adapter import read_adapter_config
+from qlora_rm.backbone.host import free_memory
 from qlora_rm.backbone.load import read_model_config
 from qlora_rm.config import AdapterConfig, BackboneConfig
 from qlora_rm.errors import UserError, first_line
@@ -94,7 +94,7 @@ def in_words(setting: Setting) -> str:
 def card_at_hand(ranks_here: int) -> Card:
     """This process's card with what is free on it; without one, a share of the host's free memory."""
     if not torch.cuda.is_available():
-        return processors(psutil.virtual_memory().available / ranks_here)
+        return processors(free_memory() / ranks_here)
     free, total = torch.cuda.mem_get_info()
     like = min(CARDS.values(), key=lambda card: abs(card.memory - total))
     return replace(like, name=torch.cuda.get_device_name(), memory=float(free))

@@ -1,0 +1,29 @@
+"""What this host has to give a process."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+def free_memory() -> int:
+    """Bytes that can be taken without swapping, or going over the limit of a container or of a SLURM job."""
+    return min(psutil.virtual_memory().available, *_rooms(CGROUPS, Path("/proc/self/cgroup")), 1 << 62)
+
+
+def _rooms(root: Path, membership: Path) -> Iterator[int]:
+    """Bytes below the limit of each control group (version 2) this process is in, the outer ones' too."""
+    try:
+        line = next(line for line in membership.read_text().splitlines() if line.startswith("0::"))
+    except (OSError, StopIteration):
+        return
+    group = root / line.removeprefix("0::").lstrip("/")
+    for folder in (group, *group.parents):
+        try:
+            limit, used = ((folder / f"memory.{name}").read_text().strip() for name in ("max", "current"))
+        except OSError:
+            continue
+        if limit != "max":
+            yield max(0, int(limit) - int(used))
