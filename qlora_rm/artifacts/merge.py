@@ -13,6 +13,7 @@ from qlora_rm.artifacts.manifest import Manifest, Merge, Step
 from qlora_rm.artifacts.merging.in_memory import merge_in_memory
 from qlora_rm.artifacts.merging.plan import NotStreamable
 from qlora_rm.artifacts.merging.stream import Source, Stream
+from qlora_rm.artifacts.proof import allowed_drift
 from qlora_rm.artifacts.read_back import read_back
 from qlora_rm.artifacts.seal import changed_files
 from qlora_rm.backbone.precision import DTYPES
@@ -130,7 +131,7 @@ class _Job:
 
     def _require_own_scores(self, adapted: RewardModel) -> None:
         """The adapter, loaded here, gives its golden scores; otherwise its base is another one."""
-        allowed = tolerance(self.manifest.compute_dtype, adapted.computes_in, self.manifest.quantization)
+        allowed = allowed_drift(self.manifest, adapted.computes_in)
         moved = drift(self.manifest.golden, scores_of(self.manifest.golden, adapted.score_token_ids), allowed)
         if not moved.ok:
             raise UserError(

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -58,13 +59,19 @@ def fingerprint(name_or_path: str, revision: str | None = None) -> str | None:
         files = model_files(name_or_path, revision)
     except (OSError, UserError):
         return None
+    return sampled(files) if files else None
+
+
+def sampled(files: Iterable[Path]) -> str:
+    """sha256 over files' names, sizes and samples of their bytes; of safetensors files their headers whole."""
     digest = hashlib.sha256()
     for path in files:
         size = os.path.getsize(path)
         with path.open("rb") as file:
-            header = file.read(min(8 + int.from_bytes(file.read(8), "little"), size)) if size > 8 else b""
-            digest.update(f"{path.name} {size} ".encode() + header)
+            digest.update(f"{path.name} {size} ".encode())
+            if path.suffix == ".safetensors" and size > 8:
+                digest.update(file.read(min(8 + int.from_bytes(file.read(8), "little"), size)))
             for place in range(SAMPLES):
                 file.seek(size * place // SAMPLES)
                 digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest() if files else None
+    return digest.hexdigest()

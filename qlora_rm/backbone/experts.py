@@ -22,13 +22,11 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from qlora_rm.backbone.expert_linear import ONE_BY_ONE, logical_shape, unpacked
+from qlora_rm.backbone.precision import BLOCK
 
 WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 """Names of the linear layers of one expert that stands by itself: a shared one, or a dense layer's."""
-
-BLOCK = 64
-"""Weights that share a quantization constant, as in bitsandbytes' linear layers; no block may straddle two experts."""
 
 
 def is_fused_experts(module: nn.Module) -> bool:
@@ -130,6 +128,7 @@ def pack(weight: Tensor, quant_type: str, double_quant: bool) -> Params4bit:
 
 
 def _can_pack(weight: nn.Parameter) -> bool:
+    """No block may straddle two experts."""
     return weight.dim() == 3 and weight[0].numel() % BLOCK == 0
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass
 
 import bitsandbytes as bnb
@@ -15,6 +16,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.initialization import no_init_weights
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_utils import set_zero3_state
 from transformers.utils import logging as transformers_logging
@@ -179,14 +181,21 @@ def _require_whole(name: str, model: PreTrainedModel, fresh: set[str], head: lis
         )
 
 
-def skeleton(model_config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model without memory behind its weights (meta device), for what can be read off shapes and names.
+def skeleton(
+    model_config: PretrainedConfig, trust_remote_code: bool = False, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """The model with one label and plain layers, without memory behind its weights (meta device), for what can be read off
+    shapes and names; of a configuration of its own.
 
     Under ZeRO-3 transformers would shard and initialize even this; `set_zero3_state` tells it that this is done. Goes
     when transformers leaves models on the meta device alone.
     """
-    with torch.device("meta"), set_zero3_state(), _quiet_transformers():
-        return AutoModelForSequenceClassification.from_config(model_config, trust_remote_code=trust_remote_code)
+    config = deepcopy(model_config)
+    config.num_labels = 1
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"), no_init_weights(), set_zero3_state(), _quiet_transformers():
+        return AutoModelForSequenceClassification.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
 def _prepare_head(model: PreTrainedModel, head: list[str], fresh: set[str], std: float | None, seed: int) -> None:

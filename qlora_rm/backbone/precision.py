@@ -1,4 +1,4 @@
-"""The compute dtype: what the machine multiplies fast, read from the machine and said aloud."""
+"""The compute dtype: what the machine multiplies fast, read from the machine and said aloud; and how NF4 is stored."""
 
 from typing import Literal
 
@@ -7,6 +7,10 @@ import torch
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+BLOCK, NESTED_BLOCK = 64, 256
+"""NF4 as bitsandbytes loads it: a scale for 64 weights, itself in 8 bit with a scale for 256 of them (Dettmers et al. 2023,
+"QLoRA", section 3)."""
 
 
 def best_dtype() -> tuple[torch.dtype, str]:

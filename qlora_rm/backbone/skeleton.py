@@ -1,11 +1,10 @@
 """A reward model without its weights: which there are, in which dtype they are loaded, and which are quantized."""
 
-from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightTransform, build_glob_alternation
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -13,7 +12,7 @@ from transformers.quantizers import AutoHfQuantizer
 
 from qlora_rm.backbone.experts import gate_names, quantized_experts
 from qlora_rm.backbone.head import head_modules
-from qlora_rm.backbone.load import quantization_config
+from qlora_rm.backbone.load import quantization_config, skeleton
 from qlora_rm.config import Quantization
 
 
@@ -41,7 +40,7 @@ class Skeleton:
             config: of a backbone of any kind; where it was saved in 4 bit, its own quantization holds.
         """
         assert not is_deepspeed_zero3_enabled(), "transformers would shard the skeleton"
-        plain, loaded = (_on_meta(config, wanted) for wanted in (torch.float32, dtype))
+        plain, loaded = (skeleton(config, dtype=wanted) for wanted in (torch.float32, dtype))
         stored = getattr(config, "quantization_config", None)
         settings = stored or quantization_config(quantization, dtype)
         quantizer = None
@@ -70,12 +69,3 @@ class Skeleton:
             quantized=frozenset(name for name, _ in plain.named_parameters() if is_quantized(name)),
             conversions=get_model_conversion_mapping(loaded, None, quantizer),
         )
-
-
-def _on_meta(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    config = deepcopy(config)
-    config.num_labels = 1
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with torch.device("meta"):
-        return AutoModelForSequenceClassification.from_config(config, dtype=dtype)

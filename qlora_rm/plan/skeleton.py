@@ -4,28 +4,24 @@ Counting them is exact for every architecture the libraries know, where a formul
 """
 
 from collections.abc import Iterator
-from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any
 
 import bitsandbytes as bnb
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
-from transformers.initialization import no_init_weights
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
-from transformers.modeling_utils import set_zero3_state
 
 from qlora_rm.backbone.adapter import attach_adapter
 from qlora_rm.backbone.experts import gate_names
 from qlora_rm.backbone.head import compute_in_own_precision, head_modules, is_in_head
-from qlora_rm.backbone.load import Backbone, quantization_config
+from qlora_rm.backbone.load import Backbone, quantization_config, skeleton
 from qlora_rm.backbone.packed import PrefixSharing
+from qlora_rm.backbone.precision import BLOCK, NESTED_BLOCK
 from qlora_rm.config import AdapterConfig, BackboneConfig
 
-BLOCK, ABSMAX_BLOCK = 64, 256
-"""NF4 as it is loaded here: a scale for 64 weights, itself in 8 bit with a scale for 256 of them (Dettmers et al. 2023,
-section 3)."""
 CODE_BYTES = (16 + 256) * 4
 """The two code books that every quantized tensor carries, fp32."""
 
@@ -77,12 +73,7 @@ def build(
         UserError: the adapter names layers that are not there.
     """
     whole = not adapter.use_lora
-    config = deepcopy(config)  # written to below, and by the rehearsal
-    config.num_labels = 1
-    with torch.device("meta"), no_init_weights(), set_zero3_state():  # as in backbone.load: ZeRO-3 shards no skeleton
-        model = AutoModelForSequenceClassification.from_config(
-            config, dtype=torch.float32 if whole else dtype, trust_remote_code=trust_remote_code
-        )
+    model: Any = skeleton(config, trust_remote_code, torch.float32 if whole else dtype)
     head = head_modules(model)
     for name in head:
         compute_in_own_precision(model.get_submodule(name).to(torch.float32))
@@ -142,7 +133,7 @@ def quantized_bytes(parameter: torch.Tensor, experts: bool = False) -> tuple[int
     if isinstance(parameter, bnb.nn.Int8Params) and not experts:
         return n, parameter.shape[0] * 4
     scales = -(-n // BLOCK)
-    return -(-n // 2), scales + -(-scales // ABSMAX_BLOCK) * 4 + CODE_BYTES
+    return -(-n // 2), scales + -(-scales // NESTED_BLOCK) * 4 + CODE_BYTES
 
 
 def weights_of(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:

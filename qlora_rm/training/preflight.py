@@ -5,6 +5,7 @@ import socket
 import time
 import uuid
 from dataclasses import asdict, dataclass, fields, replace
+from heapq import nlargest
 from pathlib import Path
 from typing import Any
 
@@ -137,8 +138,10 @@ def _planned_as(engine: str, args: TrainingConfig) -> Any:
 def _heaviest(train: Dataset) -> Dataset:
     """The comparisons that the largest micro-batch may hold, of most tokens and of the longest sequences; reading every row
     would take long."""
-    sizes = (train["tokens"], train["length"])
-    return train.select({i for size in sizes for i in sorted(range(len(train)), key=lambda i: -size[i])[:HEAVIEST]})
+    columns = (list(train["tokens"]), list(train["length"]))
+    return train.select(
+        sorted({i for sizes in columns for i in nlargest(HEAVIEST, range(len(train)), sizes.__getitem__)})
+    )
 
 
 def _facts(options: Options, manifest: Manifest, resume: Path | None) -> dict[str, Any]:

@@ -4,7 +4,6 @@ Which options a resumed run may change stands in `ON_RESUME`; what is in neither
 evaluation, where the output goes) does not touch the result and passes.
 """
 
-import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from transformers.utils import cached_file
 
 from qlora_rm.artifacts.manifest import FILE_NAME as MANIFEST
 from qlora_rm.artifacts.manifest import Manifest, hash_of_config
+from qlora_rm.artifacts.seal import sampled
 from qlora_rm.backbone.paths import is_local
 from qlora_rm.config import require
 from qlora_rm.errors import UserError
@@ -57,9 +57,6 @@ SCHEDULE = (
 )
 ADAPTIVE = ("reduce_lr_on_plateau", "greedy")
 """Schedules that depend on what has happened, and so cannot be evaluated anew at a step."""
-
-BLOCKS, BLOCK = 64, 4096
-"""So many blocks of so many bytes of each weight file tell one base from another of the same shape."""
 
 
 @dataclass(frozen=True)
@@ -218,8 +215,8 @@ def _way_out(name: str, was: Any) -> str:
 def identity(name_or_path: str, revision: str | None) -> dict[str, str | None]:
     """What tells a base from another one, wherever it stands: its configuration, and its weights.
 
-    A hub id's weights are told by their commit; those of a folder by names, sizes and `BLOCKS` blocks of each weight
-    file, since two fine-tunes of one model differ in nothing else. Hashing all of it would read the model twice.
+    A hub id's weights are told by their commit; those of a folder by samples of every weight file, since two fine-tunes of
+    one model differ in nothing else. Hashing all of it would read the model twice.
     """
     if not is_local(name_or_path):
         try:
@@ -227,16 +224,9 @@ def identity(name_or_path: str, revision: str | None) -> dict[str, str | None]:
         except OSError:
             commit = None
         return {"configuration": hash_of_config(name_or_path, revision), "commit": commit}
-    digest = hashlib.sha256()
     folder = Path(name_or_path).expanduser()
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), *folder.glob("*.index.json")]):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size} ".encode())
-        with path.open("rb") as file:
-            for block in range(BLOCKS):
-                file.seek(block * size // BLOCKS)
-                digest.update(file.read(BLOCK))
-    return {"configuration": hash_of_config(name_or_path), "weights": digest.hexdigest()}
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), *folder.glob("*.index.json")])
+    return {"configuration": hash_of_config(name_or_path), "weights": sampled(files)}
 
 
 def finished_steps(args: Any, comparisons: int) -> int | None:

@@ -5,9 +5,6 @@ from qlora_rm.artifacts.exporting.readers import READERS, UNSUPPORTED
 from qlora_rm.backbone.load import read_model_config
 from qlora_rm.errors import UserError
 
-READS_4_BIT = ("transformers", "openrlhf-remote")
-"""Readers that load a model with transformers as it is, or ask a server that does."""
-
 
 def reader_named(name: str) -> Reader:
     """The row of a name.
@@ -41,7 +38,7 @@ def require_readable(readers: list[Reader], folder: str, kind: str, trust_remote
     if kind == "adapter":
         return
     config = read_model_config(folder, trust_remote_code=trust_remote_code)
-    others = [reader.name for reader in readers if reader.name not in READS_4_BIT]
+    others = [reader.name for reader in readers if not reader.reads_4bit]
     if others and getattr(config, "quantization_config", None):
         raise UserError(
             f"{folder} is in 4 bit, which {', '.join(others)} is not known to read: export the model it was made from."

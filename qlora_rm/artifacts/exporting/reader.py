@@ -24,6 +24,7 @@ class Reader:
         needs_template: it scores conversations only.
         rounds: it computes in 16 bit: bf16, or fp16 where the weights are fp32.
         reads_v4: it runs on transformers 4.
+        reads_4bit: it loads a model with transformers as it is, or asks a server that does.
         clips: it cuts scores off at plus and minus this; None where it does not.
         shares_vocabulary: it hands the policy's token ids to the reward model.
         proof: "run": the tests run it. "re-enacted": the tests do what its source does. "read": its source was read.
@@ -47,6 +48,7 @@ class Reader:
     needs_template: bool = False
     rounds: bool = False
     reads_v4: bool = False
+    reads_4bit: bool = False
     clips: float | None = None
     shares_vocabulary: bool = False
     unchecked: tuple[str, ...] = ()

@@ -17,6 +17,7 @@ READERS: tuple[Reader, ...] = (
         reads_at="rightmost token that is not pad",
         fed="what you tokenize; rendered conversations without adding special tokens, plain text with eos written out",
         proof="run",
+        reads_4bit=True,
         limits="any architecture with a sequence classifier",
         snippet="""\
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
@@ -101,6 +102,7 @@ trainer = PPOTrainer(
         unchecked=(
             "that the policy's template writes what this model was trained on: the server is sent finished text",
         ),
+        reads_4bit=True,
         limits="the policy's template must be this model's; rewards are clipped at 10",
         snippet="""\
 qlora-rm serve $folder

@@ -14,8 +14,8 @@ import torch
 from bitsandbytes import functional as F
 from torch import Tensor
 
-BLOCK = 64
-NESTED_BLOCK = 256
+from qlora_rm.backbone.precision import BLOCK, NESTED_BLOCK
+
 PIECE = 1 << 18
 """Weights worked on at a time: a multiple of `BLOCK`, and small enough for a core's cache."""
 
