@@ -27,7 +27,8 @@ def require_sound_settings(options: Options, config: PretrainedConfig, engine: d
 def unsound_settings(
     engine: dict[str, Any], *, quantized: bool, storage: str, adapter: bool, args: TrainingConfig
 ) -> list[str]:
-    """DeepSpeed settings that spoil 4-bit weights or an fp32 adapter, most of them without a word; each with the way out.
+    """DeepSpeed settings that spoil 4-bit weights or an fp32 adapter, or leave no model, most of them without a word; each
+    with the way out.
 
     Arguments:
         engine: the DeepSpeed configuration, "auto" where the trainer will fill in its own.
@@ -55,6 +56,11 @@ def unsound_settings(
                 f"the checkpoint keeps its packed bytes as {storage} (bnb_4bit_quant_storage), which the engine casts and "
                 "so corrupts: quantize the 16-bit checkpoint while loading, or one stored as uint8"
             )
+    if not adapter and zero.get("stage") == 3 and zero.get("stage3_gather_16bit_weights_on_model_save") is not True:
+        found.append(
+            "without stage3_gather_16bit_weights_on_model_save no process gathers the whole model, and what is saved holds no "
+            "weights: set it to true, as ds_configs/zero3.json does (weights keep their dtype, whatever its name says)"
+        )
     for name, asked in (("bf16", args.bf16), ("fp16", args.fp16)):
         enabled = engine.get(name, {}).get("enabled", False)
         if adapter and (asked if enabled == "auto" else enabled):

@@ -8,8 +8,10 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from trl.trainer.utils import disable_dropout_in_model
 
 from qlora_rm.artifacts.golden import GoldenItem, make_golden
@@ -36,6 +38,9 @@ from qlora_rm.training.preflight import preflight
 from qlora_rm.training.terms import Terms, finished_steps, reconcile
 from qlora_rm.training.trainer import PreferenceTrainer
 from qlora_rm.training.universal import take_share
+
+WEIGHTS = (SAFETENSORS_WEIGHTS_NAME, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+"""Files one of which a saved model has: an adapter's, a whole model's, or the list of its several."""
 
 
 def main(argv: list[str]) -> None:
@@ -271,6 +276,8 @@ def _finish(
             (output / MANIFEST).unlink(missing_ok=True)  # an earlier model's, if it was trained on
         trainer.accelerator.wait_for_everyone()
         trainer.save_model(str(output))
+        if trainer.args.should_save:
+            _require_weights(output)
         golden = make_golden(data.golden_candidates, tokenization, partial(_score, trainer))
         trainer.accelerator.wait_for_everyone()
         if trainer.args.should_save:
@@ -285,6 +292,19 @@ def _finish(
         say(f"held-out accuracy {metrics['eval_accuracy']:.4f}, loss {metrics['eval_loss']:.4f}, {n:,} comparisons")
     say(f"reward model, manifest and curves: {output}")
     return metrics
+
+
+def _require_weights(output: Path) -> None:
+    """Before a manifest vouches for them: transformers 5.23 may save no weights and end well, with a warning in the log.
+
+    Raises:
+        RuntimeError: there are none.
+    """
+    if not any((output / name).exists() for name in WEIGHTS):
+        raise RuntimeError(
+            f"the model was saved to {output} without an error, but none of {', '.join(WEIGHTS)} is there; the last whole "
+            f"checkpoint is {last_whole(str(output))}"
+        )
 
 
 def _score(trainer: PreferenceTrainer, sequences: list[list[int]]) -> torch.Tensor:

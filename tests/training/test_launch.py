@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from qlora_rm.artifacts.load import RewardModel
 from qlora_rm.artifacts.manifest import Manifest
+from qlora_rm.artifacts.verify import verify
 from qlora_rm.training.disk import SMALL_FILES, checkpoint_bytes
 from qlora_rm.training.run import main
 from tests.launching import launch, short_run
@@ -72,6 +73,25 @@ def test_two_ranks_end_where_one_process_ends(one_process, backbone_folder, rows
     assert manifest.golden and manifest.reward.n == 48
     for item in manifest.golden:
         assert model.score([item.candidates()])[0] == pytest.approx(item.scores, abs=1e-4)
+
+
+def test_a_model_fine_tuned_whole_under_zero3_is_saved_whole(backbone_folder, rows_file, tmp_path):
+    """In fp32, the very weights that gave the golden scores, and those of one process; in its checkpoints too."""
+    whole = {"quantization": "none", "use_lora": False, "max_steps": 4}
+    one, two = tmp_path / "one", tmp_path / "two"
+    main(short_run(backbone_folder, rows_file, one, gradient_accumulation_steps=2, **whole))
+    done = launch("cpu_zero3", short_run(backbone_folder, rows_file, two, engine="zero3", **whole))
+    assert done.returncode == 0, done.stderr[-5000:]
+    mine, theirs = (load_file(folder / "model.safetensors") for folder in (one, two))
+    assert mine.keys() == theirs.keys()
+    for name, weight in theirs.items():
+        assert weight.dtype == torch.float32, name
+        torch.testing.assert_close(weight, mine[name], rtol=0, atol=1e-4, msg=name)
+    assert (two / "checkpoint-4/model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
+    counted = checkpoint_bytes(sum(weight.numel() for weight in theirs.values()), "zero3") - SMALL_FILES
+    written = sum(file.stat().st_size for file in (two / "checkpoint-4").rglob("*") if file.is_file())
+    assert counted <= written <= counted + 400_000
+    assert [check.name for check in verify(str(two)) if not check.ok] == []
 
 
 def test_uneven_ends_starve_no_rank_and_count_every_held_out_pair_once(backbone_folder, rows_file, tmp_path):

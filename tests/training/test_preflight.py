@@ -33,6 +33,7 @@ def unsound(flags, engine, *, quantized=True, storage="uint8", adapter=True, bf1
 @pytest.mark.parametrize("twin", TWINS, ids=lambda path: path.stem)
 def test_the_projects_own_settings_are_sound(flags, twin):
     assert unsound(flags, json.loads(twin.read_text())) == []
+    assert unsound(flags, json.loads(twin.read_text()), quantized=False, adapter=False) == []
 
 
 @pytest.mark.parametrize(
@@ -61,6 +62,16 @@ def test_settings_are_refused_only_where_they_do_harm(flags):
     assert len(unsound(flags, all_of_them, bf16=True)) == 3, "auto is what the trainer computes in"
     assert unsound(flags, SOUND | {"gradient_clipping": 0.5}, max_grad_norm=0.5) == []
     assert unsound(flags, zero(offload_param={"device": "cpu"}, zero_hpz_partition_size=8)) == []
+
+
+def test_a_whole_model_under_zero3_needs_its_weights_gathered_to_be_saved(flags):
+    """Without it transformers writes an engine's checkpoint in the model's place, and the run ends well."""
+    for value in (False, "auto"):
+        whole = zero(stage3_gather_16bit_weights_on_model_save=value)
+        (told,) = unsound(flags, whole, quantized=False, adapter=False)
+        assert "stage3_gather_16bit_weights_on_model_save" in told and "set it to true" in told
+        assert unsound(flags, whole) == [], "an adapter is gathered whatever it says"
+        assert unsound(flags, {**whole, "zero_optimization": {"stage": 2}}, quantized=False, adapter=False) == []
 
 
 def test_packed_bytes_stored_in_another_dtype_are_refused(flags):

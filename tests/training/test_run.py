@@ -16,6 +16,7 @@ from qlora_rm.artifacts.load import RewardModel
 from qlora_rm.artifacts.manifest import Manifest
 from qlora_rm.errors import UserError
 from qlora_rm.training.run import main
+from qlora_rm.training.trainer import PreferenceTrainer
 from tests.models_for_tests import save_backbone
 from tests.tokenizers_for_tests import small_tokenizer
 from tests.training.conftest import ANIMALS, preference_rows, write_rows
@@ -255,6 +256,14 @@ def test_an_output_that_cannot_be_written_stops_before_anything_is_loaded(flags,
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be made"):
         main(flags(output_dir=str(tmp_path / "file" / "out")))
+
+
+def test_a_save_that_writes_no_weights_is_no_finished_run(flags, tmp_path, monkeypatch):
+    """transformers' trainer can save a model without weights and say so in a warning only."""
+    monkeypatch.setattr(PreferenceTrainer, "save_model", lambda *_, **__: None)
+    with pytest.raises(RuntimeError, match="none of adapter_model"):
+        main(flags(max_steps=1, save_strategy="no"))
+    assert not (tmp_path / "out/rm_manifest.json").exists()
 
 
 @pytest.mark.slow
