@@ -122,7 +122,8 @@ class BackboneConfig:
     model_revision: str | None = option(None, "Revision (branch, tag or commit) of a hub backbone.")
     tokenizer_name_or_path: str | None = option(None, "Tokenizer, where it is not the backbone's own.")
     quantization: Literal["none", "4bit", "8bit"] = option(
-        "4bit", "4bit is NF4 with double quantization; 8bit is LLM.int8(); none keeps the weights in the compute dtype."
+        "4bit",
+        "4bit is NF4 with double quantization; 8bit is LLM.int8(), not under ZeRO-3; none keeps the weights in the compute dtype.",
     )
     max_unquantized: float = option(
         0.1,

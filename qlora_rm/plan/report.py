@@ -14,7 +14,7 @@ from qlora_rm.plan.check import nearest
 from qlora_rm.plan.launch import MODEL, ROWS, launch_line
 from qlora_rm.plan.memory import Engine, Memory, Setting, host, loading
 from qlora_rm.plan.published import published, read_shape
-from qlora_rm.plan.search import Planner, engines
+from qlora_rm.plan.search import Planner, require_engine
 from qlora_rm.plan.workload import Layout, Workload
 from qlora_rm.preferences import Tokenization, load_comparisons
 
@@ -52,7 +52,7 @@ class Answer:
 def answer(planner: Planner, card: Card, ranks: int, engine: Engine | None, options: dict[str, Any]) -> Answer:
     """What fits on `ranks` cards of one kind."""
     settings = []
-    for name in [engine] if engine else engines(ranks):
+    for name in [engine] if engine else planner.engines(ranks):
         setting = planner.fastest(card, ranks, name)
         shown = setting or planner.leanest(card, ranks, name)
         settings.append((shown, planner.memory(shown, card), setting is not None))
@@ -147,12 +147,13 @@ def make_plan(
     cuda = cards[0].is_cuda
     if any(card.is_cuda != cuda for card in cards):
         raise UserError("--card: plan for cards or for a CPU, not for both at once.")
+    engine = None if options.engine == "auto" else options.engine
+    require_engine(engine, options.cards, backbone.quantization)
     if model is None:
         config = published(str(options.params))
     else:
         config = read_shape(model, backbone.model_revision, options.trust_remote_code)
     precision = options.precision or ("bf16" if cuda else "fp32")
-    engine = None if options.engine == "auto" else options.engine
     planner = Planner(
         config,
         backbone,

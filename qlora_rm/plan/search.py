@@ -6,13 +6,16 @@ from copy import copy
 import torch
 from transformers import PretrainedConfig
 
-from qlora_rm.config import AdapterConfig, BackboneConfig
+from qlora_rm.config import AdapterConfig, BackboneConfig, Quantization
+from qlora_rm.errors import UserError
 from qlora_rm.plan.cards import Card
 from qlora_rm.plan.memory import CARDS_PER_NODE, Engine, Memory, Setting, memory
 from qlora_rm.plan.rehearsal import Rehearsal, Step
 from qlora_rm.plan.skeleton import backbone_of, build, weigh
 from qlora_rm.plan.workload import Layout, Workload
 
+ENGINES: tuple[Engine, ...] = ("ddp", "zero2", "zero3", "zero3_offload")
+"""That several ranks are planned for."""
 PAIRS = (32, 16, 8, 4, 2, 1)
 MORE_RANKS = (2, 4, 8, 16, 32, 64)
 USEFUL = 0.45
@@ -45,7 +48,7 @@ class Planner:
         self.weights = weigh(model, dtype)
         self.layout = Layout.of(backbone_of(model), backbone, cuda=cuda)
         self.workload = workload(self.layout)
-        self.pairs_per_step = pairs_per_step
+        self.pairs_per_step, self.quantization = pairs_per_step, backbone.quantization
         self.rehearsal = Rehearsal(model, dtype, self.layout.kernel)
 
     def step(self, setting: Setting) -> Step:
@@ -78,13 +81,17 @@ class Planner:
         return sorted(self._candidates(ranks, engine), key=lambda setting: self.cost(setting, card))
 
     def _candidates(self, ranks: int, engine: Engine | None) -> Iterator[Setting]:
-        for name in [engine] if engine else engines(ranks):
+        for name in [engine] if engine else self.engines(ranks):
             for pairs in PAIRS:
                 if pairs * ranks > max(self.pairs_per_step, ranks):
                     continue
                 accumulation = max(1, self.pairs_per_step // (pairs * ranks))
                 for checkpointing in (False, True):
                     yield Setting(name, ranks, pairs, accumulation, checkpointing)
+
+    def engines(self, ranks: int) -> list[Engine]:
+        """Those that so many ranks of this backbone can run under."""
+        return engines(ranks, self.quantization)
 
     def fastest(self, card: Card, ranks: int, engine: Engine | None = None) -> Setting | None:
         """The first candidate that fits, or None."""
@@ -129,8 +136,22 @@ class Planner:
         return (products + unpacking + gathering + reduction + bookkeeping) / (setting.pairs * setting.ranks)
 
 
-def engines(ranks: int) -> list[Engine]:
-    """Those with a launch configuration for so many ranks."""
-    if ranks == 1:
-        return ["single"]
-    return ["ddp", "zero2", "zero3", "zero3_offload"] if ranks <= CARDS_PER_NODE else ["zero3"]
+def engines(ranks: int, quantization: Quantization = "4bit") -> list[Engine]:
+    """Those that are planned for so many ranks: there is a launch configuration, and the train door takes the run."""
+    return [name for name in (ENGINES if ranks > 1 else ("single",)) if refusal(name, ranks, quantization) is None]
+
+
+def require_engine(engine: Engine | None, ranks: int, quantization: Quantization) -> None:
+    """Raise a `UserError` where no run can be planned: of `engine`, or, without one, of any."""
+    why = [refusal(name, ranks, quantization) for name in ([engine] if engine else ENGINES if ranks > 1 else ())]
+    if why and all(why):
+        raise UserError(" ".join(dict.fromkeys(map(str, why))))
+
+
+def refusal(engine: Engine, ranks: int, quantization: Quantization) -> str | None:
+    """Why a run is not planned, with the way out; None where it is."""
+    if engine.startswith("zero3") and quantization == "8bit":
+        return "ZeRO-3 shards no 8-bit weights, of which bitsandbytes keeps a whole copy on every rank: use --quantization 4bit."
+    if ranks > CARDS_PER_NODE and engine != "zero3":
+        return f"Beyond {CARDS_PER_NODE} cards there is a launch configuration for ZeRO-3 alone: use --engine zero3."
+    return None

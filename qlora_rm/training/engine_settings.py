@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from qlora_rm.config import Quantization
 from qlora_rm.errors import UserError
 from qlora_rm.training.arguments import Options, TrainingConfig
 
@@ -13,7 +14,7 @@ def require_sound_settings(options: Options, config: PretrainedConfig, engine: d
     """Raise a `UserError` that names every unsound setting of the DeepSpeed configuration `engine`."""
     unsound = unsound_settings(
         engine,
-        quantized=options.backbone.quantization != "none",
+        quantization=loaded_in(config, options.backbone.quantization),
         storage=stored_as(config),
         adapter=options.adapter.use_lora,
         args=options.training,
@@ -25,19 +26,26 @@ def require_sound_settings(options: Options, config: PretrainedConfig, engine: d
 
 
 def unsound_settings(
-    engine: dict[str, Any], *, quantized: bool, storage: str, adapter: bool, args: TrainingConfig
+    engine: dict[str, Any], *, quantization: Quantization, storage: str, adapter: bool, args: TrainingConfig
 ) -> list[str]:
     """DeepSpeed settings that spoil 4-bit weights or an fp32 adapter, or leave no model, most of them without a word; each
     with the way out.
 
     Arguments:
         engine: the DeepSpeed configuration, "auto" where the trainer will fill in its own.
+        quantization: of the weights once loaded.
         storage: dtype in which a pre-quantized checkpoint keeps its packed bytes; uint8 otherwise.
         adapter: LoRA is trained, not the whole model.
     """
     zero = engine.get("zero_optimization", {})
     found = []
-    if quantized:
+    if quantization == "8bit" and zero.get("stage") == 3:
+        # bitsandbytes 0.50: `Linear8bitLt.state.CB`, which is no parameter, and is put back as the weight after each forward
+        found.append(
+            "stage 3 shards no 8-bit weights, of which bitsandbytes keeps a whole copy in every process: use --quantization "
+            "4bit, or stage 2"
+        )
+    if quantization != "none":
         for name in ("zero_quantized_weights", "zero_quantized_nontrainable_weights"):
             if zero.get(name):
                 found.append(f"{name} rounds the packed 4-bit bytes once more and destroys them: take it out")
@@ -74,8 +82,19 @@ def unsound_settings(
     return found
 
 
+def loaded_in(config: PretrainedConfig, asked: Quantization) -> Quantization:
+    """What the weights will be in: a checkpoint that was saved quantized comes as it is, whatever is asked for."""
+    saved = _saved_settings(config)
+    if saved.get("load_in_8bit"):
+        return "8bit"
+    return "4bit" if saved.get("load_in_4bit") else asked
+
+
 def stored_as(config: PretrainedConfig) -> str:
     """dtype of the packed bytes in a checkpoint that was saved in 4 bit; what this project packs into otherwise."""
+    return str(_saved_settings(config).get("bnb_4bit_quant_storage") or "uint8").removeprefix("torch.")
+
+
+def _saved_settings(config: PretrainedConfig) -> dict[str, Any]:
     saved = getattr(config, "quantization_config", None) or {}
-    settings = saved if isinstance(saved, dict) else saved.to_dict()
-    return str(settings.get("bnb_4bit_quant_storage") or "uint8").removeprefix("torch.")
+    return saved if isinstance(saved, dict) else saved.to_dict()

@@ -96,6 +96,12 @@ class TestCommand:
             (["--params", "7B", "--dataset", "x.jsonl"], "give the MODEL"),
             (["--params", "7B", "--share", "1"], "--share"),
             (["--params", "7B", "--engine", "zero3"], "--cards N"),
+            (
+                ["--params", "7B", "--engine", "zero3", "--cards", "8", "--quantization", "8bit"],
+                "use --quantization 4bit",
+            ),
+            (["--params", "7B", "--cards", "16", "--quantization", "8bit"], "use --quantization 4bit"),
+            (["--params", "7B", "--engine", "ddp", "--cards", "16"], "use --engine zero3"),
             (["no/such/folder"], "There is no folder"),
         ],
     )

@@ -104,6 +104,15 @@ def test_every_engine_that_is_searched_has_a_configuration() -> None:
             assert (ROOT / name).exists()
 
 
+def test_8_bit_weights_are_planned_for_engines_that_leave_them_whole() -> None:
+    """ZeRO-3 does not shard them: what it would be said to save is not saved."""
+    eight = planner(quantization="8bit")
+    assert eight.engines(8) == ["ddp", "zero2"] and LLAMA.engines(8) == ["ddp", "zero2", "zero3", "zero3_offload"]
+    assert {setting.engine for setting in eight.candidates(SMALL, 8)} == {"ddp", "zero2"}
+    small = replace(SMALL, memory=eight.memory(eight.leanest(SMALL, 8), SMALL).total - 1)
+    assert eight.fastest(small, 8) is None and eight.ranks_needed(small, 8) is None
+
+
 class TestWorkload:
     def test_assumed_and_measured_agree(self) -> None:
         prompt, endings = list(range(5, 389)), [[1] * 128, [2] * 128]

@@ -128,6 +128,14 @@ def test_deepspeed_resumes_where_it_stopped(backbone_folder, rows_file, tmp_path
         torch.testing.assert_close(resumed[name], weight, rtol=0, atol=0, msg=name)
 
 
+def test_an_8_bit_backbone_is_refused_under_zero3(backbone_folder, rows_file, tmp_path):
+    done = launch("cpu_zero3", short_run(backbone_folder, rows_file, tmp_path / "out", quantization="8bit"))
+    assert done.returncode != 0
+    assert done.stderr.count("error: The DeepSpeed configuration ds_configs/cpu_zero3.json") == 1, done.stderr[-3000:]
+    assert "use --quantization 4bit" in done.stderr
+    assert "compute dtype" not in done.stderr, "told before weights are loaded"
+
+
 def test_an_engine_that_is_not_in_force_is_noticed(backbone_folder, rows_file, tmp_path):
     """The launcher's own --cpu drops DeepSpeed without a word; the recipe's `engine` tells."""
     done = launch("cpu_zero3", short_run(backbone_folder, rows_file, tmp_path / "out", engine="zero3"), "--cpu")

@@ -11,7 +11,7 @@ from qlora_rm.backbone.load import read_model_config
 from qlora_rm.errors import UserError
 from qlora_rm.training.arguments import _require_own_card, parse
 from qlora_rm.training.disk import SMALL_FILES, DiskNeed, checkpoint_bytes, checkpoints_made, trained_weights
-from qlora_rm.training.engine_settings import stored_as, unsound_settings
+from qlora_rm.training.engine_settings import loaded_in, stored_as, unsound_settings
 from qlora_rm.training.preflight import Report, _raise_first, _require_alike
 from qlora_rm.training.run import main
 
@@ -24,16 +24,16 @@ def zero(**settings):
     return SOUND | {"zero_optimization": SOUND["zero_optimization"] | settings}
 
 
-def unsound(flags, engine, *, quantized=True, storage="uint8", adapter=True, bf16=False, **changes):
+def unsound(flags, engine, *, quantization="4bit", storage="uint8", adapter=True, bf16=False, **changes):
     args = parse(flags(**changes)).training
     args.bf16 = bf16  # a CPU's own arguments refuse it
-    return unsound_settings(engine, quantized=quantized, storage=storage, adapter=adapter, args=args)
+    return unsound_settings(engine, quantization=quantization, storage=storage, adapter=adapter, args=args)
 
 
 @pytest.mark.parametrize("twin", TWINS, ids=lambda path: path.stem)
 def test_the_projects_own_settings_are_sound(flags, twin):
     assert unsound(flags, json.loads(twin.read_text())) == []
-    assert unsound(flags, json.loads(twin.read_text()), quantized=False, adapter=False) == []
+    assert unsound(flags, json.loads(twin.read_text()), quantization="none", adapter=False) == []
 
 
 @pytest.mark.parametrize(
@@ -57,8 +57,8 @@ def test_a_setting_that_spoils_weights_is_named_with_the_way_out(flags, engine, 
 
 def test_settings_are_refused_only_where_they_do_harm(flags):
     all_of_them = zero(zero_quantized_weights=True, offload_param={"device": "nvme"}) | {"bf16": {"enabled": "auto"}}
-    assert unsound(flags, all_of_them, quantized=False) == []
-    assert unsound(flags, all_of_them | {"bf16": {"enabled": True}}, quantized=False, adapter=False) == []
+    assert unsound(flags, all_of_them, quantization="none") == []
+    assert unsound(flags, all_of_them | {"bf16": {"enabled": True}}, quantization="none", adapter=False) == []
     assert len(unsound(flags, all_of_them, bf16=True)) == 3, "auto is what the trainer computes in"
     assert unsound(flags, SOUND | {"gradient_clipping": 0.5}, max_grad_norm=0.5) == []
     assert unsound(flags, zero(offload_param={"device": "cpu"}, zero_hpz_partition_size=8)) == []
@@ -68,10 +68,19 @@ def test_a_whole_model_under_zero3_needs_its_weights_gathered_to_be_saved(flags)
     """Without it transformers writes an engine's checkpoint in the model's place, and the run ends well."""
     for value in (False, "auto"):
         whole = zero(stage3_gather_16bit_weights_on_model_save=value)
-        (told,) = unsound(flags, whole, quantized=False, adapter=False)
+        (told,) = unsound(flags, whole, quantization="none", adapter=False)
         assert "stage3_gather_16bit_weights_on_model_save" in told and "set it to true" in told
         assert unsound(flags, whole) == [], "an adapter is gathered whatever it says"
-        assert unsound(flags, {**whole, "zero_optimization": {"stage": 2}}, quantized=False, adapter=False) == []
+        assert unsound(flags, {**whole, "zero_optimization": {"stage": 2}}, quantization="none", adapter=False) == []
+
+
+def test_8_bit_weights_are_not_taken_for_sharded(flags):
+    (told,) = unsound(flags, SOUND, quantization="8bit")
+    assert "8-bit" in told and "use --quantization 4bit" in told
+    assert unsound(flags, {**SOUND, "zero_optimization": {"stage": 2}}, quantization="8bit") == []
+    saved = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    assert loaded_in(LlamaConfig(quantization_config=saved), "4bit") == "8bit", "a checkpoint comes as it was saved"
+    assert loaded_in(LlamaConfig(), "4bit") == "4bit"
 
 
 def test_packed_bytes_stored_in_another_dtype_are_refused(flags):
