@@ -233,7 +233,7 @@ class PlanConfig:
         "Part of a sequence that the responses to a prompt have in common; measured instead where --dataset is given.",
     )
     responses: int = option(2, "Responses to a prompt; measured instead where --dataset is given.")
-    pairs_per_step: int = option(64, "Comparisons in an optimizer step, over all cards.")
+    pairs_per_step: int = option(64, "Comparisons in an optimizer step, over all cards, which take equal shares of it.")
     precision: Literal["bf16", "fp16", "fp32"] | None = option(
         None, "Dtype of the arithmetic; unset: bf16 on cards, fp32 on a CPU."
     )
@@ -244,7 +244,7 @@ class PlanConfig:
         require(self.max_length > 1, f"--max_length {self.max_length} must be above 1.")
         require(0 <= self.share < 1, f"--share {self.share} must be at least 0 and below 1.")
         require(self.responses > 1, f"--responses {self.responses} must be above 1.")
-        require(self.pairs_per_step >= self.cards, f"--pairs_per_step {self.pairs_per_step} must be at least --cards.")
+        require(self.pairs_per_step > 0, f"--pairs_per_step {self.pairs_per_step} must be above 0.")
         require(self.engine != "single" or self.cards == 1, "--engine single is for one card: pass --cards 1.")
         require(
             self.engine in ("auto", "single") or self.cards > 1,

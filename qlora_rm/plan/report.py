@@ -14,7 +14,7 @@ from qlora_rm.plan.check import nearest
 from qlora_rm.plan.launch import MODEL, ROWS, launch_line
 from qlora_rm.plan.memory import Engine, Memory, Setting, host, loading
 from qlora_rm.plan.published import published, read_shape
-from qlora_rm.plan.search import Planner, require_engine
+from qlora_rm.plan.search import Planner, require_engine, require_shares
 from qlora_rm.plan.workload import Layout, Workload
 from qlora_rm.preferences import Tokenization, load_comparisons
 
@@ -149,6 +149,7 @@ def make_plan(
         raise UserError("--card: plan for cards or for a CPU, not for both at once.")
     engine = None if options.engine == "auto" else options.engine
     require_engine(engine, options.cards, backbone.quantization)
+    require_shares(options.pairs_per_step, options.cards)
     if model is None:
         config = published(str(options.params))
     else:

@@ -16,7 +16,8 @@ from qlora_rm.plan.workload import Layout, Workload
 
 ENGINES: tuple[Engine, ...] = ("ddp", "zero2", "zero3", "zero3_offload")
 """That several ranks are planned for."""
-PAIRS = (32, 16, 8, 4, 2, 1)
+MOST_PAIRS = 32
+"""Comparisons in the largest micro-batch that is planned."""
 MORE_RANKS = (2, 4, 8, 16, 32, 64)
 USEFUL = 0.45
 """Part of a card's peak rate that products of a training step reach. It is the same for all candidates."""
@@ -57,7 +58,7 @@ class Planner:
         Rehearsed for one comparison and for the most there may be. Every storage grows by so much a row, so the peak, a
         maximum of straight lines, lies on the line between the two or below it. Where rows differ in length, rehearsed.
         """
-        few, many = self.workload.batch(1), self.workload.batch(PAIRS[0])
+        few, many = self.workload.batch(1), self.workload.batch(MOST_PAIRS)
         batch = self.workload.batch(setting.pairs)
         accumulates = setting.engine != "single" or setting.accumulation > 1
         if not (few.length == many.length == batch.length and few.packed == many.packed == batch.packed):
@@ -82,10 +83,7 @@ class Planner:
 
     def _candidates(self, ranks: int, engine: Engine | None) -> Iterator[Setting]:
         for name in [engine] if engine else self.engines(ranks):
-            for pairs in PAIRS:
-                if pairs * ranks > max(self.pairs_per_step, ranks):
-                    continue
-                accumulation = max(1, self.pairs_per_step // (pairs * ranks))
+            for pairs, accumulation in shares(self.pairs_per_step, ranks):
                 for checkpointing in (False, True):
                     yield Setting(name, ranks, pairs, accumulation, checkpointing)
 
@@ -134,6 +132,22 @@ class Planner:
         reduction = 2 * others * 4 * weights.trainable / (link * 1e9) / setting.accumulation
         bookkeeping = 1e-3 * setting.stage  # between equals, the engine that does less
         return (products + unpacking + gathering + reduction + bookkeeping) / (setting.pairs * setting.ranks)
+
+
+def shares(pairs_per_step: int, ranks: int) -> Iterator[tuple[int, int]]:
+    """All ways to make exactly an optimizer step of so many ranks' micro-batches: comparisons in one, and accumulation."""
+    own, left = divmod(pairs_per_step, ranks)
+    return ((n, own // n) for n in range(min(own, MOST_PAIRS), 0, -1) if left == own % n == 0)
+
+
+def require_shares(pairs_per_step: int, ranks: int) -> None:
+    """Raise a `UserError` where the ranks cannot take equal shares of an optimizer step."""
+    if pairs_per_step % ranks:
+        around = {n for n in (pairs_per_step // ranks * ranks, -(-pairs_per_step // ranks) * ranks) if n}
+        raise UserError(
+            f"--pairs_per_step {pairs_per_step}: {ranks} cards cannot take equal shares of it. Give a multiple of {ranks}, as "
+            f"{' or '.join(map(str, sorted(around)))}."
+        )
 
 
 def engines(ranks: int, quantization: Quantization = "4bit") -> list[Engine]:

@@ -77,6 +77,11 @@ class TestCommand:
         assert main(["plan", str(tmp_path), "--card", "cpu:8", "--engine", "single"]) == 0
         assert "the fastest that fits: single" in capsys.readouterr().out
 
+    def test_an_optimizer_step_is_the_one_that_was_asked_for(self, folder: Path, capsys) -> None:
+        assert main(["plan", str(folder), "--json", "--card", "24", "--cards", "8", "--pairs_per_step", "48"]) == 0
+        fastest = json.loads(capsys.readouterr().out)["cards"][0]["fastest"]
+        assert fastest["ranks"] * fastest["pairs"] * fastest["accumulation"] == 48
+
     def test_data_is_measured(self, folder: Path, tmp_path, capsys) -> None:
         rows = [{"prompt": "What is it? " * n, "chosen": "Paris.", "rejected": "No."} for n in range(1, 30)]
         path = tmp_path / "rows.jsonl"
@@ -102,6 +107,8 @@ class TestCommand:
             ),
             (["--params", "7B", "--cards", "16", "--quantization", "8bit"], "use --quantization 4bit"),
             (["--params", "7B", "--engine", "ddp", "--cards", "16"], "use --engine zero3"),
+            (["--params", "7B", "--cards", "6"], "Give a multiple of 6, as 60 or 66"),
+            (["--params", "7B", "--cards", "6", "--pairs_per_step", "4"], "Give a multiple of 6, as 6."),
             (["no/such/folder"], "There is no folder"),
         ],
     )

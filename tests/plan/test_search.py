@@ -19,7 +19,7 @@ from qlora_rm.plan.cards import CARDS, Card, processors
 from qlora_rm.plan.check import in_words, memory_warning, nearest
 from qlora_rm.plan.launch import launch_line
 from qlora_rm.plan.memory import Setting
-from qlora_rm.plan.search import MORE_RANKS, Planner, engines
+from qlora_rm.plan.search import MORE_RANKS, MOST_PAIRS, Planner, engines
 from qlora_rm.plan.workload import Workload
 from qlora_rm.training.arguments import parse
 from tests.models_for_tests import save_backbone
@@ -104,6 +104,16 @@ def test_every_engine_that_is_searched_has_a_configuration() -> None:
             assert (ROOT / name).exists()
 
 
+@given(st.integers(1, 200), st.integers(1, 16))
+def test_a_candidate_makes_the_very_step_that_was_asked_for(pairs_per_step: int, ranks: int) -> None:
+    """In as many ways as there are; where the ranks cannot share it out, in none."""
+    asking = copy(LLAMA)
+    asking.pairs_per_step = pairs_per_step
+    found = {(s.pairs, s.accumulation) for s in asking.candidates(SMALL, ranks, "ddp")}
+    assert all(pairs * accumulation * ranks == pairs_per_step for pairs, accumulation in found)
+    assert len(found) == sum(pairs_per_step % (n * ranks) == 0 for n in range(1, MOST_PAIRS + 1))
+
+
 def test_8_bit_weights_are_planned_for_engines_that_leave_them_whole() -> None:
     """ZeRO-3 does not shard them: what it would be said to save is not saved."""
     eight = planner(quantization="8bit")
@@ -171,6 +181,12 @@ class TestWarning:
         assert proposed.pairs * proposed.accumulation == 32
         assert in_words(proposed) == " ".join(words)
         assert self.warn(backbone, proposed, card) is None
+
+    def test_what_it_proposes_is_the_batch_that_was_asked_for(self, backbone: BackboneConfig) -> None:
+        said = self.warn(backbone, Setting("single", 1, 21, 1, False), replace(processors(20e6), context=1e6))
+        assert said is not None and "This fits: --engine single --per_device_train_batch_size" in said
+        told = parse(["--bf16", "False", *said.rpartition("This fits: ")[2].rstrip(".").split()]).training
+        assert told.per_device_train_batch_size * told.gradient_accumulation_steps == 21
 
     def test_what_no_micro_batch_mends(self, backbone: BackboneConfig) -> None:
         said = self.warn(backbone, Setting("single", 1, 1, 1, True), replace(processors(1e5), context=0.0))
