@@ -14,7 +14,7 @@ from qlora_rm.config import AdapterConfig, BackboneConfig
 from qlora_rm.errors import UserError, first_line
 from qlora_rm.plan.cards import CARDS, GB, Card, processors
 from qlora_rm.plan.launch import door_options
-from qlora_rm.plan.memory import Setting
+from qlora_rm.plan.memory import CARDS_PER_NODE, Setting
 from qlora_rm.plan.search import Planner
 from qlora_rm.plan.workload import Workload
 
@@ -51,6 +51,7 @@ def memory_warning(
             partial(Workload.measured, rows),
             cuda=card.is_cuda,
             pairs_per_step=setting.pairs * setting.ranks * setting.accumulation,
+            per_node=ranks_on_a_machine(setting.ranks, ranks_here, card),
             trust_remote_code=trust_remote_code,
         )
         need = planner.memory(setting, card)
@@ -84,6 +85,13 @@ def nearest(planner: Planner, asked: Setting, card: Card) -> str:
     if card.is_cuda and (more := planner.ranks_needed(card, asked.ranks)):
         return f"It fits on {more.ranks} such cards: {in_words(more)}."
     return "No setting fits: take a smaller backbone or more memory."
+
+
+def ranks_on_a_machine(ranks: int, ranks_here: int, card: Card) -> int | None:
+    """As the run was launched; one that is on one machine may have more cards there than it took."""
+    if ranks > ranks_here:
+        return ranks_here
+    return max(ranks, CARDS_PER_NODE) if card.is_cuda else None
 
 
 def in_words(setting: Setting) -> str:

@@ -26,13 +26,21 @@ REUSE_DISTANCE = 1_000_000_000
 
 @dataclass(frozen=True)
 class Setting:
-    """How a run is set up; `pairs` stand in a micro-batch, `accumulation` micro-batches in an optimizer step."""
+    """How a run is set up.
+
+    Attributes:
+        pairs: comparisons in a micro-batch.
+        accumulation: micro-batches in an optimizer step.
+        hpz: under ZeRO-3, ranks that share out a second copy of the weights among them (`zero_hpz_partition_size`): those of
+            a machine, where there are several; 1 without such copies.
+    """
 
     engine: Engine
     ranks: int
     pairs: int
     accumulation: int
     checkpointing: bool
+    hpz: int = 1
 
     @property
     def stage(self) -> int:
@@ -40,7 +48,7 @@ class Setting:
 
     @property
     def nodes(self) -> int:
-        return math.ceil(self.ranks / CARDS_PER_NODE)
+        return math.ceil(self.ranks / self.hpz) if self.hpz > 1 else 1
 
 
 @dataclass(frozen=True)
@@ -89,13 +97,13 @@ def memory(weights: Weights, step: Step, setting: Setting, card: Card) -> Memory
 
 def frozen(weights: Weights, setting: Setting) -> int:
     """ZeRO-3 leaves each rank 1/N of the packed and plain weights, or with offload of parameters none; the scales are
-    no parameters, and stay. Over several nodes `zero_hpz_partition_size` keeps a second copy within each node."""
+    no parameters, and stay. Where `zero_hpz_partition_size` keeps a second copy within each node, that comes on top."""
     sharded = weights.packed + weights.plain
     if setting.stage < 3:
         return sharded + weights.scales
     if setting.engine == "zero3_offload":
         return weights.scales
-    second = share(sharded, CARDS_PER_NODE) if setting.nodes > 1 else 0
+    second = share(sharded, setting.hpz) if setting.hpz > 1 else 0
     return share(sharded, setting.ranks) + second + weights.scales
 
 

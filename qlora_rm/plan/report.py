@@ -12,7 +12,7 @@ from qlora_rm.errors import UserError
 from qlora_rm.plan.cards import GB, Card, card_named
 from qlora_rm.plan.check import nearest
 from qlora_rm.plan.launch import MODEL, ROWS, launch_line
-from qlora_rm.plan.memory import Engine, Memory, Setting, host, loading
+from qlora_rm.plan.memory import CARDS_PER_NODE, Engine, Memory, Setting, host, loading
 from qlora_rm.plan.published import published, read_shape
 from qlora_rm.plan.search import Planner, require_engine, require_shares
 from qlora_rm.plan.workload import Layout, Workload
@@ -148,7 +148,8 @@ def make_plan(
     if any(card.is_cuda != cuda for card in cards):
         raise UserError("--card: plan for cards or for a CPU, not for both at once.")
     engine = None if options.engine == "auto" else options.engine
-    require_engine(engine, options.cards, backbone.quantization)
+    per_node = CARDS_PER_NODE if cuda else None
+    require_engine(engine, options.cards, backbone.quantization, per_node)
     require_shares(options.pairs_per_step, options.cards)
     if model is None:
         config = published(str(options.params))
@@ -163,6 +164,7 @@ def make_plan(
         partial(workload_of, model, options, data),
         cuda=cuda,
         pairs_per_step=options.pairs_per_step,
+        per_node=per_node,
         trust_remote_code=options.trust_remote_code,
     )
     line = door_words(model, options, backbone, adapter, data, precision)

@@ -18,6 +18,8 @@ def require_sound_settings(options: Options, config: PretrainedConfig, engine: d
         storage=stored_as(config),
         adapter=options.adapter.use_lora,
         args=options.training,
+        ranks=options.training.world_size,
+        ranks_here=int(os.environ.get("LOCAL_WORLD_SIZE", options.training.world_size)),
     )
     if unsound:
         file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE") or options.training.deepspeed
@@ -26,7 +28,14 @@ def require_sound_settings(options: Options, config: PretrainedConfig, engine: d
 
 
 def unsound_settings(
-    engine: dict[str, Any], *, quantization: Quantization, storage: str, adapter: bool, args: TrainingConfig
+    engine: dict[str, Any],
+    *,
+    quantization: Quantization,
+    storage: str,
+    adapter: bool,
+    args: TrainingConfig,
+    ranks: int,
+    ranks_here: int,
 ) -> list[str]:
     """DeepSpeed settings that spoil 4-bit weights or an fp32 adapter, or leave no model, most of them without a word; each
     with the way out.
@@ -36,6 +45,7 @@ def unsound_settings(
         quantization: of the weights once loaded.
         storage: dtype in which a pre-quantized checkpoint keeps its packed bytes; uint8 otherwise.
         adapter: LoRA is trained, not the whole model.
+        ranks: processes of the job, `ranks_here` of them on this machine.
     """
     zero = engine.get("zero_optimization", {})
     found = []
@@ -76,6 +86,12 @@ def unsound_settings(
                 f"{name}.enabled casts adapter and head to 16 bit: set it to false and give torch_autocast, as "
                 "ds_configs/zero3.json does"
             )
+    second = min(zero.get("zero_hpz_partition_size", 1), ranks)  # DeepSpeed takes no more than there are
+    if zero.get("stage") == 3 and second > 1 and ranks_here % second:
+        found.append(
+            f"zero_hpz_partition_size {zero['zero_hpz_partition_size']} keeps a second copy of the shards among so many "
+            f"processes, which do not fit into a machine with {ranks_here}: set it to {ranks_here}"
+        )
     clip = engine.get("gradient_clipping", "nothing")
     if clip not in ("auto", args.max_grad_norm):
         found.append(f'gradient_clipping says {clip}, --max_grad_norm {args.max_grad_norm}: set it to "auto"')

@@ -115,6 +115,7 @@ def _memory_warning(options: Options, engine: Engine, train: Dataset) -> str | N
         pairs=args.per_device_train_batch_size,
         accumulation=args.gradient_accumulation_steps,
         checkpointing=bool(args.activation_checkpointing),
+        hpz=_second_copies(engine.name, args),
     )
     return memory_warning(
         options.backbone,
@@ -133,6 +134,14 @@ def _planned_as(engine: str, args: TrainingConfig) -> Any:
         zero = args.deepspeed_plugin.deepspeed_config["zero_optimization"]
         return "zero3_offload" if (zero.get("offload_param") or {}).get("device") == "cpu" else engine
     return engine
+
+
+def _second_copies(engine: str, args: TrainingConfig) -> int:
+    """Ranks among which ZeRO-3 shares out a second copy of the weights; 1 where it keeps none."""
+    if engine != "zero3":
+        return 1
+    asked = args.deepspeed_plugin.deepspeed_config["zero_optimization"].get("zero_hpz_partition_size", 1)
+    return max(1, min(asked, args.world_size))
 
 
 def _heaviest(train: Dataset) -> Dataset:

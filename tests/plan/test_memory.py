@@ -31,7 +31,8 @@ def cases(draw: st.DrawFn) -> tuple[Weights, Step]:
 
 
 def setting(engine: Engine, ranks: int, accumulation: int = 2) -> Setting:
-    return Setting(engine, ranks, 1, accumulation, True)
+    several = ranks > arithmetic.CARDS_PER_NODE and engine == "zero3"
+    return Setting(engine, ranks, 1, accumulation, True, arithmetic.CARDS_PER_NODE if several else 1)
 
 
 @given(cases(), st.sampled_from(get_args(Engine)), st.integers(1, 64), st.integers(1, 4))

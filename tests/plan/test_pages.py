@@ -82,6 +82,11 @@ class TestCommand:
         fastest = json.loads(capsys.readouterr().out)["cards"][0]["fastest"]
         assert fastest["ranks"] * fastest["pairs"] * fastest["accumulation"] == 48
 
+    def test_processes_on_a_cpu_are_on_one_host(self, folder: Path, capsys) -> None:
+        assert main(["plan", str(folder), "--json", "--card", "cpu:8", "--cards", "16", "--max_length", "256"]) == 0
+        line = json.loads(capsys.readouterr().out)["cards"][0]["line"]
+        assert "--num_processes 16" in line and "--num_machines" not in line
+
     def test_data_is_measured(self, folder: Path, tmp_path, capsys) -> None:
         rows = [{"prompt": "What is it? " * n, "chosen": "Paris.", "rejected": "No."} for n in range(1, 30)]
         path = tmp_path / "rows.jsonl"
@@ -109,6 +114,7 @@ class TestCommand:
             (["--params", "7B", "--engine", "ddp", "--cards", "16"], "use --engine zero3"),
             (["--params", "7B", "--cards", "6"], "Give a multiple of 6, as 60 or 66"),
             (["--params", "7B", "--cards", "6", "--pairs_per_step", "4"], "Give a multiple of 6, as 6."),
+            (["--params", "7B", "--cards", "12"], "give 8 or 16"),
             (["no/such/folder"], "There is no folder"),
         ],
     )

@@ -16,7 +16,7 @@ from transformers import AutoConfig
 
 from qlora_rm.config import AdapterConfig, BackboneConfig
 from qlora_rm.plan.cards import CARDS, Card, processors
-from qlora_rm.plan.check import in_words, memory_warning, nearest
+from qlora_rm.plan.check import in_words, memory_warning, nearest, ranks_on_a_machine
 from qlora_rm.plan.launch import launch_line
 from qlora_rm.plan.memory import Setting
 from qlora_rm.plan.search import MORE_RANKS, MOST_PAIRS, Planner, engines
@@ -66,7 +66,7 @@ def test_a_faster_setting_is_one_that_computes_less() -> None:
 
 @pytest.mark.parametrize("setting", [
     *(Setting(engine, 8 if engine != "single" else 1, 4, 2, True) for engine in ("single", "ddp", "zero2", "zero3", "zero3_offload")),
-    Setting("zero3", 16, 1, 4, False),
+    Setting("zero3", 16, 1, 4, False, hpz=8),
 ], ids=lambda setting: f"{setting.engine}-{setting.ranks}")  # fmt: skip
 @pytest.mark.parametrize("cuda", [True, False])
 def test_the_line_is_one_that_accelerate_and_the_door_read(setting: Setting, cuda: bool, monkeypatch) -> None:
@@ -112,6 +112,27 @@ def test_a_candidate_makes_the_very_step_that_was_asked_for(pairs_per_step: int,
     found = {(s.pairs, s.accumulation) for s in asking.candidates(SMALL, ranks, "ddp")}
     assert all(pairs * accumulation * ranks == pairs_per_step for pairs, accumulation in found)
     assert len(found) == sum(pairs_per_step % (n * ranks) == 0 for n in range(1, MOST_PAIRS + 1))
+
+
+def test_several_machines_are_planned_as_the_launch_configuration_has_them() -> None:
+    """DeepSpeed shares the second copy out among 8 ranks, and stops where they do not make whole groups."""
+    assert [engines(n) for n in (9, 12, 16, 24)] == [[], [], ["zero3"], ["zero3"]]
+    sixteen = LLAMA.leanest(SMALL, 16)
+    assert (sixteen.hpz, sixteen.nodes) == (8, 2)
+    one_copy = LLAMA.memory(replace(sixteen, hpz=1), SMALL).weights
+    assert LLAMA.memory(sixteen, SMALL).weights > one_copy
+    assert LLAMA.leanest(SMALL, 8).nodes == 1
+
+
+def test_machines_of_a_run_are_those_it_was_launched_on() -> None:
+    assert ranks_on_a_machine(12, 4, SMALL) == 4, "three of four"
+    assert ranks_on_a_machine(1, 1, SMALL) == 8, "one card of a machine that may have more"
+    assert ranks_on_a_machine(16, 16, SMALL) == 16
+    assert ranks_on_a_machine(16, 16, processors(1e9)) is None, "a host's processes are on that host"
+    fours = copy(LLAMA)
+    fours.per_node = 4
+    assert fours.engines(12) == fours.engines(8) == ["zero3"] and "ddp" in fours.engines(4)
+    assert {(s.hpz, s.nodes) for s in fours.candidates(SMALL, 8)} == {(4, 2)}
 
 
 def test_8_bit_weights_are_planned_for_engines_that_leave_them_whole() -> None:

@@ -1,5 +1,6 @@
 """Two "nodes" on this machine: two launchers that meet at one port, train as one job, and end as one when a rank dies."""
 
+import json
 import os
 import signal
 import socket
@@ -125,6 +126,25 @@ def test_the_slurm_script_trains_over_two_nodes_what_one_process_trains(
     assert_close(tmp_path / "out", one_process)
     assert not (tmp_path / "bin" / "requeued").exists()
     assert not list((tmp_path / "out").glob(".preflight-*"))
+
+
+def test_a_second_copy_that_would_reach_over_machines_is_refused_before_weights_are_loaded(
+    backbone_folder, rows_file, tmp_path
+):
+    """The same script and configuration on machines of fewer cards than it was written for."""
+    engine, launch_config = tmp_path / "engine.json", tmp_path / "launch.yaml"
+    settings = json.loads((ROOT / "ds_configs/cpu_two_nodes_zero3.json").read_text())
+    settings["zero_optimization"]["zero_hpz_partition_size"] = 2
+    engine.write_text(json.dumps(settings))
+    written = (ROOT / "accelerate_configs/cpu_two_nodes_zero3.yaml").read_text()
+    launch_config.write_text(written.replace("ds_configs/cpu_two_nodes_zero3.json", str(engine)))
+    slurm = slurm_for_tests.install(tmp_path / "bin", job=free_port()) | {"LAUNCH_CONFIG": str(launch_config)}
+    with job(tmp_path) as running:
+        running.start(["bash", SCRIPT, *short_run(backbone_folder, rows_file, tmp_path / "out")], **slurm)
+        assert running.wait(120) != [0]
+    said = running.said(0).partition("elastic/multiprocessing")[0]
+    assert said.count(f"error: The DeepSpeed configuration {engine} cannot train") == 1, running.said(0)[-5000:]
+    assert "set it to 1" in said and "compute dtype" not in said and "Traceback" not in said
 
 
 def test_when_its_time_is_over_the_job_stops_and_is_queued_again(backbone_folder, rows_file, tmp_path):

@@ -24,10 +24,11 @@ def zero(**settings):
     return SOUND | {"zero_optimization": SOUND["zero_optimization"] | settings}
 
 
-def unsound(flags, engine, *, quantization="4bit", storage="uint8", adapter=True, bf16=False, **changes):
-    args = parse(flags(**changes)).training
+def unsound(flags, engine, *, bf16=False, changes=None, **run):
+    args = parse(flags(**changes or {})).training
     args.bf16 = bf16  # a CPU's own arguments refuse it
-    return unsound_settings(engine, quantization=quantization, storage=storage, adapter=adapter, args=args)
+    usual = {"quantization": "4bit", "storage": "uint8", "adapter": True, "ranks": 16, "ranks_here": 8}
+    return unsound_settings(engine, args=args, **usual | run)
 
 
 @pytest.mark.parametrize("twin", TWINS, ids=lambda path: path.stem)
@@ -60,7 +61,7 @@ def test_settings_are_refused_only_where_they_do_harm(flags):
     assert unsound(flags, all_of_them, quantization="none") == []
     assert unsound(flags, all_of_them | {"bf16": {"enabled": True}}, quantization="none", adapter=False) == []
     assert len(unsound(flags, all_of_them, bf16=True)) == 3, "auto is what the trainer computes in"
-    assert unsound(flags, SOUND | {"gradient_clipping": 0.5}, max_grad_norm=0.5) == []
+    assert unsound(flags, SOUND | {"gradient_clipping": 0.5}, changes={"max_grad_norm": 0.5}) == []
     assert unsound(flags, zero(offload_param={"device": "cpu"}, zero_hpz_partition_size=8)) == []
 
 
@@ -72,6 +73,28 @@ def test_a_whole_model_under_zero3_needs_its_weights_gathered_to_be_saved(flags)
         assert "stage3_gather_16bit_weights_on_model_save" in told and "set it to true" in told
         assert unsound(flags, whole) == [], "an adapter is gathered whatever it says"
         assert unsound(flags, {**whole, "zero_optimization": {"stage": 2}}, quantization="none", adapter=False) == []
+
+
+@pytest.mark.parametrize(
+    ("hpz", "ranks", "ranks_here", "sound"),
+    [
+        (8, 16, 8, True),
+        (8, 12, 4, False),  # DeepSpeed stops: 8 does not divide 12
+        (8, 8, 4, False),  # over two machines
+        (4, 12, 4, True),
+        (4, 16, 8, True),  # two copies a machine
+        (8, 12, 8, True),
+        (8, 4, 4, True),  # one machine: DeepSpeed takes the four there are
+        (3, 4, 4, False),
+        (1, 6, 3, True),
+        (0, 6, 3, True),
+    ],
+)
+def test_a_second_copy_of_the_shards_stays_within_a_machine(flags, hpz, ranks, ranks_here, sound):
+    """Told on each machine of itself: of 8 and 4 processes, the second's are told."""
+    told = unsound(flags, zero(zero_hpz_partition_size=hpz), ranks=ranks, ranks_here=ranks_here)
+    assert sound == (told == [])
+    assert sound or f"set it to {ranks_here}" in told[0]
 
 
 def test_8_bit_weights_are_not_taken_for_sharded(flags):
