@@ -223,7 +223,7 @@ class PlanConfig:
         ["24", "48", "80", "141"],
         "Memory of a card in GB; several are planned for one after the other. cpu:64 is a host of 64 GB without a card.",
     )
-    cards: int = option(1, "How many of them; on a CPU the number of processes.")
+    cards: int = option(1, "How many of them, more than eight in machines of eight; on a CPU the number of processes.")
     engine: Literal["auto", "single", "ddp", "zero2", "zero3", "zero3_offload"] = option(
         "auto", "Plan for this engine only; auto: the fastest that fits."
     )

@@ -13,8 +13,9 @@ from qlora_rm.backbone.load import read_model_config
 from qlora_rm.config import AdapterConfig, BackboneConfig
 from qlora_rm.errors import UserError, first_line
 from qlora_rm.plan.cards import CARDS, GB, Card, processors
+from qlora_rm.plan.engines import CARDS_PER_NODE
 from qlora_rm.plan.launch import door_options
-from qlora_rm.plan.memory import CARDS_PER_NODE, Setting
+from qlora_rm.plan.memory import Setting
 from qlora_rm.plan.search import Planner
 from qlora_rm.plan.workload import Workload
 

@@ -49,7 +49,7 @@ def door_options(setting: Setting) -> dict[str, Any]:
 def config_name(setting: Setting, cuda: bool = True) -> str | None:
     """Of the file in accelerate_configs/; one process on a CPU needs none."""
     if not cuda:
-        return CPU_CONFIGS.get(setting.engine)
+        return None if setting.engine == "single" else CPU_CONFIGS[setting.engine]
     if setting.nodes > 1:
         return "multi_node_zero3"
     return CONFIGS[setting.engine]

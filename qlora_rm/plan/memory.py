@@ -16,7 +16,6 @@ Engine = Literal["single", "ddp", "zero1", "zero2", "zero3", "zero3_offload"]
 
 FP32 = 4
 ADAM = 8
-CARDS_PER_NODE = 8
 REDUCE_BUCKET = 50_000_000
 PREFETCH = 50_000_000
 """Elements, as `ds_configs/` sets them."""

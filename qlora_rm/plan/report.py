@@ -11,10 +11,11 @@ from qlora_rm.console import say, table
 from qlora_rm.errors import UserError
 from qlora_rm.plan.cards import GB, Card, card_named
 from qlora_rm.plan.check import nearest
+from qlora_rm.plan.engines import CARDS_PER_NODE, Engines
 from qlora_rm.plan.launch import MODEL, ROWS, launch_line
-from qlora_rm.plan.memory import CARDS_PER_NODE, Engine, Memory, Setting, host, loading
+from qlora_rm.plan.memory import Engine, Memory, Setting, host, loading
 from qlora_rm.plan.published import published, read_shape
-from qlora_rm.plan.search import Planner, require_engine, require_shares
+from qlora_rm.plan.search import Planner, require_shares
 from qlora_rm.plan.workload import Layout, Workload
 from qlora_rm.preferences import Tokenization, load_comparisons
 
@@ -52,7 +53,7 @@ class Answer:
 def answer(planner: Planner, card: Card, ranks: int, engine: Engine | None, options: dict[str, Any]) -> Answer:
     """What fits on `ranks` cards of one kind."""
     settings = []
-    for name in [engine] if engine else planner.engines(ranks):
+    for name in [engine] if engine else planner.engines.of(ranks):
         setting = planner.fastest(card, ranks, name)
         shown = setting or planner.leanest(card, ranks, name)
         settings.append((shown, planner.memory(shown, card), setting is not None))
@@ -149,7 +150,7 @@ def make_plan(
         raise UserError("--card: plan for cards or for a CPU, not for both at once.")
     engine = None if options.engine == "auto" else options.engine
     per_node = CARDS_PER_NODE if cuda else None
-    require_engine(engine, options.cards, backbone.quantization, per_node)
+    Engines(cuda, per_node, backbone.quantization).require(engine, options.cards)
     require_shares(options.pairs_per_step, options.cards)
     if model is None:
         config = published(str(options.params))

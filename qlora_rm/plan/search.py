@@ -6,16 +6,15 @@ from copy import copy
 import torch
 from transformers import PretrainedConfig
 
-from qlora_rm.config import AdapterConfig, BackboneConfig, Quantization
+from qlora_rm.config import AdapterConfig, BackboneConfig
 from qlora_rm.errors import UserError
 from qlora_rm.plan.cards import Card
-from qlora_rm.plan.memory import CARDS_PER_NODE, Engine, Memory, Setting, memory
+from qlora_rm.plan.engines import CARDS_PER_NODE, Engines
+from qlora_rm.plan.memory import Engine, Memory, Setting, memory
 from qlora_rm.plan.rehearsal import Rehearsal, Step
 from qlora_rm.plan.skeleton import backbone_of, build, weigh
 from qlora_rm.plan.workload import Layout, Workload
 
-ENGINES: tuple[Engine, ...] = ("ddp", "zero2", "zero3", "zero3_offload")
-"""That several ranks are planned for."""
 MOST_PAIRS = 32
 """Comparisons in the largest micro-batch that is planned."""
 MORE_RANKS = (2, 4, 8, 16, 32, 64)
@@ -31,7 +30,7 @@ class Planner:
         workload: tells the tokens of micro-batches, given how they are laid out.
         cuda: plan for cards; otherwise for a host's processors.
         pairs_per_step: comparisons in an optimizer step over all ranks.
-        per_node: ranks on a machine, beyond which there are several; None where all are on one.
+        per_node: as of `Engines`.
     """
 
     def __init__(
@@ -51,7 +50,8 @@ class Planner:
         self.weights = weigh(model, dtype)
         self.layout = Layout.of(backbone_of(model), backbone, cuda=cuda)
         self.workload = workload(self.layout)
-        self.pairs_per_step, self.per_node, self.quantization = pairs_per_step, per_node, backbone.quantization
+        self.engines = Engines(cuda, per_node, backbone.quantization)
+        self.pairs_per_step = pairs_per_step
         self.rehearsal = Rehearsal(model, dtype, self.layout.kernel)
 
     def step(self, setting: Setting) -> Step:
@@ -84,16 +84,11 @@ class Planner:
         return sorted(self._candidates(ranks, engine), key=lambda setting: self.cost(setting, card))
 
     def _candidates(self, ranks: int, engine: Engine | None) -> Iterator[Setting]:
-        for name in [engine] if engine else self.engines(ranks):
-            several = self.per_node and ranks > self.per_node and name == "zero3"
-            hpz = self.per_node if several else 1  # as in ds_configs/multi_node_zero3.json
+        for name in [engine] if engine else self.engines.of(ranks):
+            hpz = self.engines.hpz(name, ranks)
             for pairs, accumulation in shares(self.pairs_per_step, ranks):
                 for checkpointing in (False, True):
-                    yield Setting(name, ranks, pairs, accumulation, checkpointing, hpz or 1)
-
-    def engines(self, ranks: int) -> list[Engine]:
-        """Those that so many ranks of this backbone can run under."""
-        return engines(ranks, self.quantization, self.per_node)
+                    yield Setting(name, ranks, pairs, accumulation, checkpointing, hpz)
 
     def fastest(self, card: Card, ranks: int, engine: Engine | None = None) -> Setting | None:
         """The first candidate that fits, or None."""
@@ -152,37 +147,3 @@ def require_shares(pairs_per_step: int, ranks: int) -> None:
             f"--pairs_per_step {pairs_per_step}: {ranks} cards cannot take equal shares of it. Give a multiple of {ranks}, as "
             f"{' or '.join(map(str, sorted(around)))}."
         )
-
-
-def engines(ranks: int, quantization: Quantization = "4bit", per_node: int | None = CARDS_PER_NODE) -> list[Engine]:
-    """Those that are planned for so many ranks: there is a launch configuration, and the train door takes the run."""
-    names = ENGINES if ranks > 1 else ("single",)
-    return [name for name in names if refusal(name, ranks, quantization, per_node) is None]
-
-
-def require_engine(engine: Engine | None, ranks: int, quantization: Quantization, per_node: int | None) -> None:
-    """Raise a `UserError` where no run can be planned: of `engine`, or, without one, of any."""
-    names = [engine] if engine else ENGINES if ranks > 1 else ()
-    why = [refusal(name, ranks, quantization, per_node) for name in names]
-    if why and all(why):
-        raise UserError(" ".join(dict.fromkeys(map(str, why))))
-
-
-def refusal(engine: Engine, ranks: int, quantization: Quantization, per_node: int | None) -> str | None:
-    """Why a run is not planned, with the way out; None where it is.
-
-    Arguments:
-        per_node: as of `Planner`.
-    """
-    if per_node is not None and ranks > per_node:
-        if ranks % per_node:
-            fewer = ranks // per_node * per_node
-            return (
-                f"{ranks} cards do not make whole machines of {per_node}, as more than {per_node} are planned: give {fewer} or "
-                f"{fewer + per_node}."
-            )
-        if engine != "zero3":
-            return "For several machines there is a launch configuration of ZeRO-3 alone: use --engine zero3."
-    if engine.startswith("zero3") and quantization == "8bit":
-        return "ZeRO-3 shards no 8-bit weights, of which bitsandbytes keeps a whole copy on every rank: use --quantization 4bit."
-    return None

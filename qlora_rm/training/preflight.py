@@ -129,8 +129,9 @@ def _memory_warning(options: Options, engine: Engine, train: Dataset) -> str | N
 
 
 def _planned_as(engine: str, args: TrainingConfig) -> Any:
-    """The plan's name of an engine: it tells ZeRO-3 that keeps its shards in the host's memory from other ZeRO-3."""
-    if engine == "zero3":
+    """The plan's name of an engine: it tells ZeRO-3 that keeps its shards in the host's memory from other ZeRO-3, where
+    that is not the memory it computes in."""
+    if engine == "zero3" and args.device.type == "cuda":
         zero = args.deepspeed_plugin.deepspeed_config["zero_optimization"]
         return "zero3_offload" if (zero.get("offload_param") or {}).get("device") == "cpu" else engine
     return engine

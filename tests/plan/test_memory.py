@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from qlora_rm.errors import UserError
 from qlora_rm.plan import memory as arithmetic
 from qlora_rm.plan.cards import CARDS, card_named
+from qlora_rm.plan.engines import CARDS_PER_NODE, Engines
 from qlora_rm.plan.memory import Engine, Memory, Setting, host, memory
 from qlora_rm.plan.rehearsal import Step
 from qlora_rm.plan.skeleton import Weights
@@ -31,8 +32,7 @@ def cases(draw: st.DrawFn) -> tuple[Weights, Step]:
 
 
 def setting(engine: Engine, ranks: int, accumulation: int = 2) -> Setting:
-    several = ranks > arithmetic.CARDS_PER_NODE and engine == "zero3"
-    return Setting(engine, ranks, 1, accumulation, True, arithmetic.CARDS_PER_NODE if several else 1)
+    return Setting(engine, ranks, 1, accumulation, True, Engines().hpz(engine, ranks))
 
 
 @given(cases(), st.sampled_from(get_args(Engine)), st.integers(1, 64), st.integers(1, 4))
@@ -75,7 +75,7 @@ def test_buckets_are_those_of_the_launch_configurations() -> None:
             assert zero.get("stage3_prefetch_bucket_size", arithmetic.PREFETCH) == arithmetic.PREFETCH
             assert zero.get("stage3_max_reuse_distance", arithmetic.REUSE_DISTANCE) == arithmetic.REUSE_DISTANCE
     nodes = json.loads((ROOT / "ds_configs" / "multi_node_zero3.json").read_text())["zero_optimization"]
-    assert nodes["zero_hpz_partition_size"] == arithmetic.CARDS_PER_NODE
+    assert nodes["zero_hpz_partition_size"] == CARDS_PER_NODE
 
 
 @pytest.mark.parametrize(

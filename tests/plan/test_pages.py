@@ -114,6 +114,10 @@ class TestCommand:
             (["--params", "7B", "--engine", "ddp", "--cards", "16"], "use --engine zero3"),
             (["--params", "7B", "--cards", "6"], "Give a multiple of 6, as 60 or 66"),
             (["--params", "7B", "--cards", "6", "--pairs_per_step", "4"], "Give a multiple of 6, as 6."),
+            (
+                ["--params", "7B", "--engine", "zero3_offload", "--cards", "2", "--card", "cpu:64"],
+                "use --engine zero3.",
+            ),
             (["--params", "7B", "--cards", "12"], "give 8 or 16"),
             (["no/such/folder"], "There is no folder"),
         ],

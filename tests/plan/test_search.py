@@ -17,9 +17,10 @@ from transformers import AutoConfig
 from qlora_rm.config import AdapterConfig, BackboneConfig
 from qlora_rm.plan.cards import CARDS, Card, processors
 from qlora_rm.plan.check import in_words, memory_warning, nearest, ranks_on_a_machine
+from qlora_rm.plan.engines import Engines
 from qlora_rm.plan.launch import launch_line
 from qlora_rm.plan.memory import Setting
-from qlora_rm.plan.search import MORE_RANKS, MOST_PAIRS, Planner, engines
+from qlora_rm.plan.search import MORE_RANKS, MOST_PAIRS, Planner
 from qlora_rm.plan.workload import Workload
 from qlora_rm.training.arguments import parse
 from tests.models_for_tests import save_backbone
@@ -98,10 +99,24 @@ def test_the_line_is_one_that_accelerate_and_the_door_read(setting: Setting, cud
 
 
 def test_every_engine_that_is_searched_has_a_configuration() -> None:
-    for ranks in (1, *MORE_RANKS):
-        for engine in engines(ranks):
-            name = shlex.split(launch_line(Setting(engine, ranks, 1, 1, True), {}))[4]
-            assert (ROOT / name).exists()
+    for cuda, per_node in ((True, 8), (False, None)):
+        for ranks in (1, *MORE_RANKS):
+            for engine in Engines(cuda, per_node).of(ranks):
+                words = shlex.split(launch_line(Setting(engine, ranks, 1, 1, True), {}, cuda=cuda))
+                named = [ROOT / words[i + 1] for i, word in enumerate(words) if word == "--config_file"]
+                assert all(file.exists() for file in named)
+                assert len(named) == (cuda or ranks > 1)
+
+
+def test_weights_are_not_planned_away_from_a_cpu_into_its_own_memory() -> None:
+    on_cpu = planner(cuda=False)
+    assert on_cpu.engines.of(2) == ["ddp", "zero2", "zero3"]
+    host = processors(1e9)
+    assert "zero3_offload" not in {setting.engine for setting in on_cpu.candidates(host, 2)}
+    two = on_cpu.leanest(host, 2)
+    assert two.engine == "zero3"
+    enough = replace(host, memory=on_cpu.memory(two, host).total)
+    assert "zero3_offload" not in nearest(on_cpu, Setting("ddp", 2, 32, 1, False), enough)
 
 
 @given(st.integers(1, 200), st.integers(1, 16))
@@ -116,7 +131,7 @@ def test_a_candidate_makes_the_very_step_that_was_asked_for(pairs_per_step: int,
 
 def test_several_machines_are_planned_as_the_launch_configuration_has_them() -> None:
     """DeepSpeed shares the second copy out among 8 ranks, and stops where they do not make whole groups."""
-    assert [engines(n) for n in (9, 12, 16, 24)] == [[], [], ["zero3"], ["zero3"]]
+    assert [Engines().of(n) for n in (9, 12, 16, 24)] == [[], [], ["zero3"], ["zero3"]]
     sixteen = LLAMA.leanest(SMALL, 16)
     assert (sixteen.hpz, sixteen.nodes) == (8, 2)
     one_copy = LLAMA.memory(replace(sixteen, hpz=1), SMALL).weights
@@ -130,15 +145,15 @@ def test_machines_of_a_run_are_those_it_was_launched_on() -> None:
     assert ranks_on_a_machine(16, 16, SMALL) == 16
     assert ranks_on_a_machine(16, 16, processors(1e9)) is None, "a host's processes are on that host"
     fours = copy(LLAMA)
-    fours.per_node = 4
-    assert fours.engines(12) == fours.engines(8) == ["zero3"] and "ddp" in fours.engines(4)
+    fours.engines = Engines(per_node=4)
+    assert fours.engines.of(12) == fours.engines.of(8) == ["zero3"] and "ddp" in fours.engines.of(4)
     assert {(s.hpz, s.nodes) for s in fours.candidates(SMALL, 8)} == {(4, 2)}
 
 
 def test_8_bit_weights_are_planned_for_engines_that_leave_them_whole() -> None:
     """ZeRO-3 does not shard them: what it would be said to save is not saved."""
     eight = planner(quantization="8bit")
-    assert eight.engines(8) == ["ddp", "zero2"] and LLAMA.engines(8) == ["ddp", "zero2", "zero3", "zero3_offload"]
+    assert eight.engines.of(8) == ["ddp", "zero2"] and LLAMA.engines.of(8) == ["ddp", "zero2", "zero3", "zero3_offload"]
     assert {setting.engine for setting in eight.candidates(SMALL, 8)} == {"ddp", "zero2"}
     small = replace(SMALL, memory=eight.memory(eight.leanest(SMALL, 8), SMALL).total - 1)
     assert eight.fastest(small, 8) is None and eight.ranks_needed(small, 8) is None

@@ -3,8 +3,10 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from transformers import LlamaConfig
 
 from qlora_rm.backbone.load import read_model_config
@@ -12,7 +14,7 @@ from qlora_rm.errors import UserError
 from qlora_rm.training.arguments import _require_own_card, parse
 from qlora_rm.training.disk import SMALL_FILES, DiskNeed, checkpoint_bytes, checkpoints_made, trained_weights
 from qlora_rm.training.engine_settings import loaded_in, stored_as, unsound_settings
-from qlora_rm.training.preflight import Report, _raise_first, _require_alike
+from qlora_rm.training.preflight import Report, _planned_as, _raise_first, _require_alike, _second_copies
 from qlora_rm.training.run import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,6 +113,19 @@ def test_packed_bytes_stored_in_another_dtype_are_refused(flags):
     assert stored_as(LlamaConfig()) == "uint8"
     assert stored_as(LlamaConfig(quantization_config=saved)) == "float16"
     assert "float16" in unsound(flags, SOUND, storage="float16")[0]
+
+
+def test_a_launch_is_planned_by_where_its_shards_and_their_copies_lie():
+    def launched(on, **settings):
+        plugin = SimpleNamespace(deepspeed_config=zero(**settings))
+        return SimpleNamespace(device=torch.device(on), deepspeed_plugin=plugin, world_size=4)
+
+    offloaded = {"offload_param": {"device": "cpu"}}
+    assert _planned_as("zero3", launched("cuda", **offloaded)) == "zero3_offload"
+    assert _planned_as("zero3", launched("cpu", **offloaded)) == "zero3", "that is the memory it computes in"
+    assert _planned_as("zero3", launched("cuda")) == "zero3"
+    assert [_second_copies("zero3", launched("cuda", zero_hpz_partition_size=n)) for n in (0, 1, 2, 8)] == [1, 1, 2, 4]
+    assert _second_copies("zero3", launched("cuda")) == _second_copies("ddp", launched("cuda")) == 1
 
 
 def size_of(folder: Path) -> int:
