@@ -85,6 +85,9 @@ class TrainingConfig(RewardConfig):
         if self.activation_checkpointing is None:
             self.activation_checkpointing = self.gradient_checkpointing
         super().__post_init__()
+        # transformers 5.23 counts all visible cards for a process that has no launcher, to spread it over them by
+        # nn.DataParallel: TRL 1.16 refuses that, and a 4-bit model is not spread at all. It trains on its device alone.
+        self._n_gpu = min(self.n_gpu, 1)
 
     def _settle_on_cpu(self) -> None:
         """What CPU ranks need said: gloo between them, and `use_cpu` outside DeepSpeed, or each would train alone."""

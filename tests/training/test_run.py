@@ -258,6 +258,16 @@ def test_an_output_that_cannot_be_written_stops_before_anything_is_loaded(flags,
         main(flags(output_dir=str(tmp_path / "file" / "out")))
 
 
+def test_one_process_trains_on_one_of_several_cards(flags, tmp_path, monkeypatch, capfd):
+    """transformers 5.23 would spread it over all by nn.DataParallel, which TRL refuses once the weights are loaded."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)  # all that decides it; the process is on the CPU
+    main(flags(max_steps=1))
+    assert Manifest.load(tmp_path / "out").training.steps == 1
+    said = capfd.readouterr().err
+    assert "engine: single, 1 process" in said
+    assert "1 of the 4 cards it sees" in said and "--num_processes 4" in said
+
+
 def test_a_save_that_writes_no_weights_is_no_finished_run(flags, tmp_path, monkeypatch):
     """transformers' trainer can save a model without weights and say so in a warning only."""
     monkeypatch.setattr(PreferenceTrainer, "save_model", lambda *_, **__: None)
