@@ -103,6 +103,11 @@ class TrainingConfig(RewardConfig):
             return torch.bfloat16
         return torch.float16 if self.fp16 else torch.float32
 
+    @property
+    def ranks_here(self) -> int:
+        """Processes of the job on this host; all of them, where the launcher does not say."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+
     def _deepspeed_autocasts(self) -> bool:
         """Whether DeepSpeed casts to bf16 itself (`torch_autocast`), which keeps the trained weights in fp32."""
         config = self.deepspeed or os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")

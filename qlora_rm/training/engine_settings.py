@@ -19,7 +19,7 @@ def require_sound_settings(options: Options, config: PretrainedConfig, engine: d
         adapter=options.adapter.use_lora,
         args=options.training,
         ranks=options.training.world_size,
-        ranks_here=int(os.environ.get("LOCAL_WORLD_SIZE", options.training.world_size)),
+        ranks_here=options.training.ranks_here,
     )
     if unsound:
         file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE") or options.training.deepspeed
@@ -89,8 +89,8 @@ def unsound_settings(
     second = min(zero.get("zero_hpz_partition_size", 1), ranks)  # DeepSpeed takes no more than there are
     if zero.get("stage") == 3 and second > 1 and ranks_here % second:
         found.append(
-            f"zero_hpz_partition_size {zero['zero_hpz_partition_size']} keeps a second copy of the shards among so many "
-            f"processes, which do not fit into a machine with {ranks_here}: set it to {ranks_here}"
+            f"zero_hpz_partition_size {zero['zero_hpz_partition_size']} does not divide the {ranks_here} processes of a machine, "
+            f"within which the second copy of the shards is to stay: set it to {ranks_here}"
         )
     clip = engine.get("gradient_clipping", "nothing")
     if clip not in ("auto", args.max_grad_norm):

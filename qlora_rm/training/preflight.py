@@ -1,6 +1,5 @@
 """What can be known to go wrong before weights are loaded, told then: on all ranks alike, and once."""
 
-import os
 import socket
 import time
 import uuid
@@ -128,7 +127,7 @@ def _memory_warning(options: Options, engine: Engine, train: Dataset) -> str | N
         args.compute_dtype,
         _heaviest(train),
         setting,
-        ranks_here=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        ranks_here=args.ranks_here,
         trust_remote_code=args.trust_remote_code,
     )
 

@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -295,16 +296,22 @@ def _finish(
 
 
 def _require_weights(output: Path) -> None:
-    """Before a manifest vouches for them: transformers 5.23 may save no weights and end well, with a warning in the log.
+    """Before a manifest vouches for them: transformers 5.23 may save none, or a file without any, and end well, with a
+    warning in the log.
 
     Raises:
         RuntimeError: there are none.
     """
-    if not any((output / name).exists() for name in WEIGHTS):
-        raise RuntimeError(
-            f"the model was saved to {output} without an error, but none of {', '.join(WEIGHTS)} is there; the last whole "
-            f"checkpoint is {last_whole(str(output))}"
-        )
+    for file in (output / name for name in WEIGHTS if (output / name).exists()):
+        if file.suffix == ".json":
+            return
+        with safe_open(file, framework="pt") as opened:
+            if opened.keys():
+                return
+    raise RuntimeError(
+        f"the model was saved to {output} without an error, but none of {', '.join(WEIGHTS)} is there with weights; the last "
+        f"whole checkpoint is {last_whole(str(output))}"
+    )
 
 
 def _score(trainer: PreferenceTrainer, sequences: list[list[int]]) -> torch.Tensor:

@@ -115,8 +115,8 @@ def test_weights_are_not_planned_away_from_a_cpu_into_its_own_memory() -> None:
     assert "zero3_offload" not in {setting.engine for setting in on_cpu.candidates(host, 2)}
     two = on_cpu.leanest(host, 2)
     assert two.engine == "zero3"
-    enough = replace(host, memory=on_cpu.memory(two, host).total)
-    assert "zero3_offload" not in nearest(on_cpu, Setting("ddp", 2, 32, 1, False), enough)
+    too_little = replace(host, memory=on_cpu.memory(two, host).total - 1)
+    assert "zero3_offload" not in nearest(on_cpu, Setting("ddp", 2, 32, 1, False), too_little)
 
 
 @given(st.integers(1, 200), st.integers(1, 16))

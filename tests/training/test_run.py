@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from qlora_rm.artifacts.load import RewardModel
 from qlora_rm.artifacts.manifest import Manifest
@@ -268,9 +268,15 @@ def test_one_process_trains_on_one_of_several_cards(flags, tmp_path, monkeypatch
     assert "1 of the 4 cards it sees" in said and "--num_processes 4" in said
 
 
-def test_a_save_that_writes_no_weights_is_no_finished_run(flags, tmp_path, monkeypatch):
+@pytest.mark.parametrize("empty_file", [False, True])
+def test_a_save_that_writes_no_weights_is_no_finished_run(flags, tmp_path, monkeypatch, empty_file):
     """transformers' trainer can save a model without weights and say so in a warning only."""
-    monkeypatch.setattr(PreferenceTrainer, "save_model", lambda *_, **__: None)
+
+    def save(trainer, folder):
+        if empty_file:
+            save_file({}, Path(folder) / "adapter_model.safetensors")
+
+    monkeypatch.setattr(PreferenceTrainer, "save_model", save)
     with pytest.raises(RuntimeError, match="none of adapter_model"):
         main(flags(max_steps=1, save_strategy="no"))
     assert not (tmp_path / "out/rm_manifest.json").exists()
