@@ -129,7 +129,11 @@ class ResumableTrainer(RewardTrainer):
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
-        self.termination.end_if_asked(self.args.device)
+        if self.termination.agreed(self.args.device):  # since the step before looked for it, or at its evaluation's end
+            # where no step was taken there is nothing to save, and the random states of the checkpoint are not loaded yet
+            if self.state.global_step > self._initial_global_step:
+                self._save_checkpoint(of["model"], of["trial"])
+            raise Terminated
         super()._run_epoch(**of)
 
     def _maybe_log_save_evaluate(

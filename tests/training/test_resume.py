@@ -138,6 +138,19 @@ def test_sigterm_saves_the_step_it_is_in(forks, flags_of, tmp_path, strategy):
         assert_same_end(out, uninterrupted)
 
 
+@pytest.mark.slow
+def test_sigterm_between_two_epochs_saves_the_step_before(forks, flags_of, tmp_path):
+    """In the tail of an epoch's evaluation, and after the last look for a signal; step 8 is no step to save by itself."""
+    changes = {"eval_strategy": "epoch", "save_steps": 3, "max_steps": 10, "metric_for_best_model": None}
+    finish(forks, flags_of(tmp_path / "through", **changes))
+    for method, number in (("_determine_best_metric", 1), ("_run_epoch", 2)):
+        out = tmp_path / method
+        ended = forks.run(flags_of(out, **changes), end_at=[method, number])
+        assert ended.status == 143 and "checkpoint-8; go on with --resume auto" in ended.said, ended.said
+        assert "checkpoint-8\n" in finish(forks, flags_of(out, **changes))
+        assert_same_end(out, tmp_path / "through")
+
+
 def test_sigterm_before_training_ends_at_once(forks, flags_of, tmp_path):
     early = forks.run(flags_of(tmp_path / "early"), kill_after=0.05, signals=[[signal.SIGTERM, 0]])
     assert early.status == 143 and not checkpoints(str(tmp_path / "early"))
