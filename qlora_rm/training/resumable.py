@@ -205,6 +205,7 @@ class ResumableTrainer(RewardTrainer):
                     progress.save(folder)
                     for add in self.checkpoint_files:
                         add(folder)
+                self.accelerator.wait_for_everyone()  # a host's other processes write here too
                 if self.args.local_process_index == 0:
                     flush(folder)
                 self.accelerator.wait_for_everyone()

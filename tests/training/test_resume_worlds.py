@@ -1,5 +1,6 @@
 """A checkpoint goes on under another number of processes: the same pairs in every step, and the same end."""
 
+import json
 import signal
 import time
 from pathlib import Path
@@ -72,6 +73,8 @@ def test_one_process_two_told_to_end_by_their_launcher_and_one_again(forks, flag
     assert said.count("told to end (SIGTERM). The last whole checkpoint is") == 1, said
     last = checkpoints(str(out))[-1]
     assert is_whole(last) and last.name not in ("checkpoint-5", "checkpoint-8")
+    flushed = [json.loads(line) for line in (tmp_path / "flushed").read_text().splitlines()]
+    assert flushed and all("rng_state_1.pth" in names for names in flushed)  # which the other process writes
     assert forks.run(flags_of(out, gradient_accumulation_steps=2), record=str(record)).status == 0
     steps = recorded(record)
     for step, seen in recorded(tmp_path).items():
