@@ -16,7 +16,7 @@ from qlora_rm.backbone.inventory import human_bytes
 from qlora_rm.backbone.load import Backbone, skeleton
 from qlora_rm.errors import UserError
 from qlora_rm.training.arguments import Options, TrainingConfig
-from qlora_rm.training.checkpoints import checkpoints
+from qlora_rm.training.checkpoints import checkpoints, half_written
 
 FP32 = 4
 ADAMW_STATES = 2 * FP32
@@ -97,18 +97,19 @@ class DiskNeed:
             UserError: not even one checkpoint fits.
         """
         free = shutil.disk_usage(folder).free
-        if free < self.checkpoint:
+        if free + _bytes(half_written(str(folder))) < self.checkpoint:  # which go before the next is saved
             raise UserError(
                 f"--output_dir {folder} has {human_bytes(free)} free, and one checkpoint of this run takes "
                 f"{human_bytes(self.checkpoint)}. Free space there, or choose another folder."
             )
-        written = sum(
-            file.stat().st_size for old in checkpoints(str(folder)) for file in old.rglob("*") if file.is_file()
-        )
-        if free + written < self.most:
+        if free + _bytes(checkpoints(str(folder))) < self.most:
             return (
                 f"warning: --output_dir {folder} has {human_bytes(free)} free, and this run will keep up to "
                 f"{human_bytes(self.most)} of checkpoints and model there, {human_bytes(self.checkpoint)} each. Free space, or "
                 "lower --save_total_limit."
             )
         return None
+
+
+def _bytes(folders: list[Path]) -> int:
+    return sum(file.stat().st_size for folder in folders for file in folder.rglob("*") if file.is_file())

@@ -25,6 +25,7 @@ from qlora_rm.training.checkpoints import (
     checkpoint_folder,
     discard,
     flush,
+    half_written,
     lacks_room,
     mark_whole,
     no_room,
@@ -182,7 +183,7 @@ class ResumableTrainer(RewardTrainer):
             raise
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Clear the folder, save, let the caller add its files, mark as whole, and only then delete older checkpoints.
+        """Clear what was cut off, save, let the caller add its files, mark as whole, and only then delete older checkpoints.
 
         A step that is saved already is left alone: writing it again would leave no whole one for a while.
         """
@@ -190,6 +191,9 @@ class ResumableTrainer(RewardTrainer):
         folder = checkpoint_folder(str(self.args.output_dir), step)
         if step == self._saved_step:
             return
+        if writes:
+            for cut_off in half_written(str(self.args.output_dir)):  # before room is measured, which it would take
+                discard(cut_off)
         needed = lacks_room(folder) if writes else None
         if any_process(needed is not None, self.args.device):
             raise no_room(folder, needed, "too little room is left")

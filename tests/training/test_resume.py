@@ -276,3 +276,15 @@ def test_a_full_disk_is_told_and_leaves_the_last_checkpoint_whole(forks, flags_o
     small_disk(64 << 20, "remount")
     finish(forks, flags_of(out))
     assert_same_end(out, through[0])
+
+
+def test_what_a_kill_left_of_a_save_makes_room_for_the_next(forks, flags_of, through, small_disk):
+    """Its half-written folder is removed before room is measured."""
+    out = small_disk(64 << 20) / "out"
+    assert forks.run(flags_of(out), end_at=["training_step", 4], tight=True).status == 143
+    (out / "checkpoint-4").mkdir()
+    with (out / "checkpoint-4/optimizer.pt").open("wb") as half:
+        half.write(bytes(shutil.disk_usage(out).free - 8192))
+    ended = forks.run(flags_of(out), tight=True)
+    assert ended.status == 0, ended.said
+    assert_same_end(out, through[0])
