@@ -86,7 +86,8 @@ class DiskNeed:
         trained = trained_weights(options, config)
         one = checkpoint_bytes(trained, engine)
         made = checkpoints_made(args, comparisons)
-        kept = made if args.save_total_limit is None else min(made, args.save_total_limit + 1)
+        beside = 1 + (args.metric_for_best_model is not None)  # the one being saved, and the best
+        kept = made if args.save_total_limit is None else min(made, args.save_total_limit + beside)
         final = trained * FP32 + SMALL_FILES
         return cls(one if made else final, kept * one + final)
 

@@ -7,7 +7,8 @@ survive; evaluation draws no random numbers; the command's learning rate is obey
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -200,27 +201,41 @@ class ResumableTrainer(RewardTrainer):
         if writes:
             discard(folder)
         progress = self._progress()  # which waits for all: no process writes into a folder that is being removed
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            with written_whole(folder, removed=writes):
-                with without_quantization_state(model):
-                    super()._save_checkpoint(model, trial)
-                if writes:
-                    progress.save(folder)
-                    for add in self.checkpoint_files:
-                        add(folder)
-                self.accelerator.wait_for_everyone()  # a host's other processes write here too
-                if self.args.local_process_index == 0:
-                    flush(folder)
-                self.accelerator.wait_for_everyone()
-                if writes:
-                    mark_whole(folder)
-        finally:
-            self.args.save_total_limit = limit
+        with written_whole(folder, removed=writes):
+            with without_quantization_state(model), self._nothing_deleted():
+                super()._save_checkpoint(model, trial)
+            if writes:
+                progress.save(folder)
+                for add in self.checkpoint_files:
+                    add(folder)
+            self.accelerator.wait_for_everyone()  # a host's other processes write here too
+            if self.args.local_process_index == 0:
+                flush(folder)
+            self.accelerator.wait_for_everyone()
+            if writes:
+                mark_whole(folder)
         self._saved_step = step
         if writes:
-            prune(str(self.args.output_dir), limit, self.state.best_model_checkpoint)
+            prune(str(self.args.output_dir), self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
+
+    def _finalize_training(self, *args: Any) -> Any:
+        """The end of training. transformers 5.23 would delete all checkpoints but the best here under `save_total_limit` 1,
+        with the finished model still to be saved, and the last one what a longer run goes on from."""
+        with self._nothing_deleted():
+            return super()._finalize_training(*args)
+
+    @contextmanager
+    def _nothing_deleted(self) -> Iterator[None]:
+        """Transformers deletes no checkpoint inside the block: what is whole, and what was the last, only `prune` knows.
+
+        The limit is hidden for that long only, since loggers and the files of the model record the settings.
+        """
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            yield
+        finally:
+            self.args.save_total_limit = limit
 
     def _progress(self) -> Progress:
         losses = self.accelerator.gather(self._tr_loss.detach().reshape(1))

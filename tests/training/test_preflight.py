@@ -133,6 +133,8 @@ def test_a_disk_that_will_not_hold_all_that_is_kept_is_warned_of(flags, tmp_path
     options = parse(flags(lora_r=rank, max_steps=8, save_steps=1, save_total_limit=2))
     need = DiskNeed.of(options, config, "single", 72)
     assert need.most > 2.9 * need.checkpoint
+    best = parse(flags(lora_r=rank, max_steps=8, save_steps=1, save_total_limit=2, metric_for_best_model="loss"))
+    assert DiskNeed.of(best, config, "single", 72).most - need.most == need.checkpoint
     warning = need.require_room(tmp_path)
     assert warning and "lower --save_total_limit" in warning
     one = DiskNeed.of(parse(flags(max_steps=8, save_steps=1)), config, "single", 72)

@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from qlora_rm.artifacts.manifest import Manifest
@@ -136,6 +137,20 @@ def test_sigterm_saves_the_step_it_is_in(forks, flags_of, tmp_path, strategy):
         assert f"checkpoint-{step}; go on with --resume auto" in ended.said or method == "prediction_step"
         finish(forks, flags_of(out, **strategy))
         assert_same_end(out, uninterrupted)
+
+
+def test_the_last_checkpoint_outlives_training_beside_the_best(forks, flags_of, tmp_path):
+    """Whatever ends the run while the finished model is saved, and a later, longer run, go on from it."""
+    out = tmp_path / "out"
+    best_first = {"greater_is_better": True, "max_steps": 4}
+    ended = forks.run(
+        flags_of(out, **best_first), end_at=["prediction_step", 13]
+    )  # after two evaluations of six batches
+    assert ended.status == 143 and "checkpoint-4; go on with --resume auto" in ended.said, ended.said
+    assert "checkpoint-4\n" in finish(forks, flags_of(out, **best_first))
+    assert [path.name for path in checkpoints(str(out))] == ["checkpoint-2", "checkpoint-4"]
+    assert torch.load(out / "training_args.bin", weights_only=False).save_total_limit == 1
+    assert "checkpoint-4\n" in finish(forks, flags_of(out, **best_first | {"max_steps": 5}))
 
 
 @pytest.mark.slow
