@@ -38,6 +38,7 @@ from qlora_rm.training.engine import any_process
 from qlora_rm.training.quantization_state import without_quantization_state
 from qlora_rm.training.sampling import EvenLoadSampler
 from qlora_rm.training.termination import Termination
+from qlora_rm.training.universal import take_share
 
 
 @dataclass
@@ -218,6 +219,13 @@ class ResumableTrainer(RewardTrainer):
         if writes:
             prune(str(self.args.output_dir), self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
+
+    def _load_best_model(self) -> None:
+        """The best checkpoint's weights, whichever number of processes wrote it; they are not the last step's to be saved."""
+        if isinstance(self.model_wrapped, DeepSpeedEngine):
+            take_share(Path(str(self.state.best_model_checkpoint)), self.accelerator, self.model_wrapped)
+        super()._load_best_model()
+        self._saved_step = self.state.global_step
 
     def _finalize_training(self, *args: Any) -> Any:
         """The end of training. transformers 5.23 would delete all checkpoints but the best here under `save_total_limit` 1,

@@ -153,6 +153,15 @@ def test_the_last_checkpoint_outlives_training_beside_the_best(forks, flags_of, 
     assert "checkpoint-4\n" in finish(forks, flags_of(out, **best_first | {"max_steps": 5}))
 
 
+def test_the_best_weights_are_not_saved_as_the_last_step(forks, flags_of, tmp_path):
+    """Which they are in memory, when SIGTERM comes while the finished model is evaluated."""
+    best_first = {"greater_is_better": True, "max_steps": 4, "save_strategy": "best", "load_best_model_at_end": True}
+    ended = forks.run(flags_of(tmp_path / "out", **best_first), end_at=["prediction_step", 13])
+    assert ended.status == 143 and [path.name for path in checkpoints(str(tmp_path / "out"))] == ["checkpoint-2"]
+    finish(forks, flags_of(tmp_path / "out", **best_first))
+    assert weights(tmp_path / "out") == weights(tmp_path / "out/checkpoint-2")
+
+
 @pytest.mark.slow
 def test_sigterm_between_two_epochs_saves_the_step_before(forks, flags_of, tmp_path):
     """In the tail of an epoch's evaluation, and after the last look for a signal; step 8 is no step to save by itself."""
