@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -37,7 +38,7 @@ from qlora_rm.training.checkpoints import (
 from qlora_rm.training.engine import any_process
 from qlora_rm.training.quantization_state import without_quantization_state
 from qlora_rm.training.sampling import EvenLoadSampler
-from qlora_rm.training.termination import Termination
+from qlora_rm.training.termination import Termination, outlive_sigterm
 from qlora_rm.training.universal import take_share
 
 
@@ -119,6 +120,15 @@ class ResumableTrainer(RewardTrainer):
             )
             if self.state.best_global_step == self.state.global_step:
                 self.state.best_model_checkpoint = str(self._resumed)
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """For training or evaluation, its workers outliving a SIGTERM to the whole job; see `outlive_sigterm`."""
+        loader: Any = super()._get_dataloader(*args, **kwargs)
+        of_torch = (
+            loader.base_dataloader
+        )  # accelerate 1.15 wraps it, and starts workers and skips batches by what it says
+        of_torch.worker_init_fn = partial(outlive_sigterm, of_torch.worker_init_fn)
+        return loader
 
     def _run_epoch(self, **of: Any) -> None:  # type: ignore[override]
         """An epoch, or what is left of it.

@@ -6,6 +6,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -173,6 +174,31 @@ def test_sigterm_between_two_epochs_saves_the_step_before(forks, flags_of, tmp_p
         assert ended.status == 143 and "checkpoint-8; go on with --resume auto" in ended.said, ended.said
         assert "checkpoint-8\n" in finish(forks, flags_of(out, **changes))
         assert_same_end(out, tmp_path / "through")
+
+
+@pytest.mark.parametrize(("method", "step"), [("training_step", 4), ("prediction_step", 2)])
+def test_sigterm_to_all_processes_of_a_run_spares_its_data_workers(forks, flags_of, tmp_path, method, step):
+    flags = flags_of(tmp_path / "out", dataloader_num_workers=1, max_steps=6)
+    ended = forks.run(flags, end_at=[method, 7 if method == "training_step" else 2], whole_group=True)
+    assert ended.status == 143 and f"checkpoint-{step}; go on with --resume auto" in ended.said, ended.said
+    assert "Traceback" not in ended.said
+    assert f"checkpoint-{step}\n" in finish(forks, flags)
+
+
+FAILS_WITH_WORKERS = """
+from functools import partial
+from torch.utils.data import DataLoader
+from qlora_rm.training.termination import outlive_sigterm
+batches = iter(DataLoader(range(99), num_workers=2, worker_init_fn=partial(outlive_sigterm, None)))
+next(batches)
+raise ValueError("a defect")
+"""
+
+
+def test_data_workers_end_with_a_run_that_fails():
+    """Python tells them to by SIGTERM, and waits for them."""
+    failed = subprocess.run([sys.executable, "-c", FAILS_WITH_WORKERS], capture_output=True, text=True, timeout=60)
+    assert failed.returncode == 1 and failed.stderr.strip().endswith("ValueError: a defect")
 
 
 def test_sigterm_before_training_ends_at_once(forks, flags_of, tmp_path):
