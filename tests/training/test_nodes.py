@@ -127,7 +127,8 @@ def test_the_slurm_script_trains_over_two_nodes_what_one_process_trains(
     assert not list((tmp_path / "out").glob(".preflight-*"))
 
 
-def test_when_its_time_is_over_the_job_stops_and_is_queued_again(backbone_folder, rows_file, tmp_path):
+@pytest.mark.parametrize("why", ["its time is over", "it is preempted"])
+def test_the_job_saves_and_is_queued_again(why, backbone_folder, rows_file, tmp_path):
     slurm = slurm_for_tests.install(tmp_path / "bin", job=free_port())
     slurm |= {"LAUNCH_CONFIG": "accelerate_configs/cpu_two_nodes_zero3.yaml", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "20"}
     out = tmp_path / "out"
@@ -135,7 +136,10 @@ def test_when_its_time_is_over_the_job_stops_and_is_queued_again(backbone_folder
     with job(tmp_path) as running:
         running.start(["bash", SCRIPT, *flags], **slurm)
         until(lambda: list(out.glob("checkpoint-*/COMPLETE")) or running.processes[0].poll() is not None)
-        running.processes[0].send_signal(signal.SIGUSR1)
+        if why == "its time is over":
+            running.processes[0].send_signal(signal.SIGUSR1)
+        else:
+            slurm_for_tests.preempt(tmp_path / "bin")
         assert running.wait(90) != [0], running.said(0)[-5000:]
     assert (tmp_path / "bin" / "requeued").exists(), running.said(0)[-5000:]
     last = max(out.glob("checkpoint-*/COMPLETE"), key=lambda path: path.stat().st_mtime).parent
