@@ -6,9 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
-COMMANDS = ("srun", "scontrol", "scancel")
+import psutil
+
+COMMANDS = ("srun", "scontrol", "scancel", "squeue")
 KILL_WAIT = 30.0
 
 
@@ -33,7 +36,8 @@ def install(folder: Path, *, nodes: int = 2, tasks_per_node: int = 1, job: int =
 
 
 def srun(words: list[str]) -> int:
-    """Start every task of a step; the highest exit status. With --kill-on-bad-exit=1 the first failure ends the others."""
+    """Start every task of a step; the highest exit status, 128 and a signal's number among them. With --kill-on-bad-exit=1
+    the first failure ends the others."""
     options = [word for word in words if word.startswith("--")][: next(i for i, w in enumerate(words) if w[:2] != "--")]
     nodes, per_node = int(os.environ["SLURM_JOB_NUM_NODES"]), int(os.environ["SLURM_NTASKS_PER_NODE"])
     tasks = []
@@ -52,16 +56,24 @@ def srun(words: list[str]) -> int:
         time.sleep(0.1)
         if end_by is None and "--kill-on-bad-exit=1" in options and any(task.poll() for task in tasks):
             end_by = time.monotonic() + KILL_WAIT
-            tell(tasks, signal.SIGTERM)
+            tell([task.pid for task in tasks if task.poll() is None], signal.SIGTERM)
         if end_by is not None and time.monotonic() > end_by:
-            tell(tasks, signal.SIGKILL)
-    return max(abs(task.returncode) for task in tasks)
+            tell([task.pid for task in tasks if task.poll() is None], signal.SIGKILL)
+    return max(task.returncode if task.returncode >= 0 else 128 - task.returncode for task in tasks)
 
 
-def tell(tasks: list[subprocess.Popen], what: signal.Signals) -> None:
-    for task in tasks:
-        if task.poll() is None:
-            os.kill(task.pid, what)
+def tell(tasks: list[int], what: signal.Signals) -> None:
+    """Every process of the tasks, as SLURM signals a step."""
+    for pid in filter(psutil.pid_exists, tasks):
+        task = psutil.Process(pid)
+        for process in [task, *task.children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(what)
+
+
+def preempt(folder: Path) -> None:
+    """What SLURM does at the beginning of a partition's GraceTime."""
+    tell(json.loads((folder / "step").read_text()), signal.SIGTERM)
 
 
 def scontrol(words: list[str]) -> int:
@@ -75,12 +87,22 @@ def scontrol(words: list[str]) -> int:
 
 
 def scancel(words: list[str]) -> int:
-    if words != ["--signal=TERM", os.environ["SLURM_JOB_ID"]]:
+    """A signal to the steps, or the end of the job. That SLURM signals the batch shell too, which mostly dies of it, is left out."""
+    folder = Path(os.environ["SLURM_FOR_TESTS"])
+    if words == [os.environ["SLURM_JOB_ID"]]:
+        (folder / "cancelled").touch()
+    elif words != ["--signal=TERM", os.environ["SLURM_JOB_ID"]]:
         return 1
-    for pid in json.loads((Path(os.environ["SLURM_FOR_TESTS"]) / "step").read_text()):
-        os.kill(pid, signal.SIGTERM)
+    preempt(folder)
+    return 0
+
+
+def squeue(words: list[str]) -> int:
+    if words != ["--noheader", "--format=%T", f"--jobs={os.environ['SLURM_JOB_ID']}"]:
+        return 1
+    print("COMPLETING" if (Path(os.environ["SLURM_FOR_TESTS"]) / "cancelled").exists() else "RUNNING")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit({"srun": srun, "scontrol": scontrol, "scancel": scancel}[sys.argv[1]](sys.argv[2:]))
+    sys.exit({"srun": srun, "scontrol": scontrol, "scancel": scancel, "squeue": squeue}[sys.argv[1]](sys.argv[2:]))

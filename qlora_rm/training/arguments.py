@@ -59,7 +59,10 @@ class TrainingConfig(RewardConfig):
         default=0.1, metadata={"help": "Steps between checkpoints, or below 1 a share of all steps."}
     )
     save_total_limit: int | None = field(
-        default=2, metadata={"help": "Checkpoints kept; older ones go once a newer one is whole."}
+        default=2,
+        metadata={
+            "help": "Latest checkpoints kept; older ones but the best (--metric_for_best_model) go once a newer one is whole."
+        },
     )
     report_to: None | str | list[str] = field(  # noqa: RUF036  (HfArgumentParser knows no other order)
         default="none", metadata={"help": "Where to log besides the console: tensorboard, wandb, trackio, ..."}

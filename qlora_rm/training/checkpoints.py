@@ -40,6 +40,11 @@ def checkpoints(output_dir: str) -> list[Path]:
     return [steps[step] for step in sorted(step for step in steps if step is not None)]
 
 
+def half_written(output_dir: str) -> list[Path]:
+    """Checkpoint folders that were cut off while they were saved or removed: nothing goes on from them."""
+    return [path for path in checkpoints(output_dir) if not is_whole(path)]
+
+
 def flush(folder: Path, *, below: bool = True) -> None:
     """Return once the files in `folder`, and in the folders below it, are on the disk and not only on their way there."""
     for path in [folder, *(folder.rglob("*") if below else _files(folder, below=False))]:

@@ -16,7 +16,7 @@ from qlora_rm.backbone.inventory import human_bytes
 from qlora_rm.backbone.load import Backbone, skeleton
 from qlora_rm.errors import UserError
 from qlora_rm.training.arguments import Options, TrainingConfig
-from qlora_rm.training.checkpoints import checkpoints
+from qlora_rm.training.checkpoints import checkpoints, half_written
 
 FP32 = 4
 ADAMW_STATES = 2 * FP32
@@ -86,7 +86,8 @@ class DiskNeed:
         trained = trained_weights(options, config)
         one = checkpoint_bytes(trained, engine)
         made = checkpoints_made(args, comparisons)
-        kept = made if args.save_total_limit is None else min(made, args.save_total_limit + 1)
+        beside = 1 + (args.metric_for_best_model is not None)  # the one being saved, and the best
+        kept = made if args.save_total_limit is None else min(made, args.save_total_limit + beside)
         final = trained * FP32 + SMALL_FILES
         return cls(one if made else final, kept * one + final)
 
@@ -97,18 +98,19 @@ class DiskNeed:
             UserError: not even one checkpoint fits.
         """
         free = shutil.disk_usage(folder).free
-        if free < self.checkpoint:
+        if free + _bytes(half_written(str(folder))) < self.checkpoint:  # which go before the next is saved
             raise UserError(
                 f"--output_dir {folder} has {human_bytes(free)} free, and one checkpoint of this run takes "
                 f"{human_bytes(self.checkpoint)}. Free space there, or choose another folder."
             )
-        written = sum(
-            file.stat().st_size for old in checkpoints(str(folder)) for file in old.rglob("*") if file.is_file()
-        )
-        if free + written < self.most:
+        if free + _bytes(checkpoints(str(folder))) < self.most:
             return (
                 f"warning: --output_dir {folder} has {human_bytes(free)} free, and this run will keep up to "
                 f"{human_bytes(self.most)} of checkpoints and model there, {human_bytes(self.checkpoint)} each. Free space, or "
                 "lower --save_total_limit."
             )
         return None
+
+
+def _bytes(folders: list[Path]) -> int:
+    return sum(file.stat().st_size for folder in folders for file in folder.rglob("*") if file.is_file())

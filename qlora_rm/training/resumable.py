@@ -7,8 +7,10 @@ survive; evaluation draws no random numbers; the command's learning rate is obey
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,6 +27,7 @@ from qlora_rm.training.checkpoints import (
     checkpoint_folder,
     discard,
     flush,
+    half_written,
     lacks_room,
     mark_whole,
     no_room,
@@ -35,7 +38,8 @@ from qlora_rm.training.checkpoints import (
 from qlora_rm.training.engine import any_process
 from qlora_rm.training.quantization_state import without_quantization_state
 from qlora_rm.training.sampling import EvenLoadSampler
-from qlora_rm.training.termination import Termination
+from qlora_rm.training.termination import Termination, outlive_sigterm
+from qlora_rm.training.universal import take_share
 
 
 @dataclass
@@ -117,6 +121,15 @@ class ResumableTrainer(RewardTrainer):
             if self.state.best_global_step == self.state.global_step:
                 self.state.best_model_checkpoint = str(self._resumed)
 
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """For training or evaluation, its workers outliving a SIGTERM to the whole job; see `outlive_sigterm`."""
+        loader: Any = super()._get_dataloader(*args, **kwargs)
+        of_torch = (
+            loader.base_dataloader
+        )  # accelerate 1.15 wraps it, and starts workers and skips batches by what it says
+        of_torch.worker_init_fn = partial(outlive_sigterm, of_torch.worker_init_fn)
+        return loader
+
     def _run_epoch(self, **of: Any) -> None:  # type: ignore[override]
         """An epoch, or what is left of it.
 
@@ -129,7 +142,11 @@ class ResumableTrainer(RewardTrainer):
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
-        self.termination.end_if_asked(self.args.device)
+        if self.termination.agreed(self.args.device):  # since the step before looked for it, or at its evaluation's end
+            # where no step was taken there is nothing to save, and the random states of the checkpoint are not loaded yet
+            if self.state.global_step > self._initial_global_step:
+                self._save_checkpoint(of["model"], of["trial"])
+            raise Terminated
         super()._run_epoch(**of)
 
     def _maybe_log_save_evaluate(
@@ -178,7 +195,7 @@ class ResumableTrainer(RewardTrainer):
             raise
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Clear the folder, save, let the caller add its files, mark as whole, and only then delete older checkpoints.
+        """Clear what was cut off, save, let the caller add its files, mark as whole, and only then delete older checkpoints.
 
         A step that is saved already is left alone: writing it again would leave no whole one for a while.
         """
@@ -186,32 +203,57 @@ class ResumableTrainer(RewardTrainer):
         folder = checkpoint_folder(str(self.args.output_dir), step)
         if step == self._saved_step:
             return
+        if writes:
+            for cut_off in half_written(str(self.args.output_dir)):  # before room is measured, which it would take
+                discard(cut_off)
         needed = lacks_room(folder) if writes else None
         if any_process(needed is not None, self.args.device):
             raise no_room(folder, needed, "too little room is left")
         if writes:
             discard(folder)
         progress = self._progress()  # which waits for all: no process writes into a folder that is being removed
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            with written_whole(folder, removed=writes):
-                with without_quantization_state(model):
-                    super()._save_checkpoint(model, trial)
-                if writes:
-                    progress.save(folder)
-                    for add in self.checkpoint_files:
-                        add(folder)
-                if self.args.local_process_index == 0:
-                    flush(folder)
-                self.accelerator.wait_for_everyone()
-                if writes:
-                    mark_whole(folder)
-        finally:
-            self.args.save_total_limit = limit
+        with written_whole(folder, removed=writes):
+            with without_quantization_state(model), self._nothing_deleted():
+                super()._save_checkpoint(model, trial)
+            if writes:
+                progress.save(folder)
+                for add in self.checkpoint_files:
+                    add(folder)
+            self.accelerator.wait_for_everyone()  # a host's other processes write here too
+            if self.args.local_process_index == 0:
+                flush(folder)
+            self.accelerator.wait_for_everyone()
+            if writes:
+                mark_whole(folder)
         self._saved_step = step
         if writes:
-            prune(str(self.args.output_dir), limit, self.state.best_model_checkpoint)
+            prune(str(self.args.output_dir), self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
+
+    def _load_best_model(self) -> None:
+        """The best checkpoint's weights, whichever number of processes wrote it; they are not the last step's to be saved."""
+        if isinstance(self.model_wrapped, DeepSpeedEngine):
+            take_share(Path(str(self.state.best_model_checkpoint)), self.accelerator, self.model_wrapped)
+        super()._load_best_model()
+        self._saved_step = self.state.global_step
+
+    def _finalize_training(self, *args: Any) -> Any:
+        """The end of training. transformers 5.23 would delete all checkpoints but the best here under `save_total_limit` 1,
+        with the finished model still to be saved, and the last one what a longer run goes on from."""
+        with self._nothing_deleted():
+            return super()._finalize_training(*args)
+
+    @contextmanager
+    def _nothing_deleted(self) -> Iterator[None]:
+        """Transformers deletes no checkpoint inside the block: what is whole, and what was the last, only `prune` knows.
+
+        The limit is hidden for that long only, since loggers and the files of the model record the settings.
+        """
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            yield
+        finally:
+            self.args.save_total_limit = limit
 
     def _progress(self) -> Progress:
         losses = self.accelerator.gather(self._tr_loss.detach().reshape(1))

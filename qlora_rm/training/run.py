@@ -111,8 +111,8 @@ def train(options: Options) -> dict[str, float]:
     trainer.checkpoint_files = [manifest.save, replace(terms, accumulation=args.gradient_accumulation_steps).save]
     with trainer.termination.watch():
         say(f"going on from {resume}" if resume else f"training on {len(train_set):,} comparisons")
-        if resume is not None:
-            take_share(resume, Terms.load(resume), terms, trainer.accelerator)
+        if resume is not None and terms.is_sharded:
+            take_share(resume, trainer.accelerator)
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         return _finish(trainer, manifest, data, tokenization)
 

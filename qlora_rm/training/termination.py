@@ -4,11 +4,12 @@ transformers 5.23 has an `enable_jit_checkpoint`; each process decides there for
 signal, so that two may save at different steps, and an evaluation is waited for.
 """
 
+import multiprocessing
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -58,3 +59,28 @@ class Termination:
         """Raise `Terminated` where the job was told to end. Collective."""
         if self.agreed(device):
             raise Terminated
+
+
+def outlive_sigterm(then: Callable[[int], None] | None, worker: int) -> None:
+    """The start of a data loader's worker: SIGTERM ends it only where its main process sends it.
+
+    A scheduler sends it to every process of a job. A worker that dies of it has torch 2 raise in the main process, in the
+    middle of the step or of the save that should be the last. Ignored outright, it would leave a failed run waiting for ever:
+    multiprocessing ends workers by SIGTERM on its way out, and waits for them.
+
+    Arguments:
+        then: what the worker would have started with.
+    """
+    signal.pthread_sigmask(
+        signal.SIG_BLOCK, {signal.SIGTERM}
+    )  # for torch's own handler, and threads started from now on
+    threading.Thread(target=_end_with_main, name="SIGTERM of the main process", daemon=True).start()
+    if then is not None:
+        then(worker)
+
+
+def _end_with_main() -> None:
+    main = multiprocessing.parent_process()
+    while main is not None and signal.sigwaitinfo({signal.SIGTERM}).si_pid != main.pid:
+        pass
+    os._exit(0)  # any other status torch would report in the main process

@@ -7,6 +7,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+from deepspeed import DeepSpeedEngine
 from deepspeed.checkpoint import ds_to_universal
 
 from qlora_rm.console import say
@@ -17,16 +18,31 @@ LATEST = "latest_universal"
 """The file DeepSpeed reads the universal folder's name from; written last, so that half a conversion is none."""
 
 
-def take_share(checkpoint: Path, before: Terms, now: Terms, accelerator: Any) -> None:
-    """Where other than as many processes wrote a DeepSpeed checkpoint, convert it and have the engine read that."""
-    if not now.is_sharded or before.world_size == now.world_size:
-        return
+def take_share(checkpoint: Path, accelerator: Any, engine: DeepSpeedEngine | None = None) -> None:
+    """Have an engine read `checkpoint` in the form that this number of processes can.
+
+    deepspeed 0.19 asks its configuration which form that is, at every checkpoint it reads: to be said anew for each.
+
+    Arguments:
+        engine: the one that will read it; None where accelerate is about to build it.
+    """
+    universal = _universal_if_others(checkpoint, accelerator)
+    if engine is not None:
+        engine._config.load_universal_checkpoint = universal
+    else:
+        accelerator.state.deepspeed_plugin.deepspeed_config["checkpoint"] = {"load_universal": universal}
+
+
+def _universal_if_others(checkpoint: Path, accelerator: Any) -> bool:
+    """Whether other than as many processes wrote `checkpoint`; it is converted then."""
+    processes, writers = accelerator.num_processes, Terms.load(checkpoint).world_size
+    if processes == writers:
+        return False
     if accelerator.is_main_process:
-        say(f"converting {checkpoint} of {before.world_size} processes for {now.world_size}")
+        say(f"converting {checkpoint} of {writers} processes for {processes}")
         convert(checkpoint)
     accelerator.wait_for_everyone()
-    # which accelerate hands to the engine that it is about to build
-    accelerator.state.deepspeed_plugin.deepspeed_config["checkpoint"] = {"load_universal": True}
+    return True
 
 
 def convert(checkpoint: Path) -> None:

@@ -37,6 +37,7 @@ class Forks:
                 from the beginning of training where `in_training` is true.
             kill_at_change: it kills itself before so many'th change to a file of its output folder.
             end_at: a method of the trainer and a number: it sends itself SIGTERM in so many'th call.
+            whole_group: the SIGTERM of `end_at` comes from outside, to all processes of the run.
             tight: the disk is as small as the test says, and is not measured before the run.
             record: a folder for what `recorded_train` notes.
         """
@@ -109,7 +110,7 @@ def in_child(request: dict[str, Any], out: Path, said: Path, counted: Path) -> N
     os.dup2(written, 2)
     count_changes(out, os.open(counted, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), request.get("kill_at_change"))
     if "end_at" in request:
-        end_at(*request["end_at"])
+        end_at(*request["end_at"], whole_group=request.get("whole_group", False))
     if "tight" in request:
         disk.DiskNeed.require_room = lambda *_: None
     if "record" in request:
@@ -127,15 +128,20 @@ def in_child(request: dict[str, Any], out: Path, said: Path, counted: Path) -> N
         os._exit(status)
 
 
-def end_at(method: str, number: int) -> None:
+def end_at(method: str, number: int, whole_group: bool) -> None:
     from qlora_rm.training.trainer import PreferenceTrainer
 
     real, count = getattr(PreferenceTrainer, method), 0
+    if whole_group:
+        os.setpgid(0, 0)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         nonlocal count
         count += 1
-        if count == number:
+        if count == number and whole_group:
+            subprocess.run(["sh", "-c", f"kill -TERM -{os.getpgid(0)}"], start_new_session=True, check=True)
+            time.sleep(0.1)  # in which what dies of it is dead
+        elif count == number:
             os.kill(os.getpid(), signal.SIGTERM)
         return real(*args, **kwargs)
 

@@ -2,6 +2,7 @@
 
 Reads RECORD, a folder; END_AT, a step in whose first forward pass the last process sends itself SIGTERM; KILL_IN_SAVE,
 a step in whose checkpoint the first one dies once the optimizer is written; PAUSE, seconds to wait in forward passes.
+The last process writes its part of a checkpoint late, and what the first one then flushes is noted too.
 """
 
 import json
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_rm.cli import main
-from qlora_rm.training import run
+from qlora_rm.training import checkpoints, resumable, run
 from qlora_rm.training.trainer import PreferenceTrainer
 
 
@@ -35,11 +36,21 @@ class Recorded(PreferenceTrainer):
     def _save_rng_state(self, output_dir: str) -> None:
         if os.environ.get("KILL_IN_SAVE") == str(self.state.global_step) and self.args.process_index == 0:
             os.kill(os.getpid(), signal.SIGKILL)
+        if 0 < self.args.process_index == self.args.world_size - 1:
+            time.sleep(0.2)
         super()._save_rng_state(output_dir)
+
+
+def noting_flush(folder: Path) -> None:
+    names = sorted(path.name for path in folder.rglob("*"))
+    with (Path(os.environ["RECORD"]) / "flushed").open("a") as file:
+        file.write(json.dumps(names) + "\n")
+    checkpoints.flush(folder)
 
 
 def record() -> None:
     run.PreferenceTrainer = Recorded
+    resumable.flush = noting_flush
 
 
 def recorded(folder: Path) -> dict[int, list[tuple[int, ...]]]:

@@ -147,7 +147,8 @@ def test_a_second_copy_that_would_reach_over_machines_is_refused_before_weights_
     assert "set it to 1" in said and "compute dtype" not in said and "Traceback" not in said
 
 
-def test_when_its_time_is_over_the_job_stops_and_is_queued_again(backbone_folder, rows_file, tmp_path):
+@pytest.mark.parametrize("why", ["its time is over", "it is preempted"])
+def test_the_job_saves_and_is_queued_again(why, backbone_folder, rows_file, tmp_path):
     slurm = slurm_for_tests.install(tmp_path / "bin", job=free_port())
     slurm |= {"LAUNCH_CONFIG": "accelerate_configs/cpu_two_nodes_zero3.yaml", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "20"}
     out = tmp_path / "out"
@@ -155,7 +156,10 @@ def test_when_its_time_is_over_the_job_stops_and_is_queued_again(backbone_folder
     with job(tmp_path) as running:
         running.start(["bash", SCRIPT, *flags], **slurm)
         until(lambda: list(out.glob("checkpoint-*/COMPLETE")) or running.processes[0].poll() is not None)
-        running.processes[0].send_signal(signal.SIGUSR1)
+        if why == "its time is over":
+            running.processes[0].send_signal(signal.SIGUSR1)
+        else:
+            slurm_for_tests.preempt(tmp_path / "bin")
         assert running.wait(90) != [0], running.said(0)[-5000:]
     assert (tmp_path / "bin" / "requeued").exists(), running.said(0)[-5000:]
     last = max(out.glob("checkpoint-*/COMPLETE"), key=lambda path: path.stat().st_mtime).parent

@@ -12,6 +12,7 @@ from transformers import LlamaConfig
 from qlora_rm.backbone.load import read_model_config
 from qlora_rm.errors import UserError
 from qlora_rm.training.arguments import _require_own_card, parse
+from qlora_rm.training.checkpoints import mark_whole
 from qlora_rm.training.disk import SMALL_FILES, DiskNeed, checkpoint_bytes, checkpoints_made, trained_weights
 from qlora_rm.training.engine_settings import loaded_in, stored_as, unsound_settings
 from qlora_rm.training.preflight import Report, _planned_as, _raise_first, _require_alike, _second_copies
@@ -190,10 +191,24 @@ def test_a_disk_that_will_not_hold_all_that_is_kept_is_warned_of(flags, tmp_path
     options = parse(flags(lora_r=rank, max_steps=8, save_steps=1, save_total_limit=2))
     need = DiskNeed.of(options, config, "single", 72)
     assert need.most > 2.9 * need.checkpoint
+    best = parse(flags(lora_r=rank, max_steps=8, save_steps=1, save_total_limit=2, metric_for_best_model="loss"))
+    assert DiskNeed.of(best, config, "single", 72).most - need.most == need.checkpoint
     warning = need.require_room(tmp_path)
     assert warning and "lower --save_total_limit" in warning
     one = DiskNeed.of(parse(flags(max_steps=8, save_steps=1)), config, "single", 72)
     assert one.require_room(tmp_path) is None
+
+
+def test_what_was_cut_off_in_a_save_counts_as_room_for_the_next(tmp_path):
+    left = tmp_path / "checkpoint-4/optimizer.pt"
+    left.parent.mkdir()
+    with left.open("wb") as half:
+        half.truncate(1 << 40)
+    need = DiskNeed(shutil.disk_usage(tmp_path).free + (1 << 39), 0)
+    need.require_room(tmp_path)
+    mark_whole(left.parent)
+    with pytest.raises(UserError, match="one checkpoint of this run takes"):
+        need.require_room(tmp_path)
 
 
 def report(rank, problem=None, **facts):

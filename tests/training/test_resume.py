@@ -6,9 +6,11 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from qlora_rm.artifacts.manifest import Manifest
@@ -138,6 +140,67 @@ def test_sigterm_saves_the_step_it_is_in(forks, flags_of, tmp_path, strategy):
         assert_same_end(out, uninterrupted)
 
 
+def test_the_last_checkpoint_outlives_training_beside_the_best(forks, flags_of, tmp_path):
+    """Whatever ends the run while the finished model is saved, and a later, longer run, go on from it."""
+    out = tmp_path / "out"
+    best_first = {"greater_is_better": True, "max_steps": 4}
+    ended = forks.run(
+        flags_of(out, **best_first), end_at=["prediction_step", 13]
+    )  # after two evaluations of six batches
+    assert ended.status == 143 and "checkpoint-4; go on with --resume auto" in ended.said, ended.said
+    assert "checkpoint-4\n" in finish(forks, flags_of(out, **best_first))
+    assert [path.name for path in checkpoints(str(out))] == ["checkpoint-2", "checkpoint-4"]
+    assert torch.load(out / "training_args.bin", weights_only=False).save_total_limit == 1
+    assert "checkpoint-4\n" in finish(forks, flags_of(out, **best_first | {"max_steps": 5}))
+
+
+def test_the_best_weights_are_not_saved_as_the_last_step(forks, flags_of, tmp_path):
+    """Which they are in memory, when SIGTERM comes while the finished model is evaluated."""
+    best_first = {"greater_is_better": True, "max_steps": 4, "save_strategy": "best", "load_best_model_at_end": True}
+    ended = forks.run(flags_of(tmp_path / "out", **best_first), end_at=["prediction_step", 13])
+    assert ended.status == 143 and [path.name for path in checkpoints(str(tmp_path / "out"))] == ["checkpoint-2"]
+    finish(forks, flags_of(tmp_path / "out", **best_first))
+    assert weights(tmp_path / "out") == weights(tmp_path / "out/checkpoint-2")
+
+
+@pytest.mark.slow
+def test_sigterm_between_two_epochs_saves_the_step_before(forks, flags_of, tmp_path):
+    """In the tail of an epoch's evaluation, and after the last look for a signal; step 8 is no step to save by itself."""
+    changes = {"eval_strategy": "epoch", "save_steps": 3, "max_steps": 10, "metric_for_best_model": None}
+    finish(forks, flags_of(tmp_path / "through", **changes))
+    for method, number in (("_determine_best_metric", 1), ("_run_epoch", 2)):
+        out = tmp_path / method
+        ended = forks.run(flags_of(out, **changes), end_at=[method, number])
+        assert ended.status == 143 and "checkpoint-8; go on with --resume auto" in ended.said, ended.said
+        assert "checkpoint-8\n" in finish(forks, flags_of(out, **changes))
+        assert_same_end(out, tmp_path / "through")
+
+
+@pytest.mark.parametrize(("method", "step"), [("training_step", 4), ("prediction_step", 2)])
+def test_sigterm_to_all_processes_of_a_run_spares_its_data_workers(forks, flags_of, tmp_path, method, step):
+    flags = flags_of(tmp_path / "out", dataloader_num_workers=1, max_steps=6)
+    ended = forks.run(flags, end_at=[method, 7 if method == "training_step" else 2], whole_group=True)
+    assert ended.status == 143 and f"checkpoint-{step}; go on with --resume auto" in ended.said, ended.said
+    assert "Traceback" not in ended.said
+    assert f"checkpoint-{step}\n" in finish(forks, flags)
+
+
+FAILS_WITH_WORKERS = """
+from functools import partial
+from torch.utils.data import DataLoader
+from qlora_rm.training.termination import outlive_sigterm
+batches = iter(DataLoader(range(99), num_workers=2, worker_init_fn=partial(outlive_sigterm, None)))
+next(batches)
+raise ValueError("a defect")
+"""
+
+
+def test_data_workers_end_with_a_run_that_fails():
+    """Python tells them to by SIGTERM, and waits for them."""
+    failed = subprocess.run([sys.executable, "-c", FAILS_WITH_WORKERS], capture_output=True, text=True, timeout=60)
+    assert failed.returncode == 1 and failed.stderr.strip().endswith("ValueError: a defect")
+
+
 def test_sigterm_before_training_ends_at_once(forks, flags_of, tmp_path):
     early = forks.run(flags_of(tmp_path / "early"), kill_after=0.05, signals=[[signal.SIGTERM, 0]])
     assert early.status == 143 and not checkpoints(str(tmp_path / "early"))
@@ -262,4 +325,16 @@ def test_a_full_disk_is_told_and_leaves_the_last_checkpoint_whole(forks, flags_o
     assert all(is_whole(path) for path in left)
     small_disk(64 << 20, "remount")
     finish(forks, flags_of(out))
+    assert_same_end(out, through[0])
+
+
+def test_what_a_kill_left_of_a_save_makes_room_for_the_next(forks, flags_of, through, small_disk):
+    """Its half-written folder is removed before room is measured."""
+    out = small_disk(64 << 20) / "out"
+    assert forks.run(flags_of(out), end_at=["training_step", 4], tight=True).status == 143
+    (out / "checkpoint-4").mkdir()
+    with (out / "checkpoint-4/optimizer.pt").open("wb") as half:
+        half.write(bytes(shutil.disk_usage(out).free - 8192))
+    ended = forks.run(flags_of(out), tight=True)
+    assert ended.status == 0, ended.said
     assert_same_end(out, through[0])

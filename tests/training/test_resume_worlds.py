@@ -1,5 +1,6 @@
 """A checkpoint goes on under another number of processes: the same pairs in every step, and the same end."""
 
+import json
 import signal
 import time
 from pathlib import Path
@@ -72,6 +73,8 @@ def test_one_process_two_told_to_end_by_their_launcher_and_one_again(forks, flag
     assert said.count("told to end (SIGTERM). The last whole checkpoint is") == 1, said
     last = checkpoints(str(out))[-1]
     assert is_whole(last) and last.name not in ("checkpoint-5", "checkpoint-8")
+    flushed = [json.loads(line) for line in (tmp_path / "flushed").read_text().splitlines()]
+    assert flushed and all("rng_state_1.pth" in names for names in flushed)  # which the other process writes
     assert forks.run(flags_of(out, gradient_accumulation_steps=2), record=str(record)).status == 0
     steps = recorded(record)
     for step, seen in recorded(tmp_path).items():
@@ -81,15 +84,17 @@ def test_one_process_two_told_to_end_by_their_launcher_and_one_again(forks, flag
     assert farthest(out, through[0]) < 1e-5
 
 
-@pytest.mark.parametrize(("engine", "before", "after"), [("zero2", 2, 1), ("zero3", 1, 2)])
-def test_deepspeed_goes_on_with_another_number_of_processes(flags_of, through, tmp_path, engine, before, after):
-    """SIGTERM reaches one of them; the other saves at the same step. The universal form is made once and kept."""
+@pytest.mark.parametrize(("engine", "before", "after", "best"), [("zero2", 2, 1, 16), ("zero3", 1, 2, 8)])
+def test_deepspeed_goes_on_with_another_number_of_processes(flags_of, through, tmp_path, engine, before, after, best):
+    """SIGTERM reaches one of them; the other saves at the same step. The universal form is made once and kept. In the end
+    they load the best step's weights, saved by as many processes or by the others."""
     out, steps = tmp_path / "out", {}
+    load_best = {"load_best_model_at_end": True, "greater_is_better": best == 8}
     for processes, end_at in ((before, "11"), (after, "")):
         record = tmp_path / str(processes)
         record.mkdir()
         done = launch(
-            f"cpu_{engine}", flags_of(out, gradient_accumulation_steps=2 // before, engine=engine), "--num_processes", str(processes),
+            f"cpu_{engine}", flags_of(out, gradient_accumulation_steps=2 // before, engine=engine, **load_best), "--num_processes", str(processes),
             script="tests/training/recorded_train.py", RECORD=str(record), END_AT=end_at,
         )  # fmt: skip
         if end_at:
@@ -102,7 +107,8 @@ def test_deepspeed_goes_on_with_another_number_of_processes(flags_of, through, t
             assert f"engine: {engine}, {after} process" in done.stderr
         steps |= recorded(record)
     assert steps == through[1]
-    assert farthest(out, through[0]) < 1e-5
+    assert farthest(out / "checkpoint-16", through[0]) < 1e-5
+    assert farthest(out, load_file(out / f"checkpoint-{best}/adapter_model.safetensors")) < 1e-7
 
 
 def test_a_process_killed_in_a_save_leaves_the_checkpoint_before(flags_of, through, tmp_path):
