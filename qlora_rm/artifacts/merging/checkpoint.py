@@ -1,14 +1,14 @@
-"""Safetensors files read one tensor at a time, into memory that is given back.
+"""Safetensors files (https://huggingface.co/docs/safetensors) read one tensor at a time.
 
-The format (https://huggingface.co/docs/safetensors): 8 bytes with the header's length, a JSON header with each tensor's
-dtype, shape and place, then the data. The library's readers map files into memory, and mapped pages count as resident.
+The library maps files into memory, and the pages that were read count as resident until nothing uses the mapping. So each
+tensor gets a mapping of its own, which goes with it.
 """
 
 import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from safetensors import safe_open
@@ -36,23 +36,26 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor's place: its file, the bytes from `start` to `stop` of it, and what they are."""
+    """A tensor's place: the file, its name and number in the order of the data there, and what it is."""
 
     file: Path
-    start: int
-    stop: int
+    name: str
+    number: int
     dtype: torch.dtype
     shape: tuple[int, ...]
 
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
     def read(self) -> Tensor:
-        """The tensor, in memory of its own."""
-        raw = torch.empty(self.stop - self.start, dtype=torch.uint8)
-        if raw.numel():
-            with self.file.open("rb") as file:
-                file.seek(self.start)
-                if file.readinto(raw.numpy().data) != raw.numel():
-                    raise UserError(f"{self.file} is cut short. Fetch or save it again.")
-        return raw.view(self.dtype).reshape(self.shape)
+        """The tensor, in memory of its own: pages of the file, which are copied where they are written to.
+
+        Raises:
+            UserError: the file is broken or was cut short.
+        """
+        with _opened(self.file) as file:
+            return file.get_tensor(self.name)
 
     def like(self) -> Tensor:
         """A stand-in without data, on the meta device."""
@@ -105,28 +108,23 @@ def model_files(name_or_path: str, revision: str | None = None) -> list[Path]:
 
 
 def _places(file: Path) -> dict[str, Stored]:
-    try:
-        with safe_open(file, framework="pt"):  # the library's own checks of header, places and length
-            pass
-    except Exception as error:  # safetensors raises its own error type for a truncated file
-        raise UserError(f"{file} is broken or cut short: {error}") from error
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(length))
-    header.pop("__metadata__", None)
-    unknown = {entry["dtype"] for entry in header.values()} - DTYPES.keys()
+    with _opened(file) as opened:
+        slices = {name: opened.get_slice(name) for name in opened.offset_keys()}
+    unknown = {place.get_dtype() for place in slices.values()} - DTYPES.keys()
     if unknown:
         raise UserError(f"{file} holds tensors of a dtype that is not known here: {', '.join(sorted(unknown))}.")
     return {
-        name: Stored(
-            file,
-            8 + length + entry["data_offsets"][0],
-            8 + length + entry["data_offsets"][1],
-            DTYPES[entry["dtype"]],
-            tuple(entry["shape"]),
-        )
-        for name, entry in header.items()
+        name: Stored(file, name, number, DTYPES[place.get_dtype()], tuple(place.get_shape()))
+        for number, (name, place) in enumerate(slices.items())
     }
+
+
+def _opened(file: Path) -> Any:
+    """By the library, which checks header, places and length."""
+    try:
+        return safe_open(file, framework="pt")
+    except Exception as error:  # safetensors raises its own error type for a truncated file
+        raise UserError(f"{file} is broken or cut short: {error}") from error
 
 
 def size_of(files: list[Path]) -> int:

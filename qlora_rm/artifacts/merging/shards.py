@@ -7,6 +7,7 @@ value, so headers and index are written first, and values are appended in the or
 import hashlib
 import json
 import os
+from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,8 +24,11 @@ from qlora_rm.artifacts.merging.checkpoint import NAMES
 SHARD_BYTES = 5_000_000_000
 """A new file is begun where one would grow beyond this; a larger tensor stands alone."""
 
-WAITING = 8
+WAITING = 16
 """Pieces that may wait to be written."""
+
+FLUSH_BYTES = 128_000_000
+"""So much is sent on to the disk at a time while the merge goes on, or all of it would have to be awaited at the end."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +55,6 @@ class Shards:
         self.sha256: dict[str, str] = {}
         self._folder, self._files = folder, _divided(wanted)
         self._coming = [(file, tensor) for file, tensors in self._files.items() for tensor in tensors]
-        self._writer = ThreadPoolExecutor(max_workers=1)
-        self._waiting: list[Future[None]] = []
         self._open: _File | None = None
 
     def __enter__(self) -> Self:
@@ -65,7 +67,7 @@ class Shards:
         return self
 
     def write(self, name: str, pieces: Iterable[Tensor]) -> None:
-        """Append the tensor `name`, given in contiguous pieces of the planned dtype; another thread writes them."""
+        """Append the tensor `name`, in contiguous pieces of the planned dtype."""
         file, wanted = self._coming.pop(0)
         assert wanted.name == name, f"{wanted.name} is next, not {name}"
         if self._open is None or self._open.name != file:
@@ -75,7 +77,7 @@ class Shards:
         for piece in pieces:
             assert piece.dtype == wanted.dtype, (name, piece.dtype)
             size += piece.nbytes
-            self._put(piece)
+            self._open.append(piece)
         assert size == wanted.nbytes, (name, size, wanted.nbytes)
 
     def __exit__(
@@ -86,26 +88,17 @@ class Shards:
                 assert not self._coming, f"{self._coming[0][1].name} was never written"
                 self._finish()
         finally:
-            self._writer.shutdown(cancel_futures=True)
             if self._open is not None:
-                self._open.file.close()
-
-    def _put(self, piece: Tensor) -> None:
-        assert self._open is not None
-        while len(self._waiting) >= WAITING:
-            self._waiting.pop(0).result()
-        self._waiting.append(self._writer.submit(self._open.append, piece))
+                self._open.abandon()
 
     def _finish(self) -> None:
-        while self._waiting:
-            self._waiting.pop(0).result()
         if self._open is not None:
             self.sha256[self._open.name] = self._open.close()
             self._open = None
 
 
 class _File:
-    """One file: its header at once, then its data."""
+    """One file: its header at once, then its data, which one thread hashes and writes and another flushes."""
 
     def __init__(self, folder: Path, name: str, tensors: Sequence[Wanted]):
         places, end = {}, 0
@@ -115,24 +108,48 @@ class _File:
             places[tensor.name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
         header = json.dumps({"__metadata__": {"format": "pt"}, **places}, separators=(",", ":")).encode()
         header += b" " * (-len(header) % 8)  # so that the data begins at a multiple of 8
-        self.name, self.file, self.hash = name, (folder / name).open("wb", buffering=0), hashlib.sha256()
-        self._write(len(header).to_bytes(8, "little") + header)
+        self.name, self._file, self._hash = name, (folder / name).open("wb", buffering=0), hashlib.sha256()
+        self._writer, self._flusher = ThreadPoolExecutor(max_workers=1), ThreadPoolExecutor(max_workers=1)
+        self._waiting: deque[Future[None]] = deque()
+        self._unflushed, self._flushed = 0, Future[None]()
+        self._flushed.set_result(None)
+        self._put(memoryview(len(header).to_bytes(8, "little") + header))
 
     def append(self, piece: Tensor) -> None:
         if piece.numel():
-            self._write(piece.reshape(-1).view(torch.uint8).numpy().data)
-
-    def _write(self, data: bytes | memoryview) -> None:
-        self.hash.update(data)
-        rest = memoryview(data)
-        while rest:
-            rest = rest[self.file.write(rest) :]
+            self._put(piece.reshape(-1).view(torch.uint8).numpy().data)
 
     def close(self) -> str:
-        """Onto the disk: the folder is renamed into place once all files are."""
-        os.fsync(self.file.fileno())
-        self.file.close()
-        return self.hash.hexdigest()
+        """Onto the disk, since the folder is renamed into place once all files are there; returns the sha256."""
+        while self._waiting:
+            self._waiting.popleft().result()
+        self._flushed.result()
+        self._stop()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return self._hash.hexdigest()
+
+    def abandon(self) -> None:
+        self._stop()
+        self._file.close()
+
+    def _put(self, data: memoryview) -> None:
+        while len(self._waiting) >= WAITING:
+            self._waiting.popleft().result()
+        self._waiting.append(self._writer.submit(self._write, data))
+
+    def _write(self, data: memoryview) -> None:
+        self._hash.update(data)
+        self._unflushed += len(data)
+        while data:
+            data = data[self._file.write(data) :]
+        if self._unflushed >= FLUSH_BYTES:
+            self._flushed.result()
+            self._unflushed, self._flushed = 0, self._flusher.submit(os.fdatasync, self._file.fileno())
+
+    def _stop(self) -> None:
+        for thread in (self._writer, self._flusher):
+            thread.shutdown(cancel_futures=True)
 
 
 def _divided(wanted: Sequence[Wanted]) -> dict[str, list[Wanted]]:
