@@ -39,4 +39,5 @@ $(BIN)/python:
 
 clean:
 	rm -rf build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find qlora_rm -name '*.so' -delete; rm -f $(STAMP)
 	find qlora_rm tests benchmarks -type d -name __pycache__ -prune -exec rm -rf {} +

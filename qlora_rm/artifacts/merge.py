@@ -16,6 +16,7 @@ from qlora_rm.artifacts.merging.stream import Source, Stream
 from qlora_rm.artifacts.proof import allowed_drift
 from qlora_rm.artifacts.read_back import fits, read_adapter, read_back
 from qlora_rm.artifacts.seal import changed_files
+from qlora_rm.backbone.load import read_model_config
 from qlora_rm.backbone.precision import DTYPES
 from qlora_rm.config import Quantization
 from qlora_rm.console import say
@@ -198,7 +199,9 @@ class _Job:
     def _unquantized(self, golden: list[GoldenItem]) -> list[list[float]]:
         """Scores of the adapter on its base as it was before quantization."""
         base, revision = self._base()
-        if self.stream is None or not self.stream.adapter.is_plain or fits(base, revision):
+        in_16_bit = not hasattr(read_model_config(base, revision, self.trusted), "quantization_config")
+        can_be_offloaded = in_16_bit and self.stream is not None and self.stream.adapter.is_plain
+        if not can_be_offloaded or fits(base, revision):
             return scores_of(golden, self._load("none").score_token_ids)
         pad = self.tokenizer.pad_token_id
         return read_adapter(self.folder, base, revision, self.beside.parent, golden, pad, self.trusted).scores

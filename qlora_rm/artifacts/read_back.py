@@ -1,6 +1,7 @@
 """Golden scores of models that may not fit into memory: loaded whole, or layer by layer from the disk."""
 
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -71,7 +72,8 @@ def read_adapter(
             model.set_submodule(name, bones.get_submodule(name).to_empty(device="cpu"))
             compute_in_own_precision(model.get_submodule(name))
         model.config.pad_token_id = pad
-        peft = load_adapter(Backbone(model, head, has_new_head=True), folder, trainable=False)
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # that it could not fill the factors
+            peft = load_adapter(Backbone(model, head, has_new_head=True), folder, trainable=False)
         for layer in peft.modules():
             if isinstance(layer, LoraLayer):
                 for factors in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector):
@@ -109,7 +111,9 @@ def loaded_bytes(stored: Checkpoint) -> int:
     """Memory that the tensors take once they are loaded here."""
     width = 4 if lacks_16_bit_units() else 0
     return sum(
-        torch.Size(place.shape).numel() * max(width, place.dtype.itemsize) if place.dtype.is_floating_point else 0
+        torch.Size(place.shape).numel() * max(width, place.dtype.itemsize)
+        if place.dtype.is_floating_point
+        else place.nbytes
         for place in stored.values()
     )
 

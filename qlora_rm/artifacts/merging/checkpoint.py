@@ -1,14 +1,16 @@
 """Safetensors files (https://huggingface.co/docs/safetensors) read one tensor at a time.
 
-The library maps files into memory, and the pages that were read count as resident until nothing uses the mapping. So each
-tensor gets a mapping of its own, which goes with it.
+The format: 8 bytes with the header's length, a JSON header with each tensor's dtype, shape and place, then the data. The
+library's own reader maps a whole file, writable, which Linux refuses for one larger than memory; here each tensor is
+mapped alone, for mapped pages count as resident until nothing uses the mapping.
 """
 
 import json
+import mmap
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 from safetensors import safe_open
@@ -36,26 +38,36 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor's place: the file, its name and number in the order of the data there, and what it is."""
+    """A tensor's place: its file, the bytes from `start` to `stop` of it, and what they are."""
 
     file: Path
-    name: str
-    number: int
+    start: int
+    stop: int
     dtype: torch.dtype
     shape: tuple[int, ...]
 
     @property
     def nbytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+        return self.stop - self.start
 
     def read(self) -> Tensor:
-        """The tensor, in memory of its own: pages of the file, which are copied where they are written to.
+        """The tensor: pages of the file, which must not change meanwhile, copied where they are written to.
 
         Raises:
-            UserError: the file is broken or was cut short.
+            UserError: the file was cut short.
         """
-        with _opened(self.file) as file:
-            return file.get_tensor(self.name)
+        if not self.nbytes:
+            return torch.empty(self.shape, dtype=self.dtype)
+        begin = self.start - self.start % mmap.ALLOCATIONGRANULARITY
+        try:
+            with self.file.open("rb") as file:
+                pages = mmap.mmap(file.fileno(), self.stop - begin, access=mmap.ACCESS_COPY, offset=begin)
+        except ValueError as error:  # longer than the file
+            raise UserError(f"{self.file} is cut short. Fetch or save it again.") from error
+        raw = torch.frombuffer(pages, dtype=torch.uint8, count=self.nbytes, offset=self.start - begin)
+        if self.start % self.dtype.itemsize:  # the format allows it, processors need not
+            raw = raw.clone()
+        return raw.view(self.dtype).reshape(self.shape)
 
     def like(self) -> Tensor:
         """A stand-in without data, on the meta device."""
@@ -108,23 +120,29 @@ def model_files(name_or_path: str, revision: str | None = None) -> list[Path]:
 
 
 def _places(file: Path) -> dict[str, Stored]:
-    with _opened(file) as opened:
-        slices = {name: opened.get_slice(name) for name in opened.offset_keys()}
-    unknown = {place.get_dtype() for place in slices.values()} - DTYPES.keys()
-    if unknown:
-        raise UserError(f"{file} holds tensors of a dtype that is not known here: {', '.join(sorted(unknown))}.")
-    return {
-        name: Stored(file, name, number, DTYPES[place.get_dtype()], tuple(place.get_shape()))
-        for number, (name, place) in enumerate(slices.items())
-    }
-
-
-def _opened(file: Path) -> Any:
-    """By the library, which checks header, places and length."""
     try:
-        return safe_open(file, framework="pt")
+        with safe_open(file, framework="np"):  # the library's own checks of header, places and length
+            pass
     except Exception as error:  # safetensors raises its own error type for a truncated file
         raise UserError(f"{file} is broken or cut short: {error}") from error
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+    header.pop("__metadata__", None)
+    unknown = {entry["dtype"] for entry in header.values()} - DTYPES.keys()
+    if unknown:
+        raise UserError(f"{file} holds tensors of a dtype that is not known here: {', '.join(sorted(unknown))}.")
+    data = 8 + length
+    return {
+        name: Stored(
+            file,
+            data + entry["data_offsets"][0],
+            data + entry["data_offsets"][1],
+            DTYPES[entry["dtype"]],
+            tuple(entry["shape"]),
+        )
+        for name, entry in header.items()
+    }
 
 
 def size_of(files: list[Path]) -> int:

@@ -17,11 +17,14 @@ def _library() -> ctypes.CDLL | None:
     spec = find_spec(NAME)
     if spec is None or spec.origin is None:
         return None
-    library = ctypes.CDLL(spec.origin)
     tensor, flag, count = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-    library.block_scales.argtypes = [tensor, flag, count, tensor]
-    library.there_and_back.argtypes = [tensor, flag, count, tensor, tensor, tensor, tensor]
-    library.block_scales.restype = library.there_and_back.restype = None
+    try:
+        library = ctypes.CDLL(spec.origin)
+        library.block_scales_1.argtypes = [tensor, flag, count, tensor]
+        library.there_and_back_1.argtypes = [tensor, flag, count, tensor, tensor, tensor, tensor]
+    except (OSError, AttributeError):  # built for another machine, or from an older nf4.c
+        return None
+    library.block_scales_1.restype = library.there_and_back_1.restype = None
     return library
 
 
@@ -33,7 +36,7 @@ def is_built() -> bool:
 def block_scales(weights: Tensor) -> Tensor:
     """The largest magnitude of each block, fp32 [N / 64], of bf16 or fp32 [N]."""
     scales = torch.empty(len(weights) // BLOCK)
-    _call("block_scales", weights, scales)
+    _call("block_scales_1", weights, scales)
     return scales
 
 
@@ -44,14 +47,16 @@ def there_and_back(weights: Tensor, scales: Tensor, levels: Tensor, bounds: Tens
         weights: bf16 or fp32 [N].
         scales: the largest magnitude of each block, fp32 [N / 64].
         levels: what each code of each block stands for, fp32 [N / 64, 16], in the order of the codes.
-        bounds: over its scale, what a weight must be above to have a code, fp32 [16].
+        bounds: between the codes, of weights over their scale, fp32 [15].
     """
+    assert levels.shape == (len(scales), 16) and len(weights) == len(scales) * BLOCK and len(bounds) == 15
     values = torch.empty(len(weights))
-    _call("there_and_back", weights, scales, levels, bounds, values)
+    _call("there_and_back_1", weights, scales, levels, bounds, values)
     return values
 
 
 def _call(function: str, weights: Tensor, *others: Tensor) -> None:
+    assert len(weights) % BLOCK == 0
     is_bf16 = weights.dtype is torch.bfloat16
     assert is_bf16 or weights.dtype is torch.float32
     assert all(tensor.dtype is torch.float32 for tensor in others)

@@ -7,11 +7,13 @@
 #include <stdint.h>
 #include <string.h>
 
+/* The number at the end of a function's name grows when its arguments change: an older build is then not called. */
+
 #define BLOCK 64
 #define LEVELS 16
 
 /* One build for all x86-64 processors: the loader takes the widest version that the host can run. */
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
 #define WIDEST __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define WIDEST
@@ -35,7 +37,7 @@ static inline void load(const void *weights, int is_bf16, int64_t block, Number 
 }
 
 /* Each block's largest magnitude: the bits of numbers without a sign are in the numbers' order. */
-WIDEST void block_scales(const void *weights, int is_bf16, int64_t blocks, Number *restrict scales) {
+WIDEST void block_scales_1(const void *weights, int is_bf16, int64_t blocks, Number *restrict scales) {
     for (int64_t b = 0; b < blocks; b++) {
         Number weight[BLOCK];
         uint32_t largest = 0;
@@ -49,11 +51,10 @@ WIDEST void block_scales(const void *weights, int is_bf16, int64_t blocks, Numbe
 }
 
 /* For `weights` [blocks, 64] and their `scales` [blocks], what dequantizing gives: one of the block's own `levels`
- * [blocks, 16], in rising order. A weight over its scale has the code of the last of the `bounds` [16] that it is above;
- * the first bound is below all. */
-WIDEST void there_and_back(const void *weights, int is_bf16, int64_t blocks, const Number *restrict scales,
+ * [blocks, 16], in rising order. A weight over its scale has as its code the number of `bounds` [15] that it is above. */
+WIDEST void there_and_back_1(const void *weights, int is_bf16, int64_t blocks, const Number *restrict scales,
                            const Number *restrict levels, const Number *restrict bounds, Number *restrict values) {
-    Number bound[LEVELS];
+    Number bound[LEVELS - 1];
     memcpy(bound, bounds, sizeof bound);
     for (int64_t b = 0; b < blocks; b++, values += BLOCK, levels += LEVELS) {
         Number weight[BLOCK], level[LEVELS];
@@ -64,7 +65,7 @@ WIDEST void there_and_back(const void *weights, int is_bf16, int64_t blocks, con
             float scaled = weight[i].value * inverse;
             uint32_t value = level[0].bits;
             for (int code = 1; code < LEVELS; code++) {
-                uint32_t above = -(uint32_t)(scaled > bound[code].value); /* all ones, or none */
+                uint32_t above = -(uint32_t)(scaled > bound[code - 1].value); /* all ones, or none */
                 value = (level[code].bits & above) | (value & ~above);
             }
             values[i].bits = value;

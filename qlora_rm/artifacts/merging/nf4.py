@@ -51,9 +51,10 @@ class Rounded:
 
     def values(self, start: int, stop: int) -> Tensor:
         """Values `start` to `stop`, fp32; `start` is a multiple of the block."""
+        assert start % BLOCK == 0, start
         piece = _numbers(self.weight[start:stop], self.dtype)
         scales, stored = (s[start // BLOCK : -(-stop // BLOCK)] for s in (self.scales, self.stored))
-        if not kernel.is_built() or _device().type != "cpu":
+        if _device().type != "cpu" or is_slow():
             return _by_bitsandbytes(piece.to(self.dtype), stored)
         whole, (codes, bounds) = len(piece) // BLOCK, _code()
         levels = (stored[:whole, None] * codes).to(self.dtype).float()
@@ -85,6 +86,7 @@ class Packed:
 
     def values(self, start: int, stop: int) -> Tensor:
         """Values `start` to `stop`, fp32; `start` is a multiple of the block."""
+        assert start % self.block == 0, start
         state = F.QuantState(
             absmax=self.scales[start // self.block : -(-stop // self.block)],
             shape=torch.Size([stop - start]),
@@ -99,6 +101,11 @@ def pieces(numel: int) -> Iterator[tuple[int, int]]:
     """(start, stop) of each piece of so many values."""
     for start in range(0, numel, PIECE):
         yield start, min(start + PIECE, numel)
+
+
+def is_slow() -> bool:
+    """Whether quantizing takes many times as long here as it might."""
+    return _device().type == "cpu" and not kernel.is_built()
 
 
 def _device() -> torch.device:
@@ -135,6 +142,6 @@ def _nested(scales: Tensor) -> Tensor:
 
 @cache
 def _code() -> tuple[Tensor, Tensor]:
-    """The 16 codes' values, and what is below each: midpoints in fp32 as bitsandbytes computes them."""
+    """The 16 codes' values, and the 15 bounds between them: midpoints in fp32 as bitsandbytes computes them."""
     code = F.get_4bit_type("nf4", device="cpu")
-    return code, torch.cat([code.new_tensor([-torch.inf]), (code[1:] + code[:-1]) / 2])
+    return code, (code[1:] + code[:-1]) / 2

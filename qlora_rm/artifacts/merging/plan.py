@@ -111,7 +111,7 @@ def _grouped(skeleton: Skeleton, stored: Checkpoint, names: dict[str, Tensor]) -
         transform = WeightRenaming(key, target) if pattern is None else by_pattern[pattern]
         group = groups.setdefault(target, Group([], deepcopy(transform), [target], [], straight=False))
         group.sources.append((key, pattern or key))
-    return sorted(groups.values(), key=lambda g: min((str(stored[k].file), stored[k].number) for k, _ in g.sources))
+    return sorted(groups.values(), key=lambda g: min((str(stored[k].file), stored[k].start) for k, _ in g.sources))
 
 
 def _has_layout(group: Group) -> bool:

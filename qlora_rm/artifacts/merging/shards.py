@@ -24,8 +24,8 @@ from qlora_rm.artifacts.merging.checkpoint import NAMES
 SHARD_BYTES = 5_000_000_000
 """A new file is begun where one would grow beyond this; a larger tensor stands alone."""
 
-WAITING = 16
-"""Pieces that may wait to be written."""
+WAITING_BYTES = 64_000_000
+"""What may wait to be written beside one piece, which is a whole tensor where layouts were converted."""
 
 FLUSH_BYTES = 128_000_000
 """So much is sent on to the disk at a time while the merge goes on, or all of it would have to be awaited at the end."""
@@ -110,7 +110,8 @@ class _File:
         header += b" " * (-len(header) % 8)  # so that the data begins at a multiple of 8
         self.name, self._file, self._hash = name, (folder / name).open("wb", buffering=0), hashlib.sha256()
         self._writer, self._flusher = ThreadPoolExecutor(max_workers=1), ThreadPoolExecutor(max_workers=1)
-        self._waiting: deque[Future[None]] = deque()
+        self._waiting: deque[Future[int]] = deque()
+        self._waiting_bytes = 0
         self._unflushed, self._flushed = 0, Future[None]()
         self._flushed.set_result(None)
         self._put(memoryview(len(header).to_bytes(8, "little") + header))
@@ -121,8 +122,7 @@ class _File:
 
     def close(self) -> str:
         """Onto the disk, since the folder is renamed into place once all files are there; returns the sha256."""
-        while self._waiting:
-            self._waiting.popleft().result()
+        self._await(0)
         self._flushed.result()
         self._stop()
         os.fsync(self._file.fileno())
@@ -134,18 +134,25 @@ class _File:
         self._file.close()
 
     def _put(self, data: memoryview) -> None:
-        while len(self._waiting) >= WAITING:
-            self._waiting.popleft().result()
+        self._await(WAITING_BYTES)
         self._waiting.append(self._writer.submit(self._write, data))
+        self._waiting_bytes += len(data)
 
-    def _write(self, data: memoryview) -> None:
+    def _await(self, nbytes: int) -> None:
+        """Until no more than so many bytes wait."""
+        while self._waiting and self._waiting_bytes > nbytes:
+            self._waiting_bytes -= self._waiting.popleft().result()
+
+    def _write(self, data: memoryview) -> int:
+        size = len(data)
         self._hash.update(data)
-        self._unflushed += len(data)
         while data:
             data = data[self._file.write(data) :]
+        self._unflushed += size
         if self._unflushed >= FLUSH_BYTES:
             self._flushed.result()
-            self._unflushed, self._flushed = 0, self._flusher.submit(os.fdatasync, self._file.fileno())
+            self._unflushed, self._flushed = 0, self._flusher.submit(os.fsync, self._file.fileno())
+        return size
 
     def _stop(self) -> None:
         for thread in (self._writer, self._flusher):

@@ -14,13 +14,14 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_rm.artifacts.merging.adapter import Adapter
 from qlora_rm.artifacts.merging.checkpoint import Checkpoint
-from qlora_rm.artifacts.merging.nf4 import Packed, Rounded, pieces
+from qlora_rm.artifacts.merging.nf4 import Packed, Rounded, is_slow, pieces
 from qlora_rm.artifacts.merging.plan import Group, NotStreamable, plan
 from qlora_rm.artifacts.merging.shards import Shards
 from qlora_rm.artifacts.merging.workers import Workers
 from qlora_rm.backbone.load import embedding_rows, read_model_config
 from qlora_rm.backbone.skeleton import Skeleton
 from qlora_rm.config import Quantization
+from qlora_rm.console import say
 from qlora_rm.errors import UserError
 
 
@@ -95,6 +96,11 @@ class Stream:
         """
         wanted = [tensor for group in self.groups for tensor in group.saved]
         require_room(output, sum(tensor.nbytes for tensor in wanted))
+        if self.quantized and is_slow():
+            say(
+                "nf4.c was not built when this package was installed: quantizing takes some fifty times as long. With a C "
+                "compiler on PATH run `pip install -e .` again."
+            )
         with Workers() as workers, Shards(output, wanted) as shards:
             for group in self.groups:
                 self._write(group, shards, workers)
@@ -183,6 +189,8 @@ def _as_trained(name: str, value: Tensor, skeleton: Skeleton, quantized: frozens
         return _Plain(value, dtype)
     if isinstance(skeleton.model.get_submodule(name.rpartition(".")[0]), Conv1D):
         turned = Rounded.of(value.T, dtype)  # quantized in the layout of a linear layer, [out, in]
-        values = torch.cat([turned.values(*span) for span in pieces(turned.numel)])
-        return _Plain(values.view(value.T.shape).T.contiguous(), torch.float32)
+        values = torch.empty(turned.numel, dtype=dtype)
+        for start, stop in pieces(turned.numel):
+            values[start:stop] = turned.values(start, stop)
+        return _Plain(values.view(value.T.shape).T.contiguous(), dtype)
     return Rounded.of(value, dtype)
