@@ -28,7 +28,7 @@ env: $(STAMP)
 # torch goes first and exactly: a host's own build of it (CPU or CUDA) then satisfies every later requirement.
 # deepspeed is published as source only; pip builds it in isolation, where it finds no torch, compiles nothing, and
 # leaves its operators to be compiled on use.
-$(STAMP): pyproject.toml constraints.txt | $(BIN)/python
+$(STAMP): pyproject.toml constraints.txt qlora_rm/artifacts/merging/nf4.c | $(BIN)/python
 	$(BIN)/python -m pip install "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
 	touch $@
@@ -39,4 +39,5 @@ $(BIN)/python:
 
 clean:
 	rm -rf build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find qlora_rm -name '*.so' -delete; rm -f $(STAMP)
 	find qlora_rm tests benchmarks -type d -name __pycache__ -prune -exec rm -rf {} +

@@ -95,7 +95,7 @@ def measure(layers: int, rounds: int) -> dict[str, Any]:
     with _scratch() as folder:
         make(folder, layers)
         files = model_files(str(folder / "base"))
-        largest = max(place.stop - place.start for place in Checkpoint.of_files(files).values())
+        largest = max(place.nbytes for place in Checkpoint.of_files(files).values())
         copies, merges = [], []
         for _ in range(rounds):
             copies.append(_copy(files, folder / "copy"))

@@ -19,7 +19,7 @@ from qlora_rm.artifacts.manifest import SCORE_POSITION, Manifest, hash_of_templa
 from qlora_rm.artifacts.proof import allowed_drift
 from qlora_rm.artifacts.seal import changed_files
 from qlora_rm.backbone.precision import DTYPES
-from qlora_rm.backbone.scoring import Layout, score_sequences
+from qlora_rm.backbone.scoring import TOKENS_PER_BATCH, Layout, score_sequences
 from qlora_rm.preferences.faults import RowFault
 from qlora_rm.preferences.tokenization import EOS_RULE
 
@@ -59,7 +59,7 @@ class Subject:
             sequences,
             pad_token_id=pad,
             autocast=DTYPES[self.computes_in],
-            tokens_per_batch=1 if alone else 8192,
+            tokens_per_batch=1 if alone else TOKENS_PER_BATCH,
             layout=layout,
         )
 

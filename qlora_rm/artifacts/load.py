@@ -15,7 +15,7 @@ from qlora_rm.backbone.adapter import load_adapter
 from qlora_rm.backbone.load import Backbone, load_backbone, read_model_config
 from qlora_rm.backbone.paths import is_local
 from qlora_rm.backbone.precision import DTYPES, NAMES, Precision
-from qlora_rm.backbone.scoring import Layout, score_sequences
+from qlora_rm.backbone.scoring import TOKENS_PER_BATCH, Layout, score_sequences
 from qlora_rm.backbone.tokenizer import load_tokenizer
 from qlora_rm.config import BackboneConfig, Quantization, SharePrefix
 from qlora_rm.console import say
@@ -43,7 +43,7 @@ class RewardModel:
     tokenization: Tokenization
     manifest: Manifest | None
     autocast: torch.dtype | None
-    tokens_per_batch: int = 8192
+    tokens_per_batch: int = TOKENS_PER_BATCH
 
     @classmethod
     def load(
@@ -53,7 +53,7 @@ class RewardModel:
         base: str | None = None,
         quantization: Quantization | None = None,
         precision: Precision = "auto",
-        tokens_per_batch: int = 8192,
+        tokens_per_batch: int = TOKENS_PER_BATCH,
         share_prefix: SharePrefix = "auto",
         trust_remote_code: bool = False,
     ) -> Self:

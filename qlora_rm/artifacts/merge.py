@@ -14,8 +14,9 @@ from qlora_rm.artifacts.merging.in_memory import merge_in_memory
 from qlora_rm.artifacts.merging.plan import NotStreamable
 from qlora_rm.artifacts.merging.stream import Source, Stream
 from qlora_rm.artifacts.proof import allowed_drift
-from qlora_rm.artifacts.read_back import read_back
+from qlora_rm.artifacts.read_back import fits, read_adapter, read_back
 from qlora_rm.artifacts.seal import changed_files
+from qlora_rm.backbone.load import read_model_config
 from qlora_rm.backbone.precision import DTYPES
 from qlora_rm.config import Quantization
 from qlora_rm.console import say
@@ -78,14 +79,17 @@ class _Job:
         self.tokenizer = read_tokenizer(folder, trust_remote_code)
         self._require_tokenizer()
         self.changes = self.manifest.base.changes(base_model)
+        self.stream = self._stream()
 
     def run(self) -> Merge:
-        stream = self._stream()
         self._require_untouched()
-        golden = self.manifest.golden
-        if not golden or self.changes:
-            golden = self._golden_of_adapter()
-        sealed = self._write(stream)
+        golden = self.manifest.golden or self._golden_of_adapter()
+        if self.changes:
+            self._require_own_scores(self._load())
+            say(
+                f"{' and '.join(self.changes)} of the base changed since training; its golden scores are given all the same"
+            )
+        sealed = self._write()
         self.tokenizer.save_pretrained(self.beside)
         record, step = self._prove(golden)
         manifest = replace(self.manifest, golden=golden)
@@ -108,21 +112,15 @@ class _Job:
             )
 
     def _golden_of_adapter(self) -> list[GoldenItem]:
-        """The adapter's golden items, made where it has none yet; on a base that was changed they must hold."""
+        """Made here for an adapter that has none."""
+        if self.changes:
+            raise UserError(
+                f"{' and '.join(self.changes)} of the base of {self.folder} changed since training, and without "
+                "golden scores nothing can tell whether they still fit. Pass --base_model with the base it was "
+                "trained on."
+            )
         adapted = self._load()
-        if not self.manifest.golden:
-            if self.changes:
-                raise UserError(
-                    f"{' and '.join(self.changes)} of the base of {self.folder} changed since training, and without "
-                    "golden scores nothing can tell whether they still fit. Pass --base_model with the base it was "
-                    "trained on."
-                )
-            return make_golden([], adapted.tokenization, adapted.score_token_ids)
-        self._require_own_scores(adapted)
-        say(
-            f"{' and '.join(self.changes)} of the base changed since training; its golden scores are given all the same"
-        )
-        return self.manifest.golden
+        return make_golden([], adapted.tokenization, adapted.score_token_ids)
 
     def _load(self, quantization: Quantization | None = None) -> RewardModel:
         return RewardModel.load(
@@ -139,13 +137,19 @@ class _Job:
                 "Its base has changed: pass --base_model with the one it was trained on."
             )
 
+    def _base(self) -> tuple[str, str | None]:
+        """The base's place, and its revision there."""
+        if self.base_model:
+            return self.base_model, None
+        return self.manifest.base.name_or_path, self.manifest.base.revision
+
     def _stream(self) -> Stream | None:
         """The merge weight by weight, planned; None where there is no such."""
-        manifest = self.manifest
+        manifest, (base, revision) = self.manifest, self._base()
         source = Source(
             adapter=self.folder,
-            base=self.base_model or manifest.base.name_or_path,
-            revision=None if self.base_model else manifest.base.revision,
+            base=base,
+            revision=revision,
             quantization=manifest.quantization,  # type: ignore[arg-type]
             dtype=DTYPES[manifest.compute_dtype],
             dequantized=self.base == "dequantized",
@@ -159,10 +163,10 @@ class _Job:
             say(f"merging in the memory of the whole model in fp32, since {reason}")
             return None
 
-    def _write(self, stream: Stream | None) -> dict[str, str]:
+    def _write(self) -> dict[str, str]:
         """The merged weights and config; returns the hashes that are known from writing them."""
-        if stream is not None:
-            return stream.run(self.beside)
+        if self.stream is not None:
+            return self.stream.run(self.beside)
         adapted = self._load(None if self.base == "dequantized" else "none")
         merge_in_memory(adapted, self.folder, self.beside, DTYPES[self.dtype])
         return {}
@@ -171,10 +175,7 @@ class _Job:
         """Read the merged model back as any reader would and compare its golden scores."""
         manifest, reference = self.manifest, golden
         if self.base == "original":
-            unquantized = self._load("none")
-            scores = scores_of(golden, unquantized.score_token_ids)
-            reference = [replace(item, scores=new) for item, new in zip(golden, scores, strict=True)]
-            del unquantized
+            reference = [replace(item, scores=new) for item, new in zip(golden, self._unquantized(golden), strict=True)]
         found = read_back(str(self.beside), reference, self.tokenizer.pad_token_id, self.trusted)
         quantization = manifest.quantization if self.base == "dequantized" else "none"
         allowed = tolerance(manifest.compute_dtype, quantization, self.dtype, found.computed_in)
@@ -194,6 +195,16 @@ class _Job:
         since_training = drift(golden, found.scores, allowed)
         record = Merge(METHODS[self.base], self.dtype, found.computed_in, since_training.largest, self.base)
         return record, Step.of("merge", settings, since_training, found.scores)
+
+    def _unquantized(self, golden: list[GoldenItem]) -> list[list[float]]:
+        """Scores of the adapter on its base as it was before quantization."""
+        base, revision = self._base()
+        in_16_bit = not hasattr(read_model_config(base, revision, self.trusted), "quantization_config")
+        can_be_offloaded = in_16_bit and self.stream is not None and self.stream.adapter.is_plain
+        if not can_be_offloaded or fits(base, revision):
+            return scores_of(golden, self._load("none").score_token_ids)
+        pad = self.tokenizer.pad_token_id
+        return read_adapter(self.folder, base, revision, self.beside.parent, golden, pad, self.trusted).scores
 
 
 def _way_out(quantization: str, dtype: MergeDtype) -> str:

@@ -12,6 +12,9 @@ from qlora_rm.backbone.packed import forest_batch, row_multiple, sharing_model
 
 Layout = Literal["forest", "right", "left"]
 
+TOKENS_PER_BATCH = 8192
+"""Upper bound of a batch's padded size, unless a caller knows better."""
+
 
 def pad_batch(sequences: Sequence[Sequence[int]], pad_token_id: int, side: str = "right") -> dict[str, Tensor]:
     """Right- or left-padded batch of S sequences: `input_ids` and `attention_mask`, both int64 [S, longest]."""
@@ -29,7 +32,7 @@ def score_sequences(
     *,
     pad_token_id: int,
     autocast: torch.dtype | None = None,
-    tokens_per_batch: int = 8192,
+    tokens_per_batch: int = TOKENS_PER_BATCH,
     layout: Layout | None = None,
 ) -> Tensor:
     """Scores of S token sequences, float32 [S] on the CPU, in the order given.

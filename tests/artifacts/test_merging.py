@@ -1,16 +1,18 @@
 """A merge weight by weight gives what PEFT gives a model that is loaded whole, in the memory of one weight."""
 
 import os
+import shutil
 import signal
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from bitsandbytes import functional as F
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -23,14 +25,15 @@ from transformers import (
 
 from benchmarks import merge_memory
 from qlora_rm.artifacts import read_back as reading
+from qlora_rm.artifacts.golden import scores_of
 from qlora_rm.artifacts.load import RewardModel
 from qlora_rm.artifacts.manifest import Manifest
 from qlora_rm.artifacts.merge import merge
-from qlora_rm.artifacts.merging import nf4
+from qlora_rm.artifacts.merging import kernel
 from qlora_rm.artifacts.merging import shards as shards_module
 from qlora_rm.artifacts.merging.checkpoint import Checkpoint
 from qlora_rm.artifacts.merging.in_memory import merge_in_memory
-from qlora_rm.artifacts.merging.nf4 import PIECE, Packed
+from qlora_rm.artifacts.merging.nf4 import PIECE, Rounded, pieces
 from qlora_rm.artifacts.merging.shards import Shards, Wanted
 from qlora_rm.artifacts.merging.stream import Source, Stream
 from qlora_rm.artifacts.verify import verify
@@ -121,28 +124,47 @@ def test_gives_what_peft_gives_the_whole_model(tmp_path: Path, kind: str) -> Non
     assert [check for check in verify(str(tmp_path / "merged")) if not check.ok] == []
 
 
+@pytest.fixture(params=["compiled", "in torch"])
+def quantizing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways of quantizing and dequantizing: nf4.c, and bitsandbytes where it could not be built."""
+    if request.param == "in torch":
+        monkeypatch.setattr(kernel, "_library", lambda: None)
+    elif not kernel.is_built():
+        pytest.skip("nf4.c was not built: no C compiler when the package was installed")
+
+
+def test_the_kernel_is_built_where_there_is_a_compiler() -> None:
+    assert kernel.is_built() or shutil.which("cc") is None
+
+
+def there_and_back(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """bitsandbytes' own, with double quantization."""
+    codes, state = F.quantize_4bit(weight.to(dtype), blocksize=64, quant_type="nf4", compress_statistics=True)
+    return F.dequantize_4bit(codes, state).view(-1).float()
+
+
 @given(
     blocks=st.integers(0, 40),
-    rest=st.sampled_from([0, 0, 2, 30]),
+    rest=st.sampled_from([0, 0, 1, 30, 33]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     scale=st.sampled_from([1e-30, 1e-3, 1.0, 100.0]),
     seed=st.integers(0, 1000),
     cut=st.integers(1, 40),
 )
-@settings(max_examples=60)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.usefixtures("quantizing")
 def test_quantizes_as_bitsandbytes_does(
     blocks: int, rest: int, dtype: torch.dtype, scale: float, seed: int, cut: int
 ) -> None:
     weight = scale * torch.randn(64 * blocks + rest + 64, generator=torch.Generator().manual_seed(seed))
     weight[::7] = weight[0]  # the largest of some blocks, more than once
     weight[64:128] = 0
-    codes, state = F.quantize_4bit(weight.to(dtype), blocksize=64, quant_type="nf4", compress_statistics=True)
-    packed = Packed.of(weight, dtype)
-    assert torch.equal(packed.codes, codes.view(-1))
-    pieces = [packed.values(i, min(i + 64 * cut, len(weight))) for i in range(0, len(weight), 64 * cut)]
-    assert torch.equal(torch.cat(pieces), F.dequantize_4bit(codes, state).view(-1))
+    rounded = Rounded.of(weight, dtype)
+    parts = [rounded.values(i, min(i + 64 * cut, len(weight))) for i in range(0, len(weight), 64 * cut)]
+    assert torch.equal(torch.cat(parts), there_and_back(weight, dtype))
 
 
+@pytest.mark.usefixtures("quantizing")
 def test_quantizes_at_every_bound_as_bitsandbytes_does() -> None:
     """Values on, just below and just above the bounds, over more than a piece."""
     code = F.get_4bit_type("nf4", device="cpu")
@@ -152,23 +174,24 @@ def test_quantizes_at_every_bound_as_bitsandbytes_does() -> None:
     )
     block = torch.cat([near, torch.zeros(64 - len(near) % 64)])[:64]
     weight = torch.cat([block * s for s in torch.linspace(0.01, 3, 1 + PIECE // 64)])
-    assert torch.equal(
-        Packed.of(weight, torch.float32).codes, F.quantize_4bit(weight, blocksize=64, quant_type="nf4")[0].view(-1)
-    )
+    rounded = Rounded.of(weight, torch.float32)
+    values = torch.cat([rounded.values(*span) for span in pieces(len(weight))])
+    assert torch.equal(values, there_and_back(weight, torch.float32))
 
 
-@pytest.mark.parametrize("exponent", [8, 100, 127, 249])
-def test_looks_up_what_counting_gives_for_every_bf16_value_under_every_scale(exponent: int) -> None:
-    """Bits of the scale from one power of two to the next; all values down to 2^-9 of it, both signs."""
+@pytest.mark.usefixtures("quantizing")
+def test_quantizes_every_bf16_value_under_every_scale_as_bitsandbytes_does() -> None:
+    """Scales from one power of two to the next; all values down to 2^-9 of them, both signs."""
+    weights = []
     for mantissa in range(128):
-        scale = (exponent << 7) | mantissa
-        value = torch.arange(max(0, scale - (9 << 7)), scale + 1).to(torch.int16).view(torch.bfloat16)
+        scale = (127 << 7) | mantissa
+        value = torch.arange(scale - (9 << 7), scale + 1).to(torch.int16).view(torch.bfloat16)
         value = torch.cat([value, -value, value[: -2 * len(value) % 63]]).view(-1, 63)
         first = torch.tensor([scale], dtype=torch.int16).view(torch.bfloat16).expand(len(value), 1)
-        weight = torch.cat([first, value], 1).view(-1)
-        found, (codes, absmax) = nf4._look_up(weight), nf4._count(weight)
-        assert found is not None
-        assert torch.equal(found[0], codes) and torch.equal(found[1], absmax)
+        weights.append(torch.cat([first, value], 1).view(-1))
+    weight = torch.cat(weights)
+    rounded = Rounded.of(weight, torch.bfloat16)
+    assert torch.equal(rounded.values(0, len(weight)), there_and_back(weight, torch.bfloat16))
 
 
 @given(
@@ -202,9 +225,55 @@ def test_files_are_those_that_the_library_reads(tensors: list[tuple[torch.dtype,
         assert shards.sha256.keys() == {file.name for file in folder.glob("*.safetensors")}
 
 
+def test_a_slow_disk_holds_the_merge_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the piece that is being written no more waits than the bound, and one."""
+    monkeypatch.setattr(shards_module, "WAITING_BYTES", 1000)
+    write, taken, most = shards_module._File._write, [0], [0]
+
+    def slowly(self: Any, data: memoryview) -> int:
+        time.sleep(0.005)
+        taken[0] -= 1
+        return write(self, data)
+
+    def pieces_of_100_bytes() -> Iterator[torch.Tensor]:
+        for _ in range(60):
+            taken[0] += 1
+            most[0] = max(most[0], taken[0])
+            yield torch.zeros(100, dtype=torch.uint8)
+
+    monkeypatch.setattr(shards_module._File, "_write", slowly)
+    with Shards(tmp_path, [Wanted("t", torch.uint8, (6000,))]) as shards:
+        shards.write("t", pieces_of_100_bytes())
+    assert 5 < most[0] <= 13
+
+
+def test_a_tensor_may_begin_anywhere_in_its_file(tmp_path: Path) -> None:
+    """The format does not align: the library pads headers, other writers need not."""
+    header = (
+        b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"b":{"dtype":"F32","shape":[2],"data_offsets":[1,9]}}'
+    )
+    data = b"\x07" + torch.tensor([1.5, -2.0]).numpy().tobytes()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + data)
+    stored = Checkpoint.of_files([tmp_path / "model.safetensors"])
+    assert stored["a"].read().tolist() == [7]
+    assert stored["b"].read().tolist() == [1.5, -2.0]
+    assert stored["b"].read().data_ptr() % 4 == 0
+
+
+def test_what_is_added_to_a_tensor_in_place_does_not_reach_its_file(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(5000)}, tmp_path / "a.safetensors")
+    stored = Checkpoint.of_files([tmp_path / "a.safetensors"])["a"]
+    stored.read().add_(1)
+    assert torch.equal(stored.read(), torch.ones(5000))
+
+
 def test_large_results_are_written_in_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And flushed on the way, and torch has its threads again afterwards."""
     monkeypatch.setattr(shards_module, "SHARD_BYTES", 100_000)
+    monkeypatch.setattr(shards_module, "FLUSH_BYTES", 10_000)
+    before = torch.get_num_threads()
     merge(str(llama_adapter()), str(tmp_path / "merged"), dtype="fp32")
+    assert torch.get_num_threads() == before
     assert len(list((tmp_path / "merged").glob("model-*-of-*.safetensors"))) > 3
     assert [check for check in verify(str(tmp_path / "merged")) if not check.ok] == []
 
@@ -283,6 +352,33 @@ def test_a_proof_that_does_not_fit_into_memory_is_read_from_the_disk(
     assert record.drift < 1e-4
     assert "layer by layer" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == [tmp_path / "merged"]
+
+
+@pytest.mark.parametrize("kind", ["lora", "rslora", "gpt2", "roberta", "experts", "sharded"])
+def test_on_its_unquantized_base_an_adapter_scores_the_same_layer_by_layer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """The reference for `--base original`, where that base does not fit into memory."""
+    folder = make_reward_model(tmp_path, **KINDS[kind])
+    manifest = Manifest.load(folder)
+    whole = RewardModel.load(str(folder), quantization="none")
+    expected = scores_of(manifest.golden, whole.score_token_ids)
+    monkeypatch.setattr(reading, "free_memory", lambda: 200_000)
+    base, pad = manifest.base.name_or_path, manifest.contract.pad_token_id
+    found = reading.read_adapter(str(folder), base, None, tmp_path, manifest.golden, pad)
+    for scores, right in zip(found.scores, expected, strict=True):
+        assert scores == pytest.approx(right, abs=1e-4)
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "model"}
+
+
+def test_merges_on_an_original_base_that_does_not_fit_into_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(reading, "free_memory", lambda: 200_000)
+    record = merge(str(llama_adapter()), str(tmp_path / "merged"), dtype="fp32", base="original")
+    assert record.drift > 0.01
+    assert capsys.readouterr().err.count("layer by layer") == 2
+    assert [check for check in verify(str(tmp_path / "merged")) if not check.ok] == []
 
 
 class TestInMemoryInstead:

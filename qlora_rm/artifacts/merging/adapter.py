@@ -1,8 +1,10 @@
-"""The adapter's part in a merge: PEFT's own layers, without a base, given the rows of a weight they are to change."""
+"""The adapter's part in a merge: PEFT's own layers, without a base, given the pieces of a weight they are to change."""
 
+import math
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -12,7 +14,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from qlora_rm.artifacts.merging.checkpoint import Checkpoint
+from qlora_rm.artifacts.merging.nf4 import PIECE, pieces
 from qlora_rm.artifacts.merging.plan import NotStreamable
+from qlora_rm.backbone.head import head_modules, is_in_head
 from qlora_rm.backbone.skeleton import Skeleton
 from qlora_rm.errors import UserError
 
@@ -25,6 +29,7 @@ class Adapter:
 
     Attributes:
         brought: names of weights that it replaces whole: the head, and an embedding that was grown.
+        is_plain: whether it is LoRA on linear layers and a head, and nothing else.
     """
 
     def __init__(self, folder: str, skeleton: Skeleton):
@@ -42,18 +47,24 @@ class Adapter:
         self._require_fit({name: tuple(t.shape) for name, t in wanted.items()}, names)
         self.brought = {key.removeprefix(PREFIX) for key in self._stored} & names.keys()
         self._layers = dict(_layers(peft))
+        head = head_modules(skeleton.model)
+        self.is_plain = all(is_in_head(name, head) for name in self.brought) and not any(
+            isinstance(layer, ParamWrapper) or layer.lora_variant for _, layer in self._layers.values()
+        )
 
-    def layer_of(self, name: str) -> LoraLayer | None:
-        """A copy of the LoRA layer on the weight `name`, its factors read; None where it has none."""
+    def on(self, name: str, shape: torch.Size) -> "Nothing | LowRank | DoRA":
+        """What it adds to the weight `name`, its factors read."""
         if name not in self._layers:
-            return None
+            return Nothing()
         path, layer = self._layers[name][0], deepcopy(self._layers[name][1])
         layer.lora_A[ADAPTER].weight = nn.Parameter(self._read(f"{path}.lora_A.weight"), requires_grad=False)
         layer.lora_B[ADAPTER].weight = nn.Parameter(self._read(f"{path}.lora_B.weight"), requires_grad=False)
-        if f"{path}.lora_magnitude_vector" in self._stored:
-            magnitude = self._read(f"{path}.lora_magnitude_vector")
-            layer.lora_magnitude_vector[ADAPTER].weight = nn.Parameter(magnitude, requires_grad=False)
-        return layer
+        if f"{path}.lora_magnitude_vector" not in self._stored:
+            return LowRank(layer, shape)
+        magnitude = self._read(f"{path}.lora_magnitude_vector")
+        layer.lora_magnitude_vector[ADAPTER].weight = nn.Parameter(magnitude, requires_grad=False)
+        assert isinstance(layer, Linear), "PEFT has no DoRA on parameters"
+        return DoRA(layer, shape)
 
     def weight(self, name: str) -> Tensor:
         """A weight the adapter replaces."""
@@ -84,58 +95,91 @@ class Adapter:
                 raise UserError(f"The adapter {self._folder} does not fit its base: it {what} {found[0]}.")
 
 
-def _layers(peft: PeftModel) -> Iterator[tuple[str, tuple[str, LoraLayer]]]:
+def _layers(peft: PeftModel) -> Iterator[tuple[str, tuple[str, Linear | ParamWrapper]]]:
     """(weight's name in the base, (name in the adapter's file, layer)) of every adapted weight."""
     for path, layer in peft.named_modules():
         if not isinstance(layer, LoraLayer):
             continue
-        if not isinstance(layer, (Linear, ParamWrapper)) or layer.lora_bias[ADAPTER]:
+        is_other = ADAPTER in layer.lora_variant and ADAPTER not in layer.lora_magnitude_vector
+        if is_other or not isinstance(layer, (Linear, ParamWrapper)) or layer.lora_bias[ADAPTER]:
             raise NotStreamable(f"the adapter on {path} is a {type(layer).__name__} of another kind")
         module = path.removeprefix(PREFIX).replace(".base_layer", "")
         name = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
         yield f"{module}.{name}", (path, layer)
 
 
-def is_conv(layer: LoraLayer) -> bool:
+def _is_conv(layer: LoraLayer) -> bool:
     """Whether its weight is stored [in, out], GPT-2's way."""
     return isinstance(layer.get_base_layer(), Conv1D)
 
 
-class LinearRows:
-    """PEFT's LoRA or DoRA layer merged into some output rows of its weight at a time.
+class Nothing:
+    """No adapter: the weight stays as it is."""
 
-    An output row of W + s B A, and its DoRA norm (Liu et al. 2024, equation 5), need no other row.
+    def spans(self, numel: int, block: int) -> Iterator[tuple[int, int]]:
+        return pieces(numel)
+
+    def add(self, values: Tensor, start: int) -> Tensor:
+        return values
+
+
+class LowRank:
+    """s L R: PEFT's LoRA, of a linear layer or of each expert.
+
+    A weight is [E, rows, columns], flattened; a linear layer is one expert.
     """
 
-    def __init__(self, layer: Linear):
+    def __init__(self, layer: Linear | ParamWrapper, shape: torch.Size):
+        *_, self._rows, self._columns = shape
+        if isinstance(layer, ParamWrapper):
+            self._left, self._right, self._scale = layer.get_delta_factors(ADAPTER)
+            return
+        A: Any = layer.lora_A[ADAPTER].weight
+        B: Any = layer.lora_B[ADAPTER].weight
+        left, right = (A.T, B.T) if _is_conv(layer) else (B, A)
+        self._left, self._right, self._scale = left[None], right[None], layer.scaling[ADAPTER]
+
+    def spans(self, numel: int, block: int) -> Iterator[tuple[int, int]]:
+        """(start, stop) of pieces of such a weight: whole rows of one expert, and whole blocks."""
+        least = block // math.gcd(self._columns, block)
+        step = max(PIECE // self._columns // least, 1) * least
+        for first in range(0, numel // self._columns, self._rows):
+            for start in range(first, first + self._rows, step):
+                yield start * self._columns, min(start + step, first + self._rows) * self._columns
+
+    def add(self, values: Tensor, start: int) -> Tensor:
+        """The merged weight's values from `start` on; the base's are overwritten where they are fp32."""
+        rows = values.float().view(-1, self._columns)
+        expert, first = divmod(start // self._columns, self._rows)
+        left = self._left[expert, first : first + len(rows)]
+        return rows.addmm_(left, self._right[expert], alpha=self._scale)
+
+
+class DoRA(LowRank):
+    """PEFT's own layer merged into some output rows of its weight at a time.
+
+    The norm of an output row of W + s B A (Liu et al. 2024, equation 5) needs no other row. A Conv1D's are its columns.
+    """
+
+    def __init__(self, layer: Linear, shape: torch.Size):
+        super().__init__(layer, shape)
         self._layer = layer
         self._B: Any = layer.lora_B[ADAPTER].weight
-        has_magnitude = ADAPTER in layer.lora_magnitude_vector
-        self._magnitude: Any = layer.lora_magnitude_vector[ADAPTER].weight if has_magnitude else None
+        self._magnitude: Any = layer.lora_magnitude_vector[ADAPTER].weight
+        self._one_at_a_time = Lock()
 
-    def add(self, rows: Tensor, start: int) -> Tensor:
-        """Rows `start` and on of the merged weight, from the base's; both fp32 [rows, in]. All of a Conv1D's [in, out]."""
-        layer, base = self._layer, self._layer.get_base_layer()
-        if not is_conv(layer):
-            span = slice(start, start + len(rows))
-            layer.lora_B[ADAPTER].weight = nn.Parameter(self._B[span], requires_grad=False)
-            if self._magnitude is not None:
-                layer.lora_magnitude_vector[ADAPTER].weight = nn.Parameter(self._magnitude[span], requires_grad=False)
-        base.weight = nn.Parameter(rows, requires_grad=False)
-        layer.merge()
-        layer.merged_adapters.clear()
-        return base.weight.data
+    def spans(self, numel: int, block: int) -> Iterator[tuple[int, int]]:
+        return iter([(0, numel)]) if _is_conv(self._layer) else super().spans(numel, block)
 
-
-class ExpertRows:
-    """PEFT's LoRA of a fused expert weight [E, rows, columns], merged into rows of one expert at a time."""
-
-    def __init__(self, layer: ParamWrapper):
-        self._left, self._right, self._scale = layer.get_delta_factors(ADAPTER)
-        self._rows = self._left.shape[1]
-
-    def add(self, rows: Tensor, start: int) -> Tensor:
-        """Rows `start` and on of all experts' rows one after the other, within one expert."""
-        expert, first = divmod(start, self._rows)
-        left = self._left[expert, first : first + len(rows)]
-        return torch.addmm(rows, left, self._right[expert], alpha=self._scale)
+    def add(self, values: Tensor, start: int) -> Tensor:
+        rows, layer, base = values.float().view(-1, self._columns), self._layer, self._layer.get_base_layer()
+        with self._one_at_a_time:
+            if not _is_conv(layer):
+                here = slice(start // self._columns, start // self._columns + len(rows))
+                layer.lora_B[ADAPTER].weight = nn.Parameter(self._B[here], requires_grad=False)
+                magnitude = nn.Parameter(self._magnitude[here], requires_grad=False)
+                layer.lora_magnitude_vector[ADAPTER].weight = magnitude
+            base.weight = nn.Parameter(rows, requires_grad=False)
+            layer.merge()
+            layer.merged_adapters.clear()
+            return base.weight.data

@@ -1,10 +1,12 @@
-"""Safetensors files read one tensor at a time, into memory that is given back.
+"""Safetensors files (https://huggingface.co/docs/safetensors) read one tensor at a time.
 
-The format (https://huggingface.co/docs/safetensors): 8 bytes with the header's length, a JSON header with each tensor's
-dtype, shape and place, then the data. The library's readers map files into memory, and mapped pages count as resident.
+The format: 8 bytes with the header's length, a JSON header with each tensor's dtype, shape and place, then the data. The
+library's own reader maps a whole file, writable, which Linux refuses for one larger than memory; here each tensor is
+mapped alone, for mapped pages count as resident until nothing uses the mapping.
 """
 
 import json
+import mmap
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,14 +46,27 @@ class Stored:
     dtype: torch.dtype
     shape: tuple[int, ...]
 
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
     def read(self) -> Tensor:
-        """The tensor, in memory of its own."""
-        raw = torch.empty(self.stop - self.start, dtype=torch.uint8)
-        if raw.numel():
+        """The tensor: pages of the file, which must not change meanwhile, copied where they are written to.
+
+        Raises:
+            UserError: the file was cut short.
+        """
+        if not self.nbytes:
+            return torch.empty(self.shape, dtype=self.dtype)
+        begin = self.start - self.start % mmap.ALLOCATIONGRANULARITY
+        try:
             with self.file.open("rb") as file:
-                file.seek(self.start)
-                if file.readinto(raw.numpy().data) != raw.numel():
-                    raise UserError(f"{self.file} is cut short. Fetch or save it again.")
+                pages = mmap.mmap(file.fileno(), self.stop - begin, access=mmap.ACCESS_COPY, offset=begin)
+        except ValueError as error:  # longer than the file
+            raise UserError(f"{self.file} is cut short. Fetch or save it again.") from error
+        raw = torch.frombuffer(pages, dtype=torch.uint8, count=self.nbytes, offset=self.start - begin)
+        if self.start % self.dtype.itemsize:  # the format allows it, processors need not
+            raw = raw.clone()
         return raw.view(self.dtype).reshape(self.shape)
 
     def like(self) -> Tensor:
@@ -106,7 +121,7 @@ def model_files(name_or_path: str, revision: str | None = None) -> list[Path]:
 
 def _places(file: Path) -> dict[str, Stored]:
     try:
-        with safe_open(file, framework="pt"):  # the library's own checks of header, places and length
+        with safe_open(file, framework="np"):  # the library's own checks of header, places and length
             pass
     except Exception as error:  # safetensors raises its own error type for a truncated file
         raise UserError(f"{file} is broken or cut short: {error}") from error
@@ -117,11 +132,12 @@ def _places(file: Path) -> dict[str, Stored]:
     unknown = {entry["dtype"] for entry in header.values()} - DTYPES.keys()
     if unknown:
         raise UserError(f"{file} holds tensors of a dtype that is not known here: {', '.join(sorted(unknown))}.")
+    data = 8 + length
     return {
         name: Stored(
             file,
-            8 + length + entry["data_offsets"][0],
-            8 + length + entry["data_offsets"][1],
+            data + entry["data_offsets"][0],
+            data + entry["data_offsets"][1],
             DTYPES[entry["dtype"]],
             tuple(entry["shape"]),
         )

@@ -14,143 +14,134 @@ import torch
 from bitsandbytes import functional as F
 from torch import Tensor
 
+from qlora_rm.artifacts.merging import kernel
 from qlora_rm.backbone.precision import BLOCK, NESTED_BLOCK
 
-PIECE = 1 << 18
-"""Weights worked on at a time: a multiple of `BLOCK`, and small enough for a core's cache."""
+PIECE = 1 << 20
+"""Weights worked on at a time, a multiple of `BLOCK`: few enough for a cache, and enough for threads that take turns in
+Python to spend their time elsewhere."""
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A weight of N values in 16 or 32 bit, to be seen as bitsandbytes' quantization on loading leaves it, bit for bit.
+
+    Attributes:
+        weight: [N], as it was stored.
+        dtype: it is quantized from, and dequantized to.
+        scales: each block's largest magnitude, by which it is quantized, fp32 [ceil(N / 64)].
+        stored: the same after their own quantization, by which it is dequantized.
+    """
+
+    weight: Tensor
+    dtype: torch.dtype
+    scales: Tensor
+    stored: Tensor
+    block: int = BLOCK
+
+    @classmethod
+    def of(cls, weight: Tensor, dtype: torch.dtype) -> Self:
+        flat = weight.reshape(-1)
+        scales = torch.cat([_scales(_numbers(flat[start:stop], dtype)) for start, stop in pieces(flat.numel())])
+        return cls(flat, dtype, scales, _nested(scales.to(_device())).cpu())
+
+    @property
+    def numel(self) -> int:
+        return self.weight.numel()
+
+    def values(self, start: int, stop: int) -> Tensor:
+        """Values `start` to `stop`, fp32; `start` is a multiple of the block."""
+        assert start % BLOCK == 0, start
+        piece = _numbers(self.weight[start:stop], self.dtype)
+        scales, stored = (s[start // BLOCK : -(-stop // BLOCK)] for s in (self.scales, self.stored))
+        if _device().type != "cpu" or is_slow():
+            return _by_bitsandbytes(piece.to(self.dtype), stored)
+        whole, (codes, bounds) = len(piece) // BLOCK, _code()
+        levels = (stored[:whole, None] * codes).to(self.dtype).float()
+        values = kernel.there_and_back(piece[: whole * BLOCK], scales[:whole], levels, bounds)
+        if whole == len(scales):
+            return values
+        return torch.cat([values, _by_bitsandbytes(piece[whole * BLOCK :].to(self.dtype), stored[whole:])])
 
 
 @dataclass(frozen=True)
 class Packed:
-    """A quantized weight of N values: two codes a byte, uint8 [N / 2], and the scale of each block, fp32 [N / block].
-
-    Attributes:
-        dtype: what dequantizing gives.
-    """
+    """A weight of N values that was stored in 4 bit: two codes a byte, uint8 [N / 2], and a scale for each block, fp32."""
 
     codes: Tensor
-    absmax: Tensor
+    scales: Tensor
     dtype: torch.dtype
     block: int
     quant_type: str
+    numel: int
 
     @classmethod
-    def of(cls, weight: Tensor, dtype: torch.dtype) -> Self:
-        """`weight`, cast to `dtype` and quantized as bitsandbytes does on loading, bit for bit."""
-        flat, device = weight.reshape(-1), torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if flat.numel() % BLOCK:
-            packed, state = F.quantize_4bit(flat.to(device, dtype), blocksize=BLOCK, quant_type="nf4")
-            return cls(packed.view(-1).cpu(), _nested(state.absmax).cpu(), dtype, BLOCK, "nf4")
-        codes, absmax = torch.empty(flat.numel() // 2, dtype=torch.uint8), torch.empty(flat.numel() // BLOCK)
-        for start in range(0, flat.numel(), PIECE):
-            piece = flat[start : start + PIECE].to(device, dtype)
-            some, scales = _quantize(piece)
-            codes[start // 2 :][: some.numel()] = some
-            absmax[start // BLOCK :][: scales.numel()] = scales
-        return cls(codes, _nested(absmax.to(device)).cpu(), dtype, BLOCK, "nf4")
-
-    @classmethod
-    def from_parameter(cls, weight: bnb.nn.Params4bit) -> Self:
-        """A weight that was stored in 4 bit."""
+    def of(cls, weight: bnb.nn.Params4bit) -> Self:
         state = weight.quant_state
-        absmax = state.absmax
+        scales = state.absmax
         if state.nested:
-            absmax = F.dequantize_blockwise(absmax, state.state2) + state.offset
+            scales = F.dequantize_blockwise(scales, state.state2) + state.offset
         codes = weight.data.view(torch.uint8).reshape(-1)
-        return cls(codes, absmax.float(), state.dtype, state.blocksize, state.quant_type)
+        return cls(codes, scales.float(), state.dtype, state.blocksize, state.quant_type, state.shape.numel())
 
     def values(self, start: int, stop: int) -> Tensor:
-        """Values `start` to `stop` of the flattened weight, in `dtype`; `start` is a multiple of the block."""
+        """Values `start` to `stop`, fp32; `start` is a multiple of the block."""
+        assert start % self.block == 0, start
         state = F.QuantState(
-            absmax=self.absmax[start // self.block : -(-stop // self.block)],
+            absmax=self.scales[start // self.block : -(-stop // self.block)],
             shape=torch.Size([stop - start]),
             dtype=self.dtype,
             blocksize=self.block,
             quant_type=self.quant_type,
         )
-        return F.dequantize_4bit(self.codes[start // 2 : -(-stop // 2)], state).reshape(-1)
+        return F.dequantize_4bit(self.codes[start // 2 : -(-stop // 2)], state).reshape(-1).float()
 
 
-def _nested(absmax: Tensor) -> Tensor:
+def pieces(numel: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of each piece of so many values."""
+    for start in range(0, numel, PIECE):
+        yield start, min(start + PIECE, numel)
+
+
+def is_slow() -> bool:
+    """Whether quantizing takes many times as long here as it might."""
+    return _device().type == "cpu" and not kernel.is_built()
+
+
+def _device() -> torch.device:
+    """Where training quantized, most likely: a GPU's kernel need not agree with a CPU's about a value at a bound."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _numbers(piece: Tensor, dtype: torch.dtype) -> Tensor:
+    """As bitsandbytes would see them: of `dtype`, fp16 as fp32."""
+    return piece.to(dtype).float() if dtype is torch.float16 else piece.to(dtype)
+
+
+def _scales(piece: Tensor) -> Tensor:
+    """The largest magnitude of each block, of which the last may be incomplete."""
+    if not kernel.is_built() or len(piece) % BLOCK:
+        blocks = torch.nn.functional.pad(piece, (0, -len(piece) % BLOCK)).view(-1, BLOCK)
+        return blocks.abs().amax(1).float()
+    return kernel.block_scales(piece)
+
+
+def _by_bitsandbytes(piece: Tensor, stored: Tensor) -> Tensor:
+    """`piece` quantized, and dequantized by the `stored` scales, fp32; where there is a GPU, there."""
+    packed, state = F.quantize_4bit(piece.to(_device()), blocksize=BLOCK, quant_type="nf4")
+    state.absmax = stored.to(_device())
+    return F.dequantize_4bit(packed.view(-1), state).view(-1).cpu().float()
+
+
+def _nested(scales: Tensor) -> Tensor:
     """The scales after their own quantization ("double quantization")."""
-    offset = absmax.mean()
-    codes, state = F.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
+    offset = scales.mean()
+    codes, state = F.quantize_blockwise(scales - offset, blocksize=NESTED_BLOCK)
     return F.dequantize_blockwise(codes, state) + offset
 
 
-def _quantize(piece: Tensor) -> tuple[Tensor, Tensor]:
-    """Packed codes and scales of a whole number of blocks.
-
-    bitsandbytes 0.50 has no CPU kernel for this: its `torch.bucketize` takes 25 ns a weight on one core, many times as
-    long as copying the weight's file. Here bf16 weights are looked up, others counted through the bounds.
-    """
-    if piece.device.type != "cpu":
-        packed, state = F.quantize_4bit(piece, blocksize=BLOCK, quant_type="nf4")
-        return packed.view(-1).cpu(), state.absmax.cpu()
-    found = _look_up(piece) if piece.dtype is torch.bfloat16 else None
-    codes, absmax = found or _count(piece)
-    pairs = codes.view(torch.int16)  # little-endian: the first of two codes in the low byte
-    return ((pairs << 4) | (pairs >> 8)).to(torch.uint8), absmax
-
-
-def _count(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes uint8 [N] and scales fp32 [N / 64]: a value's code is the number of bounds below it."""
-    blocks = values.float().view(-1, BLOCK)
-    absmax = blocks.abs().amax(1)
-    # bitsandbytes' own order of operations: the last bit decides at a bound
-    scaled = (blocks * (1.0 / absmax.clamp(min=1e-38)).view(-1, 1)).view(-1)
-    count, above = torch.zeros_like(scaled), torch.empty_like(scaled)
-    for bound in _bounds():
-        count += torch.gt(scaled, bound, out=above)  # floats: a comparison into bool is not vectorized
-    return count.to(torch.uint8), absmax
-
-
-MANTISSA, LOW = 1 << 7, 7
-"""Mantissas of a bf16 number; exponents below a block's largest, from which on every value has the code of 0."""
-
-SMALLEST, LARGEST = 8 << 7, 250 << 7
-"""Bits of the scales whose reciprocals, and products with them, are ordinary numbers; others are counted."""
-
-
-def _look_up(values: Tensor) -> tuple[Tensor, Tensor] | None:
-    """As `_count`, for bf16 values; None where a block's scale is zero, tiny or huge.
-
-    A code depends on no more than the mantissas of value and scale, the value's sign, and how many powers of two they
-    are apart, since scaling by these is exact: 2^18 cases, in a table made by `_count`.
-    """
-    bits = values.view(torch.int16).view(-1, BLOCK)
-    magnitude = bits & 0x7FFF
-    largest = magnitude.amax(1, keepdim=True)
-    low, high = largest.aminmax()
-    if low < SMALLEST or high > LARGEST:
-        return None
-    scale = largest.int()
-    below = (magnitude - (largest & -MANTISSA)).clamp_(min=-LOW * MANTISSA)  # [-7 * 128, 128)
-    place = ((bits >> 5) & 1024) + below
-    place = place.int() + ((scale & (MANTISSA - 1)) * 2048 + LOW * MANTISSA)
-    codes = _table().index_select(0, place.view(-1))
-    return codes, largest.view(torch.bfloat16).float().view(-1)
-
-
 @cache
-def _table() -> Tensor:
-    """uint8 [128 scales' mantissas, 2 signs, 8 exponents, 128 mantissas], flattened."""
-    mantissas = torch.arange(MANTISSA, dtype=torch.int16)
-    one = 127 << 7
-    scales = (mantissas + one).view(torch.bfloat16)
-    exponents = torch.arange(-LOW, 1, dtype=torch.int16) * MANTISSA
-    values = (exponents[:, None] + mantissas + one).view(-1).view(torch.bfloat16)
-    values = torch.cat([values, -values])
-
-    def codes(scale: Tensor) -> Tensor:
-        blocks = torch.zeros(len(values), BLOCK, dtype=torch.bfloat16)
-        blocks[:, 0], blocks[:, 1] = scale, values.clamp(-scale, scale)  # none is larger than its scale
-        return _count(blocks.view(-1))[0].view(-1, BLOCK)[:, 1]
-
-    return torch.cat([codes(scale) for scale in scales])
-
-
-def _bounds() -> Iterator[Tensor]:
-    """The 15 bounds between the 16 codes, midpoints in fp32 as bitsandbytes computes them."""
+def _code() -> tuple[Tensor, Tensor]:
+    """The 16 codes' values, and the 15 bounds between them: midpoints in fp32 as bitsandbytes computes them."""
     code = F.get_4bit_type("nf4", device="cpu")
-    yield from (code[1:] + code[:-1]) / 2
+    return code, (code[1:] + code[:-1]) / 2

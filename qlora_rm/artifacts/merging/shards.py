@@ -7,6 +7,7 @@ value, so headers and index are written first, and values are appended in the or
 import hashlib
 import json
 import os
+from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,8 +24,11 @@ from qlora_rm.artifacts.merging.checkpoint import NAMES
 SHARD_BYTES = 5_000_000_000
 """A new file is begun where one would grow beyond this; a larger tensor stands alone."""
 
-WAITING = 8
-"""Pieces that may wait to be written."""
+WAITING_BYTES = 64_000_000
+"""What may wait to be written beside one piece, which is a whole tensor where layouts were converted."""
+
+FLUSH_BYTES = 128_000_000
+"""So much is sent on to the disk at a time while the merge goes on, or all of it would have to be awaited at the end."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +55,6 @@ class Shards:
         self.sha256: dict[str, str] = {}
         self._folder, self._files = folder, _divided(wanted)
         self._coming = [(file, tensor) for file, tensors in self._files.items() for tensor in tensors]
-        self._writer = ThreadPoolExecutor(max_workers=1)
-        self._waiting: list[Future[None]] = []
         self._open: _File | None = None
 
     def __enter__(self) -> Self:
@@ -65,7 +67,7 @@ class Shards:
         return self
 
     def write(self, name: str, pieces: Iterable[Tensor]) -> None:
-        """Append the tensor `name`, given in contiguous pieces of the planned dtype; another thread writes them."""
+        """Append the tensor `name`, in contiguous pieces of the planned dtype."""
         file, wanted = self._coming.pop(0)
         assert wanted.name == name, f"{wanted.name} is next, not {name}"
         if self._open is None or self._open.name != file:
@@ -75,7 +77,7 @@ class Shards:
         for piece in pieces:
             assert piece.dtype == wanted.dtype, (name, piece.dtype)
             size += piece.nbytes
-            self._put(piece)
+            self._open.append(piece)
         assert size == wanted.nbytes, (name, size, wanted.nbytes)
 
     def __exit__(
@@ -86,26 +88,17 @@ class Shards:
                 assert not self._coming, f"{self._coming[0][1].name} was never written"
                 self._finish()
         finally:
-            self._writer.shutdown(cancel_futures=True)
             if self._open is not None:
-                self._open.file.close()
-
-    def _put(self, piece: Tensor) -> None:
-        assert self._open is not None
-        while len(self._waiting) >= WAITING:
-            self._waiting.pop(0).result()
-        self._waiting.append(self._writer.submit(self._open.append, piece))
+                self._open.abandon()
 
     def _finish(self) -> None:
-        while self._waiting:
-            self._waiting.pop(0).result()
         if self._open is not None:
             self.sha256[self._open.name] = self._open.close()
             self._open = None
 
 
 class _File:
-    """One file: its header at once, then its data."""
+    """One file: its header at once, then its data, which one thread hashes and writes and another flushes."""
 
     def __init__(self, folder: Path, name: str, tensors: Sequence[Wanted]):
         places, end = {}, 0
@@ -115,24 +108,55 @@ class _File:
             places[tensor.name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
         header = json.dumps({"__metadata__": {"format": "pt"}, **places}, separators=(",", ":")).encode()
         header += b" " * (-len(header) % 8)  # so that the data begins at a multiple of 8
-        self.name, self.file, self.hash = name, (folder / name).open("wb", buffering=0), hashlib.sha256()
-        self._write(len(header).to_bytes(8, "little") + header)
+        self.name, self._file, self._hash = name, (folder / name).open("wb", buffering=0), hashlib.sha256()
+        self._writer, self._flusher = ThreadPoolExecutor(max_workers=1), ThreadPoolExecutor(max_workers=1)
+        self._waiting: deque[Future[int]] = deque()
+        self._waiting_bytes = 0
+        self._unflushed, self._flushed = 0, Future[None]()
+        self._flushed.set_result(None)
+        self._put(memoryview(len(header).to_bytes(8, "little") + header))
 
     def append(self, piece: Tensor) -> None:
         if piece.numel():
-            self._write(piece.reshape(-1).view(torch.uint8).numpy().data)
-
-    def _write(self, data: bytes | memoryview) -> None:
-        self.hash.update(data)
-        rest = memoryview(data)
-        while rest:
-            rest = rest[self.file.write(rest) :]
+            self._put(piece.reshape(-1).view(torch.uint8).numpy().data)
 
     def close(self) -> str:
-        """Onto the disk: the folder is renamed into place once all files are."""
-        os.fsync(self.file.fileno())
-        self.file.close()
-        return self.hash.hexdigest()
+        """Onto the disk, since the folder is renamed into place once all files are there; returns the sha256."""
+        self._await(0)
+        self._flushed.result()
+        self._stop()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return self._hash.hexdigest()
+
+    def abandon(self) -> None:
+        self._stop()
+        self._file.close()
+
+    def _put(self, data: memoryview) -> None:
+        self._await(WAITING_BYTES)
+        self._waiting.append(self._writer.submit(self._write, data))
+        self._waiting_bytes += len(data)
+
+    def _await(self, nbytes: int) -> None:
+        """Until no more than so many bytes wait."""
+        while self._waiting and self._waiting_bytes > nbytes:
+            self._waiting_bytes -= self._waiting.popleft().result()
+
+    def _write(self, data: memoryview) -> int:
+        size = len(data)
+        self._hash.update(data)
+        while data:
+            data = data[self._file.write(data) :]
+        self._unflushed += size
+        if self._unflushed >= FLUSH_BYTES:
+            self._flushed.result()
+            self._unflushed, self._flushed = 0, self._flusher.submit(os.fsync, self._file.fileno())
+        return size
+
+    def _stop(self) -> None:
+        for thread in (self._writer, self._flusher):
+            thread.shutdown(cancel_futures=True)
 
 
 def _divided(wanted: Sequence[Wanted]) -> dict[str, list[Wanted]]:

@@ -1,6 +1,5 @@
 """The merge itself: weight by weight from the base's files, through what training made of it, to new files."""
 
-import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,20 +7,21 @@ from pathlib import Path
 
 import bitsandbytes as bnb
 import torch
-from peft.tuners.lora import Linear, LoraLayer, ParamWrapper
 from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
-from qlora_rm.artifacts.merging.adapter import Adapter, ExpertRows, LinearRows, is_conv
+from qlora_rm.artifacts.merging.adapter import Adapter
 from qlora_rm.artifacts.merging.checkpoint import Checkpoint
-from qlora_rm.artifacts.merging.nf4 import BLOCK, PIECE, Packed
+from qlora_rm.artifacts.merging.nf4 import Packed, Rounded, is_slow, pieces
 from qlora_rm.artifacts.merging.plan import Group, NotStreamable, plan
 from qlora_rm.artifacts.merging.shards import Shards
+from qlora_rm.artifacts.merging.workers import Workers
 from qlora_rm.backbone.load import embedding_rows, read_model_config
 from qlora_rm.backbone.skeleton import Skeleton
 from qlora_rm.config import Quantization
+from qlora_rm.console import say
 from qlora_rm.errors import UserError
 
 
@@ -96,19 +96,24 @@ class Stream:
         """
         wanted = [tensor for group in self.groups for tensor in group.saved]
         require_room(output, sum(tensor.nbytes for tensor in wanted))
-        with Shards(output, wanted) as shards:
+        if self.quantized and is_slow():
+            say(
+                "nf4.c was not built when this package was installed: quantizing takes some fifty times as long. With a C "
+                "compiler on PATH run `pip install -e .` again."
+            )
+        with Workers() as workers, Shards(output, wanted) as shards:
             for group in self.groups:
-                self._write(group, shards)
+                self._write(group, shards, workers)
         self._save_config(output)
         return shards.sha256
 
-    def _write(self, group: Group, shards: Shards) -> None:
+    def _write(self, group: Group, shards: Shards, workers: Workers) -> None:
         """Read, convert, merge and write one group; in pieces where nothing must be converted back."""
         values = {} if self.adapter.brought.issuperset(group.targets) else self._values(group)
         if group.straight:
-            shards.write(group.saved[0].name, self._merged(group.targets[0], values))
+            shards.write(group.saved[0].name, self._merged(group.targets[0], values, workers))
             return
-        merged = {name: self._whole(name, values) for name in group.targets}
+        merged = {name: self._whole(name, values, workers) for name in group.targets}
         back = revert_weight_conversion(self.skeleton.model, merged)
         merged.clear()
         for tensor in group.saved:
@@ -117,23 +122,28 @@ class Stream:
     def _values(self, group: Group) -> dict[str, Tensor]:
         return group.convert(lambda name: self.stored[name].read(), self.skeleton.model)
 
-    def _whole(self, name: str, values: dict[str, Tensor]) -> Tensor:
+    def _whole(self, name: str, values: dict[str, Tensor], workers: Workers) -> Tensor:
         shape = self.shapes[name]
         whole, end = torch.empty(shape.numel(), dtype=self.dtype), 0
-        for piece in self._merged(name, values):
+        for piece in self._merged(name, values, workers):
             start, end = end, end + piece.numel()
             whole[start:end] = piece.view(-1)
         return whole.view(shape)
 
-    def _merged(self, name: str, values: dict[str, Tensor]) -> Iterator[Tensor]:
+    def _merged(self, name: str, values: dict[str, Tensor], workers: Workers) -> Iterator[Tensor]:
         """The merged weight `name` in pieces, in the dtype it is saved in; its value is taken out of `values`."""
         shape = self.shapes[name]
         if name in self.adapter.brought:
             yield self.adapter.weight(name).to(self.dtype)
             return
-        base = _Base(name, values.pop(name), self.skeleton, self.quantized)
-        for piece in _add(base, self.adapter.layer_of(name), shape):
-            yield piece.to(self.dtype) if piece.is_floating_point() else piece
+        base = _as_trained(name, values.pop(name), self.skeleton, self.quantized)
+        adapter = self.adapter.on(name, shape)
+
+        def merged(start: int, stop: int) -> Tensor:
+            piece = adapter.add(base.values(start, stop), start)
+            return piece.to(self.dtype) if piece.is_floating_point() else piece
+
+        yield from workers.map(merged, adapter.spans(base.numel, base.block))
         if base.numel < shape.numel():  # a grown embedding's pad token, which no sequence contains
             yield torch.zeros(shape.numel() - base.numel, dtype=self.dtype)
 
@@ -154,55 +164,33 @@ def as_scalar(config: PretrainedConfig, pad: int) -> None:
     config.id2label, config.label2id = {0: "score"}, {"score": 0}
 
 
-class _Base:
-    """A weight of the base as training saw it, in pieces of its flattened form."""
+@dataclass(frozen=True)
+class _Plain:
+    """A weight that was not quantized; as `Rounded` and `Packed`, but in its own dtype."""
 
-    def __init__(self, name: str, value: Tensor, skeleton: Skeleton, quantized: frozenset[str]):
-        self.dtype = skeleton.dtypes[name] if value.is_floating_point() else value.dtype
-        self.block = BLOCK
-        self._packed: Packed | None = None
-        self._value: Tensor | None = None
-        module = skeleton.model.get_submodule(name.rpartition(".")[0])
-        if isinstance(value, bnb.nn.Params4bit):
-            self._packed, self.numel = Packed.from_parameter(value), value.quant_state.shape.numel()
-            self.block = self._packed.block
-        elif name in quantized and isinstance(module, Conv1D):
-            # quantized in the layout of a linear layer, [out, in]
-            packed = Packed.of(value.T.contiguous(), self.dtype)
-            self._value, self.numel = packed.values(0, value.numel()).view(value.T.shape).T.contiguous(), value.numel()
-        elif name in quantized:
-            self._packed, self.numel = Packed.of(value, self.dtype), value.numel()
-        else:
-            self._value, self.numel = value, value.numel()
+    weight: Tensor
+    dtype: torch.dtype
+    block: int = 1
+
+    @property
+    def numel(self) -> int:
+        return self.weight.numel()
 
     def values(self, start: int, stop: int) -> Tensor:
-        if self._packed is not None:
-            return self._packed.values(start, stop)
-        assert self._value is not None
-        return self._value.view(-1)[start:stop].to(self.dtype)
+        return self.weight.view(-1)[start:stop].to(self.dtype)
 
 
-def _add(base: _Base, layer: LoraLayer | None, shape: torch.Size) -> Iterator[Tensor]:
-    """The weight with its adapter, piece by piece; fp32 where it has one."""
-    if layer is None:
-        for start in range(0, base.numel, 4 * PIECE):
-            yield base.values(start, min(start + 4 * PIECE, base.numel))
-        return
-    *_, rows, columns = shape
-    merging: LinearRows | ExpertRows
-    if isinstance(layer, ParamWrapper):
-        merging, step = ExpertRows(layer), _rows_a_piece(columns, base.block)
-    else:
-        assert isinstance(layer, Linear)
-        merging, step = LinearRows(layer), rows if is_conv(layer) else _rows_a_piece(columns, base.block)
-    for first in range(0, base.numel // columns, rows):  # of each expert; a linear layer is one
-        for start in range(first, first + rows, step):
-            stop = min(start + step, first + rows)
-            piece = base.values(start * columns, stop * columns).float().view(-1, columns)
-            yield merging.add(piece, start)
-
-
-def _rows_a_piece(columns: int, block: int) -> int:
-    """As many rows as make about a piece, and whole blocks."""
-    least = block // math.gcd(columns, block)
-    return max(PIECE // columns // least, 1) * least
+def _as_trained(name: str, value: Tensor, skeleton: Skeleton, quantized: frozenset[str]) -> Rounded | Packed | _Plain:
+    """A weight of the base as training saw it."""
+    dtype = skeleton.dtypes[name] if value.is_floating_point() else value.dtype
+    if isinstance(value, bnb.nn.Params4bit):
+        return Packed.of(value)
+    if name not in quantized:
+        return _Plain(value, dtype)
+    if isinstance(skeleton.model.get_submodule(name.rpartition(".")[0]), Conv1D):
+        turned = Rounded.of(value.T, dtype)  # quantized in the layout of a linear layer, [out, in]
+        values = torch.empty(turned.numel, dtype=dtype)
+        for start, stop in pieces(turned.numel):
+            values[start:stop] = turned.values(start, stop)
+        return _Plain(values.view(value.T.shape).T.contiguous(), dtype)
+    return Rounded.of(value, dtype)
