@@ -120,6 +120,10 @@ class ResumableTrainer(RewardTrainer):
             )
             if self.state.best_global_step == self.state.global_step:
                 self.state.best_model_checkpoint = str(self._resumed)
+        if (
+            self._saved_step is not None and self.args.should_save
+        ):  # what the save would have done, had it not been cut off
+            self._prune()
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         """For training or evaluation, its workers outliving a SIGTERM to the whole job; see `outlive_sigterm`."""
@@ -227,7 +231,7 @@ class ResumableTrainer(RewardTrainer):
                 mark_whole(folder)
         self._saved_step = step
         if writes:
-            prune(str(self.args.output_dir), self.args.save_total_limit, self.state.best_model_checkpoint)
+            self._prune()
         self.accelerator.wait_for_everyone()
 
     def _load_best_model(self) -> None:
@@ -254,6 +258,9 @@ class ResumableTrainer(RewardTrainer):
             yield
         finally:
             self.args.save_total_limit = limit
+
+    def _prune(self) -> None:
+        prune(str(self.args.output_dir), self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _progress(self) -> Progress:
         losses = self.accelerator.gather(self._tr_loss.detach().reshape(1))
