@@ -120,10 +120,8 @@ class ResumableTrainer(RewardTrainer):
             )
             if self.state.best_global_step == self.state.global_step:
                 self.state.best_model_checkpoint = str(self._resumed)
-        if (
-            self._saved_step is not None and self.args.should_save
-        ):  # what the save would have done, had it not been cut off
-            self._prune()
+        if self._saved_step is not None and self.args.should_save:
+            self._prune()  # as the save would have done, had it not been cut off
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         """For training or evaluation, its workers outliving a SIGTERM to the whole job; see `outlive_sigterm`."""
