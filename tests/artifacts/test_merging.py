@@ -307,7 +307,8 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path, monkeypatch: pytest
         grown.append(merge_memory._high_water() - before)
     largest = 32000 * 1024 * 2
     assert max(grown) < 2 * largest + 100_000_000, grown
-    assert grown[1] < grown[0] + 30_000_000, grown
+    # the smaller model may end before the queue of the writer is full
+    assert grown[1] < grown[0] + shards_module.WAITING_BYTES + 30_000_000, grown
 
 
 def _reset_high_water() -> int:

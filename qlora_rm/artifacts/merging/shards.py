@@ -24,7 +24,7 @@ from qlora_rm.artifacts.merging.checkpoint import NAMES
 SHARD_BYTES = 5_000_000_000
 """A new file is begun where one would grow beyond this; a larger tensor stands alone."""
 
-WAITING_BYTES = 64_000_000
+WAITING_BYTES = 32_000_000
 """What may wait to be written beside one piece, which is a whole tensor where layouts were converted."""
 
 FLUSH_BYTES = 128_000_000
