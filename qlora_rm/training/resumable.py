@@ -126,9 +126,8 @@ class ResumableTrainer(RewardTrainer):
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         """For training or evaluation, its workers outliving a SIGTERM to the whole job; see `outlive_sigterm`."""
         loader: Any = super()._get_dataloader(*args, **kwargs)
-        of_torch = (
-            loader.base_dataloader
-        )  # accelerate 1.15 wraps it, and starts workers and skips batches by what it says
+        # accelerate 1.15 wraps it, and starts workers and skips batches by what it says
+        of_torch = loader.base_dataloader
         of_torch.worker_init_fn = partial(outlive_sigterm, of_torch.worker_init_fn)
         return loader
 

@@ -71,9 +71,8 @@ def outlive_sigterm(then: Callable[[int], None] | None, worker: int) -> None:
     Arguments:
         then: what the worker would have started with.
     """
-    signal.pthread_sigmask(
-        signal.SIG_BLOCK, {signal.SIGTERM}
-    )  # for torch's own handler, and threads started from now on
+    # for torch's own handler, and threads started from now on
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_end_with_main, name="SIGTERM of the main process", daemon=True).start()
     if then is not None:
         then(worker)
