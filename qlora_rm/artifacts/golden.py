@@ -41,6 +41,22 @@ class GoldenItem:
 
 
 @dataclass(frozen=True)
+class Noise:
+    """How far rounding alone moves a model's golden scores in one dtype of the arithmetic.
+
+    Each sequence is scored alone, in a padded batch and, where the model allows, in a forest of shared prompts.
+
+    Attributes:
+        largest, typical: largest and root mean square distance of these scores from the golden ones.
+        layouts: largest distance of two of these scores of one sequence.
+    """
+
+    largest: float
+    typical: float
+    layouts: float
+
+
+@dataclass(frozen=True)
 class Tolerance:
     """How far a score may stand from the golden one, and between which pairs the order may change.
 

@@ -17,7 +17,7 @@ from typing import Any, Self
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from qlora_rm.artifacts.golden import Drift, GoldenItem, make_golden
+from qlora_rm.artifacts.golden import Drift, GoldenItem, Noise, make_golden
 from qlora_rm.artifacts.seal import fingerprint, hash_files
 from qlora_rm.artifacts.typed_json import read_as
 from qlora_rm.backbone.paths import is_local
@@ -27,7 +27,7 @@ from qlora_rm.preferences.tokenization import EOS_RULE, Tokenization
 __all__ = ["Base", "Contract", "Manifest", "Merge", "Reward", "Step", "Training", "make_contract", "make_golden"]
 
 FILE_NAME = "rm_manifest.json"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 SCORE_POSITION = "last token that is not pad"
 LIBRARIES = (
     "torch",
@@ -192,6 +192,8 @@ class Manifest:
         training: null in a file written by hand.
         reward: null without held-out comparisons.
         golden: texts, token ids and the scores that training gave them; empty in a checkpoint of an unfinished run.
+        noise: how far rounding alone moves the golden scores, by the dtype of the arithmetic: "fp32", "bf16", "fp16"; a
+            dtype that was not measured is absent.
         merge: null for adapters and fully fine-tuned models.
         history: what was done since training, in order.
         files: sha256 of the folder's weights and tokenizer files by name, as they were when this file was written.
@@ -206,6 +208,7 @@ class Manifest:
     training: Training | None = None
     reward: Reward | None = None
     golden: list[GoldenItem] = field(default_factory=list)
+    noise: dict[str, Noise] = field(default_factory=dict)
     merge: Merge | None = None
     history: list[Step] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
@@ -257,6 +260,8 @@ class Manifest:
         found = content.get("schema_version") if isinstance(content, dict) else None
         if found == 1:
             content = _from_version_1(content)
+        if found in (1, 2):
+            content = _from_version_2(content)
         elif found != SCHEMA_VERSION:
             raise UserError(
                 f"{path} has schema version {found!r}; this qlora_rm reads up to version {SCHEMA_VERSION}. Use the "
@@ -269,12 +274,16 @@ def _from_version_1(content: dict[str, Any]) -> dict[str, Any]:
     """Version 1 knew no fingerprint of the base, no hashes of files, no history, and one way of merging."""
     base, merge = content.get("base"), content.get("merge")
     return content | {
-        "schema_version": SCHEMA_VERSION,
         "base": base | {"weights_fingerprint": None} if isinstance(base, dict) else base,
         "merge": merge | {"base": "dequantized"} if isinstance(merge, dict) else merge,
         "history": [],
         "files": {},
     }
+
+
+def _from_version_2(content: dict[str, Any]) -> dict[str, Any]:
+    """Version 2 measured no noise: the constants of `golden.tolerance` apply."""
+    return content | {"schema_version": SCHEMA_VERSION, "noise": {}}
 
 
 def make_contract(tokenizer: PreTrainedTokenizerBase, tokenization: Tokenization) -> Contract:

@@ -26,6 +26,8 @@ def read_as(kind: Any, value: Any, where: str) -> Any:
         if not isinstance(value, list):
             raise UserError(f"{where} must be a list, not {value!r:.60}.")
         return [read_as(get_args(kind)[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if get_origin(kind) is dict and isinstance(value, dict) and dataclasses.is_dataclass(get_args(kind)[1]):
+        return {key: read_as(get_args(kind)[1], item, f"{where}: {key}") for key, item in value.items()}
     wanted: Any = {float: (int, float), Any: object}.get(kind, get_origin(kind) or kind)
     if not isinstance(value, wanted) or (kind in (int, float) and isinstance(value, bool)):
         raise UserError(f"{where} must be of type {getattr(kind, '__name__', kind)}, not {value!r:.60}.")

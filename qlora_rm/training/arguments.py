@@ -93,11 +93,15 @@ class TrainingConfig(RewardConfig):
         self._n_gpu = min(self.n_gpu, 1)
 
     def _settle_on_cpu(self) -> None:
-        """What CPU ranks need said: gloo between them, and `use_cpu` outside DeepSpeed, or each would train alone."""
+        """Set what transformers needs to train on CPUs.
+
+        Ranks talk over gloo. Outside DeepSpeed `use_cpu` is set: without it transformers refuses bf16, and each of several
+        ranks would train alone. With DeepSpeed it would turn the engine off.
+        """
         self.dataloader_pin_memory = False  # there is no device memory to copy to
+        self.use_cpu = self.use_cpu or not asks_for_deepspeed(self)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             self.ddp_backend = self.ddp_backend or "gloo"
-            self.use_cpu = self.use_cpu or not asks_for_deepspeed(self)
 
     @property
     def compute_dtype(self) -> torch.dtype:

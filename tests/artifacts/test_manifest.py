@@ -33,14 +33,25 @@ def test_version_1_is_read(tmp_path: Path) -> None:
     """As the first release wrote it: no fingerprint of the base, no hashes, no history."""
     content = json.loads((llama_adapter() / FILE_NAME).read_text(encoding="utf-8"))
     merge = {"method": "by hand", "dtype": "bf16", "compared_in": "fp32", "drift": 0.25}
-    old = {key: value for key, value in content.items() if key not in ("history", "files")} | {"schema_version": 1}
+    old = {key: value for key, value in content.items() if key not in ("history", "files", "noise")}
+    old |= {"schema_version": 1}
     old |= {"merge": merge, "base": {k: v for k, v in content["base"].items() if k != "weights_fingerprint"}}
     (tmp_path / FILE_NAME).write_text(json.dumps(old), encoding="utf-8")
     manifest = Manifest.load(tmp_path)
     assert manifest.merge == Merge(**merge)
-    assert (manifest.schema_version, manifest.history, manifest.files) == (2, [], {})
+    assert (manifest.schema_version, manifest.history, manifest.files) == (3, [], {})
     assert manifest.golden == Manifest.load(llama_adapter()).golden
     assert manifest.base.changes() == []
+
+
+def test_version_2_is_read(tmp_path: Path) -> None:
+    """Nothing had measured how far rounding moves the scores."""
+    content = json.loads((llama_adapter() / FILE_NAME).read_text(encoding="utf-8"))
+    old = {key: value for key, value in content.items() if key != "noise"} | {"schema_version": 2}
+    (tmp_path / FILE_NAME).write_text(json.dumps(old), encoding="utf-8")
+    manifest = Manifest.load(tmp_path)
+    assert (manifest.schema_version, manifest.noise) == (3, {})
+    assert manifest.golden == Manifest.load(llama_adapter()).golden
 
 
 def test_the_page_is_made_from_the_schema() -> None:
