@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora_rm.artifacts.golden import make_golden
 from qlora_rm.artifacts.manifest import Base, Manifest, Reward, Training, make_contract
+from qlora_rm.artifacts.noise import measure_noise
 from qlora_rm.backbone.adapter import attach_adapter
 from qlora_rm.backbone.load import load_backbone
 from qlora_rm.backbone.precision import DTYPES
@@ -75,6 +76,7 @@ def make_reward_model(
     tokenization = Tokenization(tokenizer, max_length)
     held_out = HELD_OUT if tokenizer.chat_template else HELD_OUT_TEXT
     score = partial(score_sequences, model, pad_token_id=tokenizer.pad_token_id, autocast=DTYPES[compute])
+    items = make_golden(held_out, tokenization, score) if golden else []
     Manifest(
         contract=make_contract(tokenizer, tokenization),
         base=Base.of(base),
@@ -82,7 +84,8 @@ def make_reward_model(
         compute_dtype=compute,
         training=Training(50, {"objective": "bradley_terry"}, "abc", {"rows": {"toy": 4}}),
         reward=Reward(0.5, 1.5, 4),
-        golden=make_golden(held_out, tokenization, score) if golden else [],
+        golden=items,
+        noise=measure_noise(model, items, tokenizer.pad_token_id, DTYPES[compute]),
     ).save(output)
     return output
 
@@ -101,15 +104,15 @@ def _pretend_to_train(model: torch.nn.Module) -> None:
 
 
 @cache
-def _llama() -> Path:
+def _llama(compute: str) -> Path:
     folder = Path(tempfile.mkdtemp(prefix="qlora_rm_test_"))
     register(shutil.rmtree, folder, ignore_errors=True)
-    return make_reward_model(folder)
+    return make_reward_model(folder, compute=compute)
 
 
-def llama_adapter() -> Path:
+def llama_adapter(compute: str = "fp32") -> Path:
     """A 4-bit Llama's adapter folder, made once per test session: read it, or `copy_of` it to change it."""
-    return _llama()
+    return _llama(compute)
 
 
 def copy_of(folder: Path, target: Path) -> Path:

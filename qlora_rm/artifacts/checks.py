@@ -13,18 +13,18 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from qlora_rm.artifacts.golden import GoldenItem, Tolerance, drift, scores_of, tolerance
+from qlora_rm.artifacts.golden import GoldenItem, Tolerance, drift, scores_of
 from qlora_rm.artifacts.load import tokenization_of
 from qlora_rm.artifacts.manifest import SCORE_POSITION, Manifest, hash_of_template
-from qlora_rm.artifacts.proof import allowed_drift
+from qlora_rm.artifacts.proof import allowed_between_layouts, allowed_drift
 from qlora_rm.artifacts.seal import changed_files
+from qlora_rm.backbone.layouts import layouts_of
 from qlora_rm.backbone.precision import DTYPES
 from qlora_rm.backbone.scoring import TOKENS_PER_BATCH, Layout, score_sequences
 from qlora_rm.preferences.faults import RowFault
 from qlora_rm.preferences.tokenization import EOS_RULE
 
 RESTORE = "restore it from the training run's output"
-POSITION_TABLES = ("wpe", "position_embeddings", "embed_positions")
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def check_scores(subject: Subject, manifest: Manifest) -> Iterator[Check]:
     allowed = allowed_drift(manifest, subject.computes_in)
     moved = drift(items, scores_of(items, lambda ids: subject.score(ids, pad)), allowed)
     yield Check("golden scores are given again", moved.ok, f"{moved}; allowed {allowed}")
-    yield from _check_batches(subject, items, pad, tolerance(subject.computes_in, manifest.quantization))
+    yield from _check_batches(subject, items, pad, allowed_between_layouts(manifest, subject.computes_in))
     yield _check_swap(subject, items, pad)
 
 
@@ -174,19 +174,15 @@ def _check_batches(subject: Subject, items: list[GoldenItem], pad: int, allowed:
     sequences = [ids for item in items for ids in item.token_ids]
     alone = subject.score(sequences, pad, alone=True)
     limits = torch.tensor([allowed.of(score) for score in alone.tolist()])
-    for side in ("right", "left"):
+    sides: tuple[Layout, ...] = ("right", "left")
+    for side in sides:
         name = f"batch scores equal single scores, {side} padded"
-        if side == "left" and _numbers_positions_absolutely(subject.model):
-            yield Check(name, True, "not tried: this architecture has a table of positions and is padded right only")
+        if side not in layouts_of(subject.model):
+            yield Check(name, True, "not tried: this architecture is padded on the right only")
             continue
         difference = (subject.score(sequences, pad, side) - alone).abs()
         ok = bool(torch.all(difference <= limits))
         yield Check(name, ok, f"largest difference {difference.max():.2g}; allowed {allowed}")
-
-
-def _numbers_positions_absolutely(model: nn.Module) -> bool:
-    """Whether a sequence cannot be shifted; encoders, which are scored at their first token, are among these."""
-    return any(isinstance(m, nn.Embedding) and name.endswith(POSITION_TABLES) for name, m in model.named_modules())
 
 
 def _check_swap(subject: Subject, items: list[GoldenItem], pad: int) -> Check:

@@ -41,39 +41,26 @@ class GoldenItem:
 
 
 @dataclass(frozen=True)
-class Noise:
-    """How far rounding alone moves a model's golden scores in one dtype of the arithmetic.
-
-    Each sequence is scored alone, in a padded batch and, where the model allows, in a forest of shared prompts.
-
-    Attributes:
-        largest, typical: largest and root mean square distance of these scores from the golden ones.
-        layouts: largest distance of two of these scores of one sequence.
-    """
-
-    largest: float
-    typical: float
-    layouts: float
-
-
-@dataclass(frozen=True)
 class Tolerance:
     """How far a score may stand from the golden one, and between which pairs the order may change.
 
     Attributes:
         absolute, relative: a score may move by the larger of `absolute` and `relative` times its size.
         flip_margin: pairs of one prompt further apart than this must keep their order.
+        typical: what the root mean square of all differences may be; None: no bound besides that of each.
     """
 
     absolute: float
     relative: float
     flip_margin: float
+    typical: float | None = None
 
     def of(self, score: float) -> float:
         return max(self.absolute, self.relative * abs(score))
 
     def __str__(self) -> str:
-        return f"max({self.absolute:g}, {self.relative:.2%}), order kept above a margin of {self.flip_margin:g}"
+        typical = "" if self.typical is None else f", {self.typical:.2g} in root mean square"
+        return f"max({self.absolute:.2g}, {self.relative:.2%}){typical}, order kept above a margin of {self.flip_margin:.2g}"
 
 
 SAFE_LENGTH = 256
@@ -83,18 +70,10 @@ ROOM_FOR_THE_REST = 128
 """Tokens left beside the long item's prompt for its response, template and special tokens."""
 
 SAME = Tolerance(absolute=1e-4, relative=1e-4, flip_margin=2e-4)
-"""fp32 throughout: only the order of summation differs."""
+"""fp32 throughout: only the order of summation differs. The narrowest tolerance there is."""
 
 ROUNDED = Tolerance(absolute=0.1, relative=0.02, flip_margin=0.2)
-"""Weights or arithmetic in 16 or 8 bit on either side."""
-
-
-def tolerance(*precisions: str) -> Tolerance:
-    """The tolerance between scores, given all that rounds one of them: compute and storage dtypes, quantization.
-
-    4-bit weights are dequantized before they are multiplied, so only the dtypes count; LLM.int8() rounds activations.
-    """
-    return SAME if set(precisions) <= {"fp32", "4bit", "none"} else ROUNDED
+"""Weights or arithmetic in 16 or 8 bit on either side, where the model's noise was not measured (`noise.tolerance`)."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +81,8 @@ class Drift:
     """How scores differ from the golden ones.
 
     Attributes:
-        largest: largest absolute difference; NaN where a score is not finite.
+        largest, typical: largest absolute difference, and their root mean square; NaN where a score is not finite.
+        scattered: whether the root mean square is more than the tolerance allows.
         outside: how many of the `scores` scores moved further than the tolerance allows.
         flips: how many of the `pairs` pairs with a golden margin above `flip_margin` changed their order.
     """
@@ -112,14 +92,16 @@ class Drift:
     outside: int
     pairs: int
     flips: int
+    typical: float = 0.0
+    scattered: bool = False
 
     @property
     def ok(self) -> bool:
-        return self.outside == 0 and self.flips == 0
+        return self.outside == 0 and self.flips == 0 and not self.scattered
 
     def __str__(self) -> str:
         return (
-            f"largest difference {self.largest:.2g}, {self.outside} of {self.scores} scores outside the tolerance, "
+            f"largest difference {self.largest:.2g}, root mean square {self.typical:.2g}, {self.outside} of {self.scores} scores outside the tolerance, "
             f"{self.flips} of {self.pairs} clear pairs in another order"
         )
 
@@ -144,12 +126,16 @@ def drift(items: Sequence[GoldenItem], scores: Sequence[Sequence[float]], allowe
         for golden, now in zip(_margins(item.scores), _margins(new), strict=True)
         if abs(golden) > allowed.flip_margin
     ]
+    finite = all(map(math.isfinite, differences))
+    typical = math.sqrt(sum(d * d for d in differences) / max(1, len(differences))) if finite else math.nan
     return Drift(
-        largest=max(differences, default=0.0) if all(map(math.isfinite, differences)) else math.nan,
+        largest=max(differences, default=0.0) if finite else math.nan,
         scores=len(moved),
         outside=sum(not abs(now - golden) <= allowed.of(golden) for golden, now in moved),
         pairs=len(clear),
         flips=sum(not golden * now > 0 for golden, now in clear),
+        typical=typical,
+        scattered=allowed.typical is not None and not typical <= allowed.typical,
     )
 
 

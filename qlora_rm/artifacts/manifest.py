@@ -17,7 +17,8 @@ from typing import Any, Self
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from qlora_rm.artifacts.golden import Drift, GoldenItem, Noise, make_golden
+from qlora_rm.artifacts.golden import Drift, GoldenItem, make_golden
+from qlora_rm.artifacts.noise import Noise
 from qlora_rm.artifacts.seal import fingerprint, hash_files
 from qlora_rm.artifacts.typed_json import read_as
 from qlora_rm.backbone.paths import is_local

@@ -8,7 +8,7 @@ import inspect
 import re
 from typing import Any, get_type_hints
 
-from qlora_rm.artifacts.golden import GoldenItem, Noise
+from qlora_rm.artifacts.golden import ROUNDED, SAME, GoldenItem
 from qlora_rm.artifacts.manifest import (
     FILE_NAME,
     SCHEMA_VERSION,
@@ -20,6 +20,7 @@ from qlora_rm.artifacts.manifest import (
     Step,
     Training,
 )
+from qlora_rm.artifacts.noise import FP32_WIDEST, LARGEST, TYPICAL, Noise
 
 OBJECTS = (Manifest, Contract, Base, Training, Reward, GoldenItem, Noise, Merge, Step)
 
@@ -31,10 +32,32 @@ along and adds a record of itself. Every key is there and no other; what is unkn
 read as one without hashes and history, a file of version 2 as one without noise. This page is made from the schema by `python -m qlora_rm.artifacts.manifest_page`.
 """
 
+RULE = f"""## How far scores may move
+
+Whatever scores the golden items again (`merge`, `verify`, `export`, `serve`) compares the scores with the golden ones. Rounding
+alone moves them, in one model further than in another, so the bound is not a constant. At the end of training the
+golden items are scored in fp32 and in bf16 (in fp16 too on a GPU), in each dtype alone, in padded batches and as a forest.
+`noise` holds how far these scores lie from the golden ones.
+
+- **16 bit on either side** (training, storage of merged weights, or arithmetic): a score may move by {LARGEST:g} times the
+  largest noise of the dtypes involved and of fp32. The root mean square of all differences may reach {TYPICAL:g} times the typical
+  noise. The bound never exceeds half the standard deviation of the golden scores, or {ROUNDED.absolute:g} if that is more, so
+  that a lost adapter or another head still fails on a model with noisy scores.
+- **fp32 throughout**: {LARGEST:g} times the largest noise in fp32, at least {SAME.absolute:g} or {SAME.relative:.2%} of the score, at
+  most {FP32_WIDEST:g}.
+- **A batch against the same sequences alone**, in one dtype: {LARGEST:g} times the noise between layouts, within the same limits.
+- **Pairs** further apart than twice the bound must keep their order.
+- **Noise that was not measured** (older manifests, ZeRO-3 with its sharded weights, LLM.int8()): {ROUNDED.absolute:g} or
+  {ROUNDED.relative:.0%} of the score, order kept above a margin of {ROUNDED.flip_margin:g}. Noise in fp16 that was not measured is
+  that in bf16, which has fewer digits.
+
+Training prints the noise. If a merge to bf16 is refused, the model's scores do not survive bf16: merge with `--dtype fp32`.
+"""
+
 
 def page() -> str:
     """The whole page."""
-    return "\n".join([HEAD, *(line for cls in OBJECTS for line in _section(cls))])
+    return "\n".join([HEAD, *(line for cls in OBJECTS for line in _section(cls)), RULE])
 
 
 def _section(cls: Any) -> list[str]:

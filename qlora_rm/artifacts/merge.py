@@ -7,12 +7,13 @@ from typing import Literal
 
 from qlora_rm.artifacts.checks import check_golden_ids, check_tokenizer
 from qlora_rm.artifacts.folders import new_folder
-from qlora_rm.artifacts.golden import GoldenItem, drift, make_golden, scores_of, tolerance
+from qlora_rm.artifacts.golden import GoldenItem, drift, make_golden, scores_of
 from qlora_rm.artifacts.load import RewardModel, artefact_kind, read_tokenizer
 from qlora_rm.artifacts.manifest import Manifest, Merge, Step
 from qlora_rm.artifacts.merging.in_memory import merge_in_memory
 from qlora_rm.artifacts.merging.plan import NotStreamable
 from qlora_rm.artifacts.merging.stream import Source, Stream
+from qlora_rm.artifacts.noise import tolerance
 from qlora_rm.artifacts.proof import allowed_drift
 from qlora_rm.artifacts.read_back import fits, read_adapter, read_back
 from qlora_rm.artifacts.seal import changed_files
@@ -178,7 +179,8 @@ class _Job:
             reference = [replace(item, scores=new) for item, new in zip(golden, self._unquantized(golden), strict=True)]
         found = read_back(str(self.beside), reference, self.tokenizer.pad_token_id, self.trusted)
         quantization = manifest.quantization if self.base == "dequantized" else "none"
-        allowed = tolerance(manifest.compute_dtype, quantization, self.dtype, found.computed_in)
+        rounding = (manifest.compute_dtype, quantization, self.dtype, found.computed_in)
+        allowed = tolerance(golden, manifest.noise, *rounding)
         moved = drift(reference, found.scores, allowed)
         if not moved.ok:
             if manifest.golden:

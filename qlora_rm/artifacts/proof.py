@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
-from qlora_rm.artifacts.golden import Drift, GoldenItem, Tolerance, drift, scores_of, tolerance
+from qlora_rm.artifacts.golden import Drift, GoldenItem, Tolerance, drift, scores_of
 from qlora_rm.artifacts.load import RewardModel
 from qlora_rm.artifacts.manifest import FILE_NAME, Manifest
+from qlora_rm.artifacts.noise import layout_tolerance, tolerance
 from qlora_rm.errors import UserError
 from qlora_rm.preferences.comparison import Candidates
 from qlora_rm.preferences.contents import kind_of
@@ -25,7 +26,13 @@ class Proof:
 def allowed_drift(manifest: Manifest, computes_in: str) -> Tolerance:
     """How far scores computed in `computes_in` may stand from the golden ones, given what the model has gone through."""
     rounding = [manifest.compute_dtype, manifest.quantization, computes_in]
-    return tolerance(*rounding, *([manifest.merge.dtype] if manifest.merge else []))
+    stored = [manifest.merge.dtype] if manifest.merge else []
+    return tolerance(manifest.golden, manifest.noise, *rounding, *stored)
+
+
+def allowed_between_layouts(manifest: Manifest, computes_in: str) -> Tolerance:
+    """How far two scores of one sequence, computed in `computes_in`, may stand apart: alone or in any batch."""
+    return layout_tolerance(manifest.golden, manifest.noise, computes_in, manifest.quantization)
 
 
 def trained_on_turns(manifest: Manifest | None, tokenization: Tokenization) -> bool:

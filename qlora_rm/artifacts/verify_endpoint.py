@@ -7,10 +7,10 @@ from itertools import groupby
 
 from qlora_rm.artifacts.checks import Check, check_golden_ids, check_tokenizer
 from qlora_rm.artifacts.endpoint import Endpoint, NoAnswer, Protocol, Question, connect
-from qlora_rm.artifacts.golden import GoldenItem, Tolerance, drift, tolerance
+from qlora_rm.artifacts.golden import GoldenItem, Tolerance, drift
 from qlora_rm.artifacts.load import read_tokenizer, tokenization_of
 from qlora_rm.artifacts.manifest import Manifest, Reward
-from qlora_rm.artifacts.proof import allowed_drift, is_of_kind, trained_on_turns
+from qlora_rm.artifacts.proof import allowed_between_layouts, allowed_drift, is_of_kind, trained_on_turns
 from qlora_rm.errors import UserError
 from qlora_rm.preferences.tokenization import Tokenization
 
@@ -93,7 +93,7 @@ class _Proof:
         computes_in = endpoint.about.get("computes_in")
         self.computes_in = computes_in if isinstance(computes_in, str) else None
         self.allowed = allowed_drift(manifest, self.computes_in or "bf16")
-        self.same = tolerance(self.computes_in or "bf16", manifest.quantization)
+        self.same = allowed_between_layouts(manifest, self.computes_in or "bf16")
 
     def _is_cut(self, question: Question, as_turns: bool) -> bool:
         [ids] = self.tokenization.encode([question.text], add_special_tokens=not as_turns)

@@ -18,10 +18,11 @@ from trl.trainer.utils import disable_dropout_in_model
 from qlora_rm.artifacts.golden import GoldenItem, make_golden
 from qlora_rm.artifacts.manifest import FILE_NAME as MANIFEST
 from qlora_rm.artifacts.manifest import Base, Manifest, Reward, Training, make_contract
+from qlora_rm.artifacts.noise import Noise, measure_noise
 from qlora_rm.backbone.adapter import attach_adapter, load_adapter, read_adapter_config
 from qlora_rm.backbone.inventory import inventory
 from qlora_rm.backbone.load import load_backbone
-from qlora_rm.backbone.precision import NAMES, best_dtype
+from qlora_rm.backbone.precision import DTYPES, NAMES, best_dtype
 from qlora_rm.backbone.scoring import score_sequences
 from qlora_rm.backbone.tokenizer import load_tokenizer
 from qlora_rm.backbone.zero3 import sharded_loading
@@ -120,7 +121,8 @@ def train(options: Options) -> dict[str, float]:
 def load_model(options: Options, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | PeftModel:
     """The quantized backbone with its head and a new or given adapter; or the whole model, trainable."""
     args = options.training
-    say(f"compute dtype: {NAMES[args.compute_dtype]} ({best_dtype()[1]})")
+    best, reason = best_dtype()
+    say(f"compute dtype: {reason if args.compute_dtype is best else f'{NAMES[args.compute_dtype]}: as asked for'}")
     backbone = load_backbone(
         options.backbone,
         tokenizer,
@@ -280,12 +282,13 @@ def _finish(
         if trainer.args.should_save:
             _require_weights(output)
         golden = make_golden(data.golden_candidates, tokenization, partial(_score, trainer))
+        noise = _noise(trainer, golden, DTYPES[manifest.compute_dtype])
         trainer.accelerator.wait_for_everyone()
         if trainer.args.should_save:
             trainer.save_state()
             draw_curves(trainer.state.log_history, output / "curves.png")
             flush(output, below=False)
-            after_training(manifest, trainer.state.global_step, golden, metrics, data).save(output)
+            after_training(manifest, trainer.state.global_step, golden, noise, metrics, data).save(output)
             flush(output, below=False)
     trainer.accelerator.wait_for_everyone()
     if metrics:
@@ -319,8 +322,26 @@ def _score(trainer: PreferenceTrainer, sequences: list[list[int]]) -> torch.Tens
     return score_sequences(trainer.model_wrapped, sequences, pad_token_id=trainer.pad_token_id)
 
 
+def _noise(trainer: PreferenceTrainer, golden: list[GoldenItem], trained_in: torch.dtype) -> dict[str, Noise]:
+    """How far rounding moves the golden scores, by dtype; said, since it decides in which dtype the model can serve."""
+    if is_deepspeed_zero3_enabled():
+        say("noise of the golden scores: not measured on sharded weights; fixed tolerances apply")
+        return {}
+    model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    noise = measure_noise(model, golden, trainer.pad_token_id, trained_in)
+    if noise:
+        spread = ", ".join(f"{one.largest:.2g} in {name}" for name, one in noise.items())
+        say(f"noise of the golden scores: at most {spread}")
+    return noise
+
+
 def after_training(
-    manifest: Manifest, steps: int, golden: list[GoldenItem], metrics: dict[str, float], data: PreferenceData
+    manifest: Manifest,
+    steps: int,
+    golden: list[GoldenItem],
+    noise: dict[str, Noise],
+    metrics: dict[str, float],
+    data: PreferenceData,
 ) -> Manifest:
     """The manifest of a finished run."""
     assert manifest.training is not None
@@ -328,4 +349,5 @@ def after_training(
     if data.held_out is not None:
         n = sum(len(responses) for responses in data.held_out["response_ids"])
         reward = Reward(metrics["eval_mean_reward"], metrics["eval_std_reward"], n)
-    return replace(manifest, training=replace(manifest.training, steps=steps), golden=golden, reward=reward)
+    trained = replace(manifest.training, steps=steps)
+    return replace(manifest, training=trained, golden=golden, noise=noise, reward=reward)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from qlora_rm.artifacts.golden import ROUNDED, SAME, GoldenItem, drift, make_golden, tolerance
+from qlora_rm.artifacts.golden import ROUNDED, SAME, GoldenItem, drift, make_golden
 from qlora_rm.artifacts.manifest import FILE_NAME, Base, Manifest, Merge, Step, hash_of_template, make_contract
 from qlora_rm.artifacts.manifest_page import page
 from qlora_rm.errors import UserError
@@ -175,15 +175,14 @@ class TestGolden:
         item = GoldenItem("", ["a", "b"], [[1], [2]], [0.0, 1.0])
         assert not drift([item], [[float("nan"), 1.0]], ROUNDED).ok
 
-    def test_tolerance_is_wide_only_where_something_rounds(self) -> None:
-        assert tolerance("fp32", "4bit", "fp32") is SAME
-        assert (
-            tolerance("bf16", "4bit", "fp32")
-            is tolerance("fp32", "none", "bf16")
-            is tolerance("fp32", "8bit")
-            is ROUNDED
-        )
-        assert (ROUNDED.of(1.0), ROUNDED.of(-50.0)) == (0.1, 1.0)
+    def test_the_root_mean_square_has_a_bound_of_its_own(self) -> None:
+        item = GoldenItem("", ["a", "b", "c"], [[1], [2], [3]], [0.0, 10.0, 20.0])
+        all_moved, one_moved = [[0.5, 10.5, 20.5]], [[0.0, 10.5, 20.0]]
+        allowed = replace(ROUNDED, absolute=1.0, typical=0.4)
+        assert drift([item], all_moved, replace(allowed, typical=None)).ok
+        assert not drift([item], all_moved, allowed).ok
+        assert drift([item], one_moved, allowed).ok
+        assert drift([item], all_moved, allowed).typical == pytest.approx(0.5)
 
 
 def test_contract_is_that_of_the_tokenizer() -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from qlora_rm.artifacts import merge as merging
-from qlora_rm.artifacts.golden import tolerance
+from qlora_rm.artifacts.golden import ROUNDED
 from qlora_rm.artifacts.load import RewardModel
 from qlora_rm.artifacts.manifest import FILE_NAME, Manifest
 from qlora_rm.artifacts.merge import merge
@@ -81,7 +81,7 @@ def test_merged_models_load_as_reward_models(merged: Path) -> None:
     assert loaded.manifest is not None
     for item in loaded.manifest.golden:
         for score, golden in zip(loaded.score([item.candidates()])[0], item.scores, strict=True):
-            assert abs(score - golden) <= tolerance("bf16").of(golden)
+            assert abs(score - golden) <= ROUNDED.of(golden)
 
 
 class TestRefusals:

@@ -30,6 +30,14 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def merged_in_bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Trained in bf16, and merged to it."""
+    folder = tmp_path_factory.mktemp("merged") / "bf16"
+    merge(str(llama_adapter("bf16")), str(folder), dtype="bf16")
+    return folder
+
+
 def weights_of(folder: Path) -> Path:
     return next(path for path in folder.glob("*model.safetensors"))
 
@@ -109,9 +117,9 @@ def pad_in_golden(folder: Path) -> None:
 
 
 def move_golden(folder: Path) -> None:
-    golden = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))["golden"]
-    golden[0]["scores"][0] += 0.01
-    edit_json(folder / FILE_NAME, golden=golden)
+    content = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
+    content["golden"][0]["scores"][0] += 0.01 if content["compute_dtype"] == "fp32" else 1.0
+    edit_json(folder / FILE_NAME, golden=content["golden"])
 
 
 def older_rules(folder: Path) -> None:
@@ -171,12 +179,21 @@ OTHERWISE_MERGED = {
 }
 
 
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
 @pytest.mark.parametrize("kind", ["adapter", "merged"])
 @pytest.mark.parametrize(("break_it", "name", "detail"), BREAKS, ids=[f"{b.__name__}-{n}" for b, n, _ in BREAKS])
 def test_names_what_was_broken(
-    tmp_path: Path, merged: Path, kind: str, break_it: Callable[[Path], None], name: str, detail: str
+    tmp_path: Path,
+    merged: Path,
+    merged_in_bf16: Path,
+    kind: str,
+    compute: str,
+    break_it: Callable[[Path], None],
+    name: str,
+    detail: str,
 ) -> None:
-    folder = copy_of(llama_adapter() if kind == "adapter" else merged, tmp_path / "model")
+    whole = merged if compute == "fp32" else merged_in_bf16
+    folder = copy_of(llama_adapter(compute) if kind == "adapter" else whole, tmp_path / "model")
     if kind == "merged":
         name, detail = OTHERWISE_MERGED.get(break_it.__name__, (name, detail))
     break_it(folder)
@@ -286,8 +303,8 @@ def test_a_base_that_is_gone_is_said(tmp_path: Path) -> None:
     assert all(check.ok for check in verify(str(folder), base=str(tmp_path / "elsewhere")))
 
 
-def test_sound_models_hold(merged: Path) -> None:
-    for folder in (llama_adapter(), merged):
+def test_sound_models_hold(merged: Path, merged_in_bf16: Path) -> None:
+    for folder in (llama_adapter(), merged, llama_adapter("bf16"), merged_in_bf16):
         checks = verify(str(folder))
         assert [check for check in checks if not check.ok] == []
         assert len(checks) >= 18

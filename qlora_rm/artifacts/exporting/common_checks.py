@@ -19,8 +19,9 @@ from qlora_rm.artifacts.checks import (
 )
 from qlora_rm.artifacts.exporting.feeds import is_turns, texts_of
 from qlora_rm.artifacts.exporting.files import opened, read_tensor
-from qlora_rm.artifacts.golden import ROUNDED, SAME, GoldenItem
+from qlora_rm.artifacts.golden import GoldenItem
 from qlora_rm.artifacts.manifest import Manifest
+from qlora_rm.artifacts.proof import allowed_between_layouts
 from qlora_rm.preferences.faults import RowFault
 from qlora_rm.preferences.tokenization import Tokenization
 
@@ -77,7 +78,7 @@ def _check_pipeline(subject: Subject, manifest: Manifest, tokenizer: PreTrainedT
         found = classify(texts_of(tokenizer, item), add_special_tokens=not is_turns(item))
         raw = subject.score(item.token_ids, manifest.contract.pad_token_id, alone=True).tolist()
         largest = max([largest, *(abs(one["score"] - score) for one, score in zip(found, raw, strict=True))])
-    allowed = SAME if subject.computes_in == "fp32" else ROUNDED
+    allowed = allowed_between_layouts(manifest, subject.computes_in)
     yield Check("pipeline gives the raw score", largest <= allowed.absolute, f"largest difference {largest:.2g}")
 
 

@@ -17,9 +17,10 @@ from qlora_rm.artifacts.exporting.feeds import is_turns, texts_of
 from qlora_rm.artifacts.exporting.files import HEAD_BIAS, head_names, read_tensor, weight_files
 from qlora_rm.artifacts.exporting.reader import WITH_BIAS_IN_SGLANG, Reader
 from qlora_rm.artifacts.exporting.v4 import generic_ids
-from qlora_rm.artifacts.golden import ROUNDED, SAME, Tolerance, drift, scores_of
+from qlora_rm.artifacts.golden import ROUNDED, drift, scores_of
 from qlora_rm.artifacts.load import read_tokenizer
 from qlora_rm.artifacts.manifest import Manifest, hash_of_template
+from qlora_rm.artifacts.proof import allowed_between_layouts, allowed_drift
 from qlora_rm.backbone.paths import is_local
 from qlora_rm.backbone.precision import DTYPES
 from qlora_rm.backbone.scoring import score_sequences
@@ -66,14 +67,14 @@ def check_rounding(readers: list[str], subject: Subject, manifest: Manifest, sto
     place, so this comes last, and fp16 is made from bf16 weights, which shows differences a little too large.
     """
     pad, items = manifest.contract.pad_token_id, manifest.expected()
-    any_margin = Tolerance(ROUNDED.absolute, ROUNDED.relative, flip_margin=0.0)
     for name in ("bf16", "fp16") if stored == "fp32" else (stored,):
         nn.Module.to(subject.model, dtype=DTYPES[name])
         scores = scores_of(items, lambda ids: score_sequences(subject.model, ids, pad_token_id=pad, layout="right"))
-        clear, every = drift(items, scores, ROUNDED), drift(items, scores, any_margin)
+        allowed = allowed_drift(manifest, name)
+        clear, every = drift(items, scores, allowed), drift(items, scores, replace(allowed, flip_margin=0.0))
         seen = (
             f"largest difference {clear.largest:.2g}; order flips: {every.flips} of {every.pairs} pairs, "
-            f"{clear.flips} of the {clear.pairs} with a margin above {ROUNDED.flip_margin:g}"
+            f"{clear.flips} of the {clear.pairs} with a margin above {allowed.flip_margin:.2g}"
         )
         finite = math.isfinite(clear.largest)
         way_out = "" if finite else "; not finite: merge with --dtype bf16, which is then kept"
@@ -123,7 +124,7 @@ def check_value_model(folder: Path, subject: Subject, manifest: Manifest) -> Ite
     with torch.no_grad():
         last = torch.stack([value(torch.tensor([ids], device=device)).logits[0, -1, 0].cpu() for ids in sequences])
     apart = float((last.float() - subject.score(sequences, pad)).abs().max())
-    allowed = SAME if subject.computes_in == "fp32" else ROUNDED
+    allowed = allowed_between_layouts(manifest, subject.computes_in)
     yield Check(
         "value model scores last tokens as the model", apart <= allowed.absolute, f"largest difference {apart:.2g}"
     )
