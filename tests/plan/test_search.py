@@ -84,7 +84,7 @@ def test_the_line_is_one_that_accelerate_and_the_door_read(setting: Setting, cud
     words = words[words.index("accelerate") :]  # variables of the environment stand before
     assert words[:2] == ["accelerate", "launch"]
     read = launch_command_parser().parse_args(words[2:])
-    assert read.training_script == "qlora_rm/train.py"
+    assert (read.module, read.training_script) == (True, "qlora_rm.train")
     assert (read.num_processes or 1) == setting.ranks
     if read.config_file:
         assert (ROOT / read.config_file).exists()
