@@ -16,11 +16,12 @@ from safetensors.torch import load_file, save_file
 from qlora_rm.artifacts.manifest import Manifest
 from qlora_rm.training.checkpoints import checkpoints, is_whole
 from qlora_rm.training.termination import SAME_SIGNAL, Termination
+from tests.deep import SEED
 from tests.models_for_tests import save_backbone
 from tests.tokenizers_for_tests import small_tokenizer
 from tests.training.forking import Forks
 
-SWEEP = bool(os.environ.get("QLORA_RM_SWEEP"))
+SWEEP = bool(SEED)
 """Kill before every change to a file, not before some of them; takes ten minutes."""
 MOMENTS = 200 if SWEEP else 20
 
@@ -85,7 +86,7 @@ def finish(forks: Forks, flags: list[str]) -> str:
 @pytest.mark.parametrize("seed", range(4))
 def test_killed_at_random_moments(forks, flags_of, through, tmp_path, seed):
     """Some runs are killed again as they go on."""
-    draw = random.Random(seed)
+    draw = random.Random(4 * SEED + seed)
     for moment in range(MOMENTS // 4):
         out = tmp_path / str(moment)
         for _ in range(draw.choice((1, 1, 2))):
