@@ -52,7 +52,7 @@ def prepare_caches() -> None:
     instead = _own_temporary_folder()
     say(UNWRITABLE_HOME.format(instead, ", ".join(moved)))
     os.environ.update({name: str(instead / name.lower()) for name in moved})
-    if not Path("~").expanduser().is_absolute():  # no HOME, and a user without a name
+    if not _in_home("").is_absolute():  # no HOME, and a user without a name
         os.environ["HOME"] = str(instead)
 
 
@@ -83,10 +83,12 @@ def _in_home(name: str) -> Path:
 
 def _can_write(folder: Path) -> bool:
     """Whether `folder` could be made and files in it; tried in the nearest folder that exists, which is left as it was."""
+    if not folder.is_absolute():
+        return False
     try:
         there = next(path for path in (folder, *folder.parents) if path.exists())
         with tempfile.TemporaryDirectory(prefix=".qlora_rm-", dir=there):
-            return folder.is_absolute()
+            return True
     except OSError:
         return False
 
