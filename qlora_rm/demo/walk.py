@@ -22,13 +22,9 @@ PROMPT = "What do bees do in winter?"
 RESPONSES = ("They huddle around their queen and live on stored honey.", "Ask somebody else, I could not care less.")
 
 NEXT = """
-With your own data (JSONL rows with prompt, chosen, rejected; text or turns) and your own backbone:
+With your own data (JSONL rows with prompt, chosen, rejected; text or turns) and your own backbone, or runs/demo/backbone:
 
-  qlora-rm train --config recipes/hh_rlhf_7b.yaml --model_name_or_path YOUR_BACKBONE --dataset YOUR_ROWS.jsonl
-
-or, without a GPU, on the demo's backbone:
-
-  qlora-rm train --model_name_or_path runs/demo/backbone --dataset YOUR_ROWS.jsonl --output_dir runs/mine"""
+  qlora-rm train --model_name_or_path YOUR_BACKBONE --dataset YOUR_ROWS.jsonl --output_dir runs/mine"""
 
 
 def demo(*, only_make: bool = False) -> None:
