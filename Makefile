@@ -1,4 +1,9 @@
-# make demo | test | lint | clean      The first of them on a fresh machine makes .venv with everything pinned.
+# The first target on a fresh machine makes .venv with everything pinned.
+#   make demo          the whole road on a small model
+#   make test          every test                      make test-deep     with fresh seeds, more examples, every moment of a kill
+#   make check         lint, and the fast tests        make test-gpu      what only a GPU can show
+#   make lint          style and types                 make test-install  a wheel, installed and walked through
+#   make dist          wheel and sdist in dist/        make clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,13 +15,34 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 # DeepSpeed compiles what it needs on a CPU with the ninja of the environment, which torch looks up on PATH.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test lint clean env
+# Of a deep run: `make test-deep SEED=N` draws again what a run that printed N has drawn.
+ifndef SEED
+SEED := $(shell date +%s)
+endif
+
+.PHONY: demo test check test-deep test-gpu test-install lint dist clean env
 
 demo: env
 	$(BIN)/qlora-rm demo
 
 test: env
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+check: lint
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu"
+
+test-deep: env
+	@echo "make test-deep SEED=$(SEED)"
+	QLORA_RM_DEEP=$(SEED) $(BIN)/python -m pytest -n 2 --dist loadfile --hypothesis-seed=$(SEED)
+
+test-gpu: env
+	$(BIN)/python -m pytest -m gpu
+
+test-install: env
+	$(BIN)/python -m tests.installing
+
+dist: env
+	$(BIN)/python -m build --no-isolation
 
 lint: env
 	$(BIN)/ruff format --check .
@@ -28,7 +54,7 @@ env: $(STAMP)
 # torch goes first and exactly: a host's own build of it (CPU or CUDA) then satisfies every later requirement.
 # deepspeed is published as source only; pip builds it in isolation, where it finds no torch, compiles nothing, and
 # leaves its operators to be compiled on use.
-$(STAMP): pyproject.toml constraints.txt qlora_rm/artifacts/merging/nf4.c | $(BIN)/python
+$(STAMP): pyproject.toml setup.py constraints.txt qlora_rm/artifacts/merging/nf4.c | $(BIN)/python
 	$(BIN)/python -m pip install "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
 	touch $@

@@ -9,9 +9,10 @@ from qlora_rm import __version__
 from qlora_rm.console import quiet_libraries, rank_prefix
 from qlora_rm.doors.artefacts import add_export, add_merge, add_verify
 from qlora_rm.doors.scoring import add_eval, add_score, add_serve
-from qlora_rm.doors.training import add_bench, add_demo, add_plan, add_train
+from qlora_rm.doors.training import add_bench, add_demo, add_plan, add_recipes, add_train
 from qlora_rm.errors import Terminated, UserError
 from qlora_rm.launchers import torchrun_variables
+from qlora_rm.surroundings import prepare_caches, prepare_streams, require_readable
 
 
 class Parser(argparse.ArgumentParser):
@@ -27,11 +28,14 @@ def main(argv: list[str] | None = None) -> int:
     Returns: 0, or 1 where a check of `verify` failed, 2 for a mistake of the user's, 130 after Ctrl-C, 143 after SIGTERM.
     """
     quiet_libraries()
+    prepare_streams()
     argv = sys.argv[1:] if argv is None else argv
     try:
+        require_readable(argv)
         if argv[:1] == ["train"] and not {"-h", "--help"} & set(argv):
             return _train(argv[1:])
         options = _parser().parse_args(argv)
+        prepare_caches()
         return options.run(options) or 0
     except UserError as error:
         print(f"{rank_prefix()}error: {error}", file=sys.stderr)
@@ -47,6 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _train(argv: list[str]) -> int:
     os.environ.update(torchrun_variables(os.environ))
+    prepare_caches()
     from qlora_rm.training.run import main as train
 
     train(["--help" if word == "--help_all" else word for word in argv])
@@ -66,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         ("export", "Make a folder as a reader of reward models wants it, and prove how it scores there.", add_export),
         ("verify", "Prove that a model still gives the scores it was trained to give.", add_verify),
         ("serve", "Score over HTTP, requests that come together in one batch.", add_serve),
+        ("recipes", "Print where the recipes and launch configurations are, or copy them into a folder.", add_recipes),
         ("bench", "Measure what computing shared prompts once gains, beside TRL's trainer.", add_bench),
         ("demo", "Walk the whole road on a small model and made-up preferences.", add_demo),
     ):

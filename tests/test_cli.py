@@ -95,6 +95,7 @@ class TestEval:
         assert result["overall"]["wins"] == 2
         assert result["data"]["parts"]["comparisons"]["comparisons"] == 2
 
+    @pytest.mark.slow
     def test_as_a_process_with_json(self, adapter: str, rows: str) -> None:
         done = run("eval", adapter, "--dataset", rows, "--json")
         assert done.returncode == 0, done.stderr
@@ -119,6 +120,7 @@ class TestScore:
         assert all(len(row["scores"]) == 2 for row in scored)
         assert "2 of 2 rows scored" in capsys.readouterr().err
 
+    @pytest.mark.slow
     def test_standard_input_and_output(self, adapter: str) -> None:
         lines = [
             '{"prompt": "What? ", "response": "Köln"}',
@@ -157,6 +159,7 @@ class TestScore:
         assert main(["score", adapter, "--input", path, "--output", str(tmp_path / "scored.jsonl")]) == 2
         assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
 
+    @pytest.mark.slow
     def test_a_closed_pipe_is_quiet(self, adapter: str, tmp_path: Path) -> None:
         path = write_rows(tmp_path / "rows.jsonl", [{"text": "a" * 500} for _ in range(600)])
         command = [sys.executable, "-m", "qlora_rm.cli", "score", adapter, "--input", path]
@@ -173,6 +176,7 @@ class TestScore:
 
 
 class TestMergeAndVerify:
+    @pytest.mark.slow
     def test_the_road_from_adapter_to_proof(self, adapter: str, tmp_path: Path) -> None:
         merged = str(tmp_path / "merged")
         done = run("merge", adapter, "--output", merged, "--dtype", "fp32")
@@ -279,6 +283,7 @@ def test_unwritable_outputs_are_refused_before_the_model_is_loaded(rows: str, tm
         assert "cannot be written" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_mistakes_have_no_traceback_as_a_process(tmp_path: Path) -> None:
     done = run("verify", str(tmp_path))
     assert (done.returncode, done.stdout) == (2, "")

@@ -10,12 +10,14 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "qlora_rm"
 FLOORS = {
-    **dict.fromkeys(["__init__", "bearer", "config", "console", "errors", "launchers", "options"], 0),
+    **dict.fromkeys(
+        ["__init__", "bearer", "config", "console", "errors", "launchers", "options", "shipped", "surroundings"], 0
+    ),
     "preferences": 1,
     "backbone": 2,
     "plan": 3,
     **dict.fromkeys(["training", "artifacts", "report", "serve", "demo"], 4),
-    **dict.fromkeys(["cli", "doors", "train"], 5),
+    **dict.fromkeys(["cli", "doors", "train", "__main__"], 5),
 }
 SHARED_FLOORS = (0, 5)  # the ground floor's nouns and the doors may name one another
 SIDEWAYS = {("training", "artifacts"), ("report", "artifacts"), ("serve", "artifacts")}  # public names only
@@ -27,6 +29,8 @@ LIGHT = {
     "errors",
     "launchers",
     "options",
+    "shipped",
+    "surroundings",
     "preferences",
     "cli",
     "doors",

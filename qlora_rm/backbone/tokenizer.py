@@ -1,13 +1,13 @@
 """Loading a tokenizer, and choosing a pad token that can never be a scored token."""
 
 import re
-from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qlora_rm.backbone.paths import require_folder
 from qlora_rm.console import say
 from qlora_rm.errors import UserError, first_line
+from qlora_rm.shipped import here_or_shipped
 
 # Names under which vocabularies reserve tokens nobody writes, most pad-like first.
 RESERVED = re.compile(
@@ -78,7 +78,7 @@ def _falls_back_to_bytes(tokenizer: PreTrainedTokenizerBase) -> bool:
 def _read_template(path: str, trust_remote_code: bool) -> str:
     if path.endswith((".jinja", ".j2")):
         try:
-            return Path(path).read_text(encoding="utf-8")
+            return here_or_shipped(path).read_text(encoding="utf-8")
         except OSError as error:
             raise UserError(f"--chat_template_path {path}: {error.strerror}.") from error
     require_folder(path)

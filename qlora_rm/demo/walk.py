@@ -12,29 +12,23 @@ from pathlib import Path
 from qlora_rm.demo.backbone import write_backbone
 from qlora_rm.demo.preferences import write_preferences
 from qlora_rm.errors import UserError
+from qlora_rm.shipped import as_typed
 
 FOLDER = Path("runs/demo")
-RECIPE = Path("recipes/demo.yaml")
+RECIPE = "recipes/demo.yaml"
 MARK = FOLDER / ".made_by_qlora_rm_demo"
 
 PROMPT = "What do bees do in winter?"
 RESPONSES = ("They huddle around their queen and live on stored honey.", "Ask somebody else, I could not care less.")
 
 NEXT = """
-With your own data (JSONL rows with prompt, chosen, rejected; text or turns) and your own backbone:
+With your own data (JSONL rows with prompt, chosen, rejected; text or turns) and your own backbone, or runs/demo/backbone:
 
-  accelerate launch --quiet --config_file accelerate_configs/single_gpu.yaml qlora_rm/train.py \\
-      --config recipes/hh_rlhf_7b.yaml --model_name_or_path YOUR_BACKBONE --dataset YOUR_ROWS.jsonl
-
-or, without a GPU, on the demo's backbone:
-
-  qlora-rm train --model_name_or_path runs/demo/backbone --dataset YOUR_ROWS.jsonl --output_dir runs/mine"""
+  qlora-rm train --model_name_or_path YOUR_BACKBONE --dataset YOUR_ROWS.jsonl --output_dir runs/mine"""
 
 
 def demo(*, only_make: bool = False) -> None:
     """Make the demo's backbone and data, then train, evaluate, merge, verify and score, printing every command."""
-    if not RECIPE.exists():
-        raise UserError(f"The demo runs {RECIPE}: start it in the root of a checkout of the project.")
     began = time.monotonic()
     make()
     if not only_make:
@@ -50,8 +44,13 @@ def make() -> None:
     if FOLDER.exists() and not MARK.exists():
         raise UserError(f"{FOLDER} was not made by the demo; move it away first.")
     shutil.rmtree(FOLDER, ignore_errors=True)
-    FOLDER.mkdir(parents=True)
-    MARK.touch()
+    try:
+        FOLDER.mkdir(parents=True)
+        MARK.touch()
+    except OSError as error:
+        raise UserError(
+            f"{FOLDER} cannot be made in {Path.cwd()}: {error.strerror}. Start the demo in a folder that you may write to."
+        ) from error
     train, held_out = write_preferences(FOLDER / "data")
     print(f"data: {train}, {held_out}", flush=True)
     rows = [json.loads(line) for line in train.read_text(encoding="utf-8").splitlines()]
@@ -62,7 +61,7 @@ def make() -> None:
 def walk() -> None:
     """The commands a user would type, one after the other."""
     model, merged, held_out = f"{FOLDER}/reward_model", f"{FOLDER}/merged", f"{FOLDER}/data/held_out.jsonl"
-    run("accelerate", "launch", "--quiet", "qlora_rm/train.py", "--config", str(RECIPE))
+    run("accelerate", "launch", "--quiet", "-m", "qlora_rm.train", "--config", as_typed(RECIPE))
     run("qlora-rm", "eval", model, "--dataset", held_out)
     run("qlora-rm", "merge", model, "--output", merged, "--dtype", "fp32")
     run("qlora-rm", "verify", merged)
@@ -71,10 +70,18 @@ def walk() -> None:
 
 
 def run(*command: str) -> None:
-    """Print and run a command with this interpreter's own scripts first on the path; stop the demo where it fails."""
+    """Print and run a command; stop the demo where it fails.
+
+    This interpreter starts it, since its scripts may not be on PATH, and without the working directory on `sys.path`, where
+    a folder named qlora_rm, or a file named like a library, would be imported.
+    """
     print(f"\n$ {shlex.join(command)}", flush=True)
+    module = {"accelerate": "accelerate.commands.accelerate_cli", "qlora-rm": "qlora_rm"}[command[0]]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     threads = str(os.cpu_count() or 1)
-    done = subprocess.run(command, env={"OMP_NUM_THREADS": threads, **os.environ, "PATH": path})
+    done = subprocess.run(
+        [sys.executable, "-m", module, *command[1:]],
+        env={"OMP_NUM_THREADS": threads, **os.environ, "PATH": path, "PYTHONSAFEPATH": "1"},
+    )
     if done.returncode != 0:
         raise UserError(f"The demo stopped: `{command[0]} {command[1]} ...` ended with exit status {done.returncode}.")

@@ -1,10 +1,11 @@
-"""The doors before and to a model: train, plan, bench, demo."""
+"""The doors before and to a model: train, plan, recipes, bench, demo."""
 
 import argparse
 import subprocess
 import sys
 from pathlib import Path
 
+from qlora_rm import shipped
 from qlora_rm.config import AdapterConfig, BackboneConfig, DataConfig, ObjectiveConfig, PlanConfig
 from qlora_rm.doors.common import EVALUATED, Run
 from qlora_rm.errors import UserError
@@ -60,6 +61,25 @@ def _demo(options: argparse.Namespace) -> None:
     from qlora_rm.demo.walk import demo
 
     demo(only_make=options.only_make)
+
+
+def add_recipes(command: argparse.ArgumentParser) -> Run:
+    command.add_argument(
+        "--copy_to",
+        metavar="FOLDER",
+        help="Copy recipes/, accelerate_configs/ and ds_configs/ into this folder. The commands in the head of each file "
+        "are for that folder. Unset: print where the files are.",
+    )
+    return _recipes
+
+
+def _recipes(options: argparse.Namespace) -> None:
+    if options.copy_to is None:
+        files = [path for folder in shipped.FOLDERS for path in sorted(shipped.shipped(folder).glob("*.*"))]
+        print(*files, sep="\n")
+        return
+    written = shipped.copy_to(Path(options.copy_to))
+    print(f"{len(written)} files copied to {options.copy_to}: {', '.join(f'{name}/' for name in shipped.FOLDERS)}")
 
 
 def add_bench(command: argparse.ArgumentParser) -> Run:

@@ -26,7 +26,7 @@ def launch_line(setting: Setting, options: Mapping[str, Any], *, cuda: bool = Tr
     if setting.nodes > 1:
         words += ["--num_machines", str(setting.nodes), "--machine_rank", "0"]
         words += ["--main_process_ip", "HOST", "--main_process_port", "29500"]
-    words.append("qlora_rm/train.py")
+    words += ["-m", "qlora_rm.train"]
     for name, value in {**options, **door_options(setting)}.items():
         many = isinstance(value, Sequence) and not isinstance(value, str)
         words += [f"--{name}", *(map(str, value) if many else [str(value)])]

@@ -1,5 +1,6 @@
 """Files of results: refused at once where they cannot be written, and never seen half written."""
 
+import codecs
 import json
 import os
 import sys
@@ -24,6 +25,8 @@ def writing(path: str | None) -> Iterator[TextIO]:
         UserError: it cannot be written, before anything else is done.
     """
     if path is None or path == STANDARD:
+        if path and isinstance(sys.stdout, TextIOWrapper):
+            sys.stdout.reconfigure(encoding="utf-8")  # as a file would be, and as JSON must be
         yield StringIO() if path is None else sys.stdout
         return
     target = Path(path).absolute()
@@ -60,8 +63,9 @@ def reading(path: str) -> Iterator[TextIO]:
 
 
 def as_json(value: Any) -> str:
-    """A JSON document for people and programs."""
-    return json.dumps(value, ensure_ascii=False, indent=1) + "\n"
+    """A JSON document for people and programs; in ASCII where standard output is not UTF-8, which JSON must be."""
+    is_utf8 = codecs.lookup(getattr(sys.stdout, "encoding", None) or "utf-8").name == "utf-8"
+    return json.dumps(value, ensure_ascii=not is_utf8, indent=1) + "\n"
 
 
 def json_line(value: Any) -> str:

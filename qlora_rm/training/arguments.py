@@ -15,6 +15,7 @@ from trl import RewardConfig, TrlParser
 from qlora_rm.backbone.precision import best_dtype
 from qlora_rm.config import AdapterConfig, BackboneConfig, DataConfig, ObjectiveConfig
 from qlora_rm.errors import UserError
+from qlora_rm.shipped import here_or_shipped
 
 
 @dataclass
@@ -162,7 +163,7 @@ class Parser(TrlParser):
             UserError: the file cannot be read, has an unknown key, or a value that is not among its choices.
         """
         try:
-            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            content = yaml.safe_load(here_or_shipped(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise UserError(f"--config {path}: {error.strerror}.") from error
         except yaml.YAMLError as error:

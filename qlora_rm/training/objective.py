@@ -122,38 +122,46 @@ def _mean_by_comparison(terms: Tensor, comparison: Tensor, batch: Batch) -> Tens
 EVALUATION = ("loss", "wins_right", "wins", "margin", "responses", "score", "score_squared")
 
 
+ROUNDING = 1e-12
+"""A variance below this part of the mean square is what float64 leaves of equal scores."""
+
+
 def evaluate_batch(scores: Tensor, losses: Tensor, batch: Batch) -> Tensor:
-    """Sums per comparison, float32 [B, 7], columns as in `EVALUATION`, from which exact means follow over any split."""
+    """Sums per comparison, float64 [B, 7], columns as in `EVALUATION`, from which exact means follow over any split.
+
+    In float32 the squares would leave nothing of the deviation of scores around 1000.
+    """
     size = len(batch["weight"])
     difference = _differences(scores, batch["wins"])
 
     def sums(terms: Tensor, comparison: Tensor) -> Tensor:
-        return scores.new_zeros(size).index_add(0, comparison, terms.float())
+        return scores.new_zeros(size, dtype=torch.float64).index_add(0, comparison, terms.double())
 
     wins, rows = batch["win_comparison"], batch["comparison"]
     return torch.stack(
         [
-            losses,
+            losses.double(),
             sums(difference > 0, wins),
             sums(torch.ones_like(difference), wins),
             sums(difference, wins),
             sums(torch.ones_like(scores), rows),
             sums(scores, rows),
-            sums(scores**2, rows),
+            sums(scores.double() ** 2, rows),
         ],
         dim=-1,
     )
 
 
 def summarize(sums: Tensor) -> dict[str, float]:
-    """Loss per comparison, accuracy and margin per win, mean and deviation of all scores; `sums` is float [B, 7]."""
+    """Loss per comparison, accuracy and margin per win, mean and deviation of all scores; `sums` is float64 [B, 7]."""
     total = dict(zip(EVALUATION, sums.double().sum(0).tolist(), strict=True))
     wins, responses = max(total["wins"], 1), max(total["responses"], 1)
-    mean = total["score"] / responses
+    mean, square = total["score"] / responses, total["score_squared"] / responses
+    variance = square - mean**2
     return {
         "loss": total["loss"] / max(len(sums), 1),
         "accuracy": total["wins_right"] / wins,
         "margin": total["margin"] / wins,
         "mean_reward": mean,
-        "std_reward": math.sqrt(max(total["score_squared"] / responses - mean**2, 0.0)),
+        "std_reward": math.sqrt(variance) if variance > ROUNDING * square else 0.0,
     }

@@ -103,7 +103,7 @@ def _check_here(options: Options, train: Dataset, marker: Path) -> list[str]:
     if engine.name == "single" and args.n_gpu and (cards := torch.cuda.device_count()) > 1:
         warnings.append(
             f"this process trains on {args.device}, 1 of the {cards} cards it sees; on all of them: accelerate launch "
-            f"--config_file accelerate_configs/ddp.yaml --num_processes {cards} qlora_rm/train.py ..."
+            f"--config_file accelerate_configs/ddp.yaml --num_processes {cards} -m qlora_rm.train ..."
         )
     if args.device.type == "cuda" and args.distributed_state.backend == "gloo":
         warnings.append("warning: the ranks talk over gloo, through host memory; --ddp_backend nccl keeps to the cards")

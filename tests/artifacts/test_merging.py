@@ -143,6 +143,7 @@ def there_and_back(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return F.dequantize_4bit(codes, state).view(-1).float()
 
 
+@pytest.mark.slow
 @given(
     blocks=st.integers(0, 40),
     rest=st.sampled_from([0, 0, 1, 30, 33]),

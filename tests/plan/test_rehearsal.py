@@ -48,6 +48,7 @@ def test_few_layers_stand_for_all(name: str, dtype: torch.dtype, kernel: str, ch
     assert len(counts) == (2 if name == "gemma3" else 1)
 
 
+@pytest.mark.slow
 @given(rows=st.integers(1, 6), length=st.sampled_from([16, 48, 128]), packed=st.booleans())
 @settings(max_examples=3)
 def test_checkpointing_keeps_less(rows: int, length: int, packed: bool) -> None:
@@ -57,6 +58,7 @@ def test_checkpointing_keeps_less(rows: int, length: int, packed: bool) -> None:
     assert saved.peak <= plain.peak
 
 
+@pytest.mark.slow
 @given(rows=st.integers(1, 6), length=st.sampled_from([16, 48, 128]), checkpointing=st.booleans())
 @settings(max_examples=3)
 def test_a_larger_batch_never_takes_less_and_the_line_between_two_is_not_below(

@@ -41,6 +41,7 @@ LLAMA = planner()
 SMALL = replace(CARDS["24"], context=1e6, communication=1e6)
 
 
+@pytest.mark.slow
 @given(st.floats(3, 9), st.sampled_from([1, 2, 8, 16]))
 @settings(max_examples=12)
 def test_the_fastest_fits_and_nothing_faster_does(digits: float, ranks: int) -> None:
@@ -84,7 +85,7 @@ def test_the_line_is_one_that_accelerate_and_the_door_read(setting: Setting, cud
     words = words[words.index("accelerate") :]  # variables of the environment stand before
     assert words[:2] == ["accelerate", "launch"]
     read = launch_command_parser().parse_args(words[2:])
-    assert read.training_script == "qlora_rm/train.py"
+    assert (read.module, read.training_script) == (True, "qlora_rm.train")
     assert (read.num_processes or 1) == setting.ranks
     if read.config_file:
         assert (ROOT / read.config_file).exists()
@@ -108,6 +109,7 @@ def test_every_engine_that_is_searched_has_a_configuration() -> None:
                 assert len(named) == (cuda or ranks > 1)
 
 
+@pytest.mark.slow
 def test_weights_are_not_planned_away_from_a_cpu_into_its_own_memory() -> None:
     on_cpu = planner(cuda=False)
     assert on_cpu.engines.of(2) == ["ddp", "zero2", "zero3"]
@@ -228,6 +230,7 @@ class TestWarning:
         said = self.warn(backbone, Setting("single", 1, 1, 1, True), replace(processors(1e5), context=0.0))
         assert said is not None and said.endswith("No setting fits: take a smaller backbone or more memory.")
 
+    @pytest.mark.slow
     def test_a_shorter_length_and_more_cards(self) -> None:
         asked = Setting("single", 1, 1, 1, True)
         half = LLAMA.cut(256).memory(LLAMA.leanest(SMALL, 1), SMALL).total

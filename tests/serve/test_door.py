@@ -23,6 +23,7 @@ from tests.reward_models_for_tests import HELD_OUT, HELD_OUT_TEXT, copy_of, edit
 from tests.serve.servers_for_tests import PATIENCE, Door, running, wait_until
 
 
+@pytest.mark.slow
 def test_from_start_to_an_orderly_end(model: RewardModel, tmp_path: Path) -> None:
     """Served with a token; SIGTERM comes while requests wait: all are answered, and the status is 0."""
     token = tmp_path / "token"
@@ -68,6 +69,7 @@ def program(score: str) -> str:
     )
 
 
+@pytest.mark.slow
 def test_a_dead_model_ends_the_process(tmp_path: Path) -> None:
     code = program("raise torch.AcceleratorError('CUDA error: unspecified launch failure')")
     door = Door(llama_adapter(), log=tmp_path / "log", code=code)
@@ -78,6 +80,7 @@ def test_a_dead_model_ends_the_process(tmp_path: Path) -> None:
     assert "the model thread died" in door.said()
 
 
+@pytest.mark.slow
 def test_the_time_to_stop_has_an_end(tmp_path: Path) -> None:
     """Ctrl-C while the model is stuck."""
     code = program(f"print('begun', file=sys.stderr, flush=True); time.sleep({10 * PATIENCE})")

@@ -25,6 +25,7 @@ def experts_folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("architecture", "lora_experts"), [("qwen3_moe", False), ("mixtral", True)])
 def test_train_resume_merge_and_read_back(experts_folder, rows_file, tmp_path, architecture, lora_experts, capsys):
     def run(output, **changes):

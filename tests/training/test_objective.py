@@ -130,3 +130,13 @@ def test_swapping_chosen_and_rejected_turns_accuracy_over():
         for win in ((0, 1), (1, 0))
     )
     assert right == pytest.approx(2 / 3) and swapped == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("offset", [0.0, -3.0, 1000.0])
+@pytest.mark.parametrize("apart", [0.0, 0.01])
+def test_the_deviation_of_scores_survives_a_large_mean(offset, apart):
+    scores = torch.tensor([0.0, apart] * 50) + offset
+    rows = [row(2, [(0, 1)])] * 50
+    found = summarize(evaluate_batch(scores, torch.zeros(50), Collator(0)(rows)))
+    assert found["std_reward"] == pytest.approx(float(scores.double().std(correction=0)), rel=1e-6, abs=0)
+    assert found["mean_reward"] == pytest.approx(float(scores.double().mean()), rel=1e-12)

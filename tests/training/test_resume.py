@@ -16,11 +16,14 @@ from safetensors.torch import load_file, save_file
 from qlora_rm.artifacts.manifest import Manifest
 from qlora_rm.training.checkpoints import checkpoints, is_whole
 from qlora_rm.training.termination import SAME_SIGNAL, Termination
+from tests.deep import SEED
 from tests.models_for_tests import save_backbone
 from tests.tokenizers_for_tests import small_tokenizer
 from tests.training.forking import Forks
 
-SWEEP = bool(os.environ.get("QLORA_RM_SWEEP"))
+pytestmark = pytest.mark.slow
+
+SWEEP = bool(SEED)
 """Kill before every change to a file, not before some of them; takes ten minutes."""
 MOMENTS = 200 if SWEEP else 20
 
@@ -81,11 +84,10 @@ def finish(forks: Forks, flags: list[str]) -> str:
     return ended.said
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_killed_at_random_moments(forks, flags_of, through, tmp_path, seed):
     """Some runs are killed again as they go on."""
-    draw = random.Random(seed)
+    draw = random.Random(4 * SEED + seed)
     for moment in range(MOMENTS // 4):
         out = tmp_path / str(moment)
         for _ in range(draw.choice((1, 1, 2))):
@@ -97,7 +99,6 @@ def test_killed_at_random_moments(forks, flags_of, through, tmp_path, seed):
         shutil.rmtree(out)
 
 
-@pytest.mark.slow
 def test_killed_before_a_change_to_a_file(forks, flags_of, through, tmp_path):
     """In a save, while an older checkpoint is deleted, between the files of the finished model."""
     changes = through[1].changes
@@ -120,7 +121,6 @@ def test_a_complete_run_says_so_and_changes_nothing(forks, flags_of, through):
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "strategy", [{}, {"eval_strategy": "epoch", "save_strategy": "epoch", "logging_strategy": "epoch"}, {"eval_strategy": "epoch"}],
     ids=["steps", "epoch", "steps and epoch"],
@@ -163,7 +163,6 @@ def test_the_best_weights_are_not_saved_as_the_last_step(forks, flags_of, tmp_pa
     assert weights(tmp_path / "out") == weights(tmp_path / "out/checkpoint-2")
 
 
-@pytest.mark.slow
 def test_sigterm_between_two_epochs_saves_the_step_before(forks, flags_of, tmp_path):
     """In the tail of an epoch's evaluation, and after the last look for a signal; step 8 is no step to save by itself."""
     changes = {"eval_strategy": "epoch", "save_steps": 3, "max_steps": 10, "metric_for_best_model": None}

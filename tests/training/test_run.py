@@ -57,12 +57,14 @@ def test_a_run_leaves_a_model_that_scores_as_it_was_trained(flags, tmp_path, cap
         assert model.score([item.candidates()])[0] == pytest.approx(item.scores, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_what_it_learned_holds_on_unseen_prompts(flags, tmp_path):
     main(flags(max_steps=60, eval_steps=60, save_steps=60))
     last = [entry for entry in log(tmp_path / "out") if "eval_accuracy" in entry][-1]
     assert last["eval_accuracy"] > 0.8
 
 
+@pytest.mark.slow
 def test_resume_ends_with_the_very_adapter_of_the_uninterrupted_run(flags, tmp_path):
     through, resumed = tmp_path / "through", tmp_path / "resumed"
     main(flags(output_dir=str(through)))
@@ -77,6 +79,7 @@ def test_resume_ends_with_the_very_adapter_of_the_uninterrupted_run(flags, tmp_p
     assert [e["loss"] for e in log(through) if "loss" in e] == [e["loss"] for e in log(resumed) if "loss" in e]
 
 
+@pytest.mark.slow
 def test_sharing_prompts_changes_no_adapter(flags, tmp_path):
     """Thirty optimizer steps, each shared prompt computed once, against plain padded batches."""
     shared, plain = tmp_path / "shared", tmp_path / "plain"
@@ -88,6 +91,7 @@ def test_sharing_prompts_changes_no_adapter(flags, tmp_path):
         torch.testing.assert_close(weight, two[name], rtol=0, atol=1e-4, msg=name)
 
 
+@pytest.mark.slow
 def test_a_run_is_not_resumed_on_other_data(flags, tmp_path):
     main(flags())
     other = write_rows(tmp_path / "other.jsonl", preference_rows(96, seed=1))
@@ -95,6 +99,7 @@ def test_a_run_is_not_resumed_on_other_data(flags, tmp_path):
         main(flags(dataset=other, max_steps=12, resume_from_checkpoint="auto"))
 
 
+@pytest.mark.slow
 def test_old_checkpoints_go_and_the_run_is_not_overwritten(flags, tmp_path):
     main(flags(save_steps=2, save_total_limit=2))
     assert sorted(p.name for p in (tmp_path / "out").glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-8"]
@@ -110,6 +115,7 @@ def test_zero_head_starts_at_ln_2(flags, tmp_path):
     assert log(tmp_path / "out")[0]["loss"] == pytest.approx(0.6931, abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "choice",
     [
@@ -134,6 +140,7 @@ def test_choices_train_and_reload(flags, tmp_path, choice):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "choice", [{}, {"ties": "half"}, {"ties": "rao_kupper"}, {"objective": "plackett_luce"}], ids=str
 )
@@ -148,6 +155,7 @@ def test_k_responses(flags, tmp_path, choice, capfd):
     assert ("of ties alone" in capfd.readouterr().err) == ("ties" not in choice)
 
 
+@pytest.mark.slow
 def test_an_adapter_and_its_head_go_on_from_where_they_were(flags, tmp_path):
     main(flags(output_dir=str(tmp_path / "first")))
     main(
@@ -162,6 +170,7 @@ def test_an_adapter_and_its_head_go_on_from_where_they_were(flags, tmp_path):
     assert_equal_adapters(weights(tmp_path / "first"), weights(tmp_path / "second"))
 
 
+@pytest.mark.slow
 def test_the_textbook_example_runs_as_written(tmp_path):
     """recipes/distilbert.yaml, with a small DistilBERT and rows made here."""
     backbone = save_backbone(tmp_path / "distilbert", "distilbert", small_tokenizer())
@@ -188,6 +197,7 @@ def test_the_textbook_example_runs_as_written(tmp_path):
         assert model.score([item.candidates()])[0] == pytest.approx(item.scores, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_pre_tokenized_rows_under_the_old_names(flags, tmp_path):
     tokenizer = small_tokenizer()
     rows = []
@@ -243,6 +253,7 @@ def test_mistakes_in_the_yaml(flags, tmp_path, text, named):
         main(["--config", str(path), *flags(max_steps=None)])
 
 
+@pytest.mark.slow
 def test_flags_beat_yaml_and_yaml_beats_defaults(flags, tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("max_steps: 2\nlora_r: 2\nlora_target_modules: q_proj\nshare_prefix: true\n")
@@ -258,6 +269,7 @@ def test_an_output_that_cannot_be_written_stops_before_anything_is_loaded(flags,
         main(flags(output_dir=str(tmp_path / "file" / "out")))
 
 
+@pytest.mark.slow
 def test_one_process_trains_on_one_of_several_cards(flags, tmp_path, monkeypatch, capfd):
     """transformers 5.23 would spread it over all by nn.DataParallel, which TRL refuses once the weights are loaded."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)  # all that decides it; the process is on the CPU
@@ -268,6 +280,7 @@ def test_one_process_trains_on_one_of_several_cards(flags, tmp_path, monkeypatch
     assert "1 of the 4 cards it sees" in said and "--num_processes 4" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("empty_file", [False, True])
 def test_a_save_that_writes_no_weights_is_no_finished_run(flags, tmp_path, monkeypatch, empty_file):
     """transformers' trainer can save a model without weights and say so in a warning only."""

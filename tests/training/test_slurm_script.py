@@ -9,6 +9,8 @@ import pytest
 from tests import slurm_for_tests
 from tests.launching import ROOT
 
+pytestmark = pytest.mark.slow
+
 LAUNCHER = """#!/bin/sh
 # accelerate launch: 1 when it is told to end, and 1 when a rank fails
 trap 'exit 1' TERM

@@ -1,0 +1,6 @@
+"""Whether this is `make test-deep`: examples that are drawn anew, and everything that takes too long for the gate."""
+
+import os
+
+SEED = int(os.environ.get("QLORA_RM_DEEP") or 0)
+"""Of this deep run; 0 in the gate."""

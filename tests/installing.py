@@ -1,0 +1,104 @@
+"""The package as its users get it: built, installed into an environment of its own, and walked through from there.
+
+`python -m tests.installing` (make test-install) is the walk: the whole demo, and the train door as a module, from a wheel
+that was built without a C compiler, in a folder with spaces and Chinese characters, under a HOME that does not exist and
+cannot be made. Libraries come from the running environment, since downloading them again would take longer than the walk.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+from pathlib import Path
+from sysconfig import get_path
+
+ROOT = Path(__file__).resolve().parents[1]
+BUILT_FROM = (".ci", "accelerate_configs", "benchmarks", "docs", "ds_configs", "qlora_rm", "recipes", "tests")
+NO_HOME = "/proc/no_home"
+"""Read-only for everybody, root too."""
+
+
+def build(folder: Path, *, compiler: bool = True) -> tuple[Path, Path]:
+    """Wheel and sdist, built from a copy of this checkout in `folder`, the wheel from the sdist.
+
+    Arguments:
+        compiler: whether there is a C compiler.
+    """
+    source = folder / "source"
+    copy_checkout(source)
+    environment = os.environ if compiler else os.environ | {"CC": "/bin/false"}
+    run([sys.executable, "-m", "build", "--no-isolation", "--outdir", folder], cwd=source, env=environment)
+    return next(folder.glob("*.whl")), next(folder.glob("*.tar.gz"))
+
+
+def copy_checkout(target: Path) -> None:
+    """Copy what is in the repository, without what was built in it."""
+    for name in BUILT_FROM:
+        shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__", "*.so", "build"))
+    for path in ROOT.iterdir():
+        if path.is_file() and path.name != ".git":
+            shutil.copy(path, target)
+
+
+def install(what: Path, folder: Path, *, editable: bool = False) -> Path:
+    """An environment in `folder` with a wheel, or a checkout to be edited, and the running environment's libraries.
+
+    Returns: its interpreter.
+    """
+    venv.create(folder, with_pip=False)
+    python = folder / "bin" / "python"
+    installed = Path(run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]).strip())
+    # a path alone: .pth files in it, such as an editable install's, are not read
+    (installed / "libraries.pth").write_text(get_path("purelib") + "\n", encoding="utf-8")
+    how = ["--quiet", "--no-index", "--no-deps", "--ignore-installed", "--no-build-isolation"]
+    run([sys.executable, "-m", "pip", "--python", python, "install", *how, *(["-e"] if editable else []), what])
+    return python
+
+
+def run(command: list[str | Path], **settings: object) -> str:
+    """Standard output of a command; both its streams where it fails."""
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=300, **settings)  # type: ignore[call-overload]
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return str(done.stdout)
+
+
+def environment_of(python: Path, **more: str) -> dict[str, str]:
+    """Of a user who has activated that environment: nothing of this checkout in it."""
+    ours = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    return ours | {"PATH": os.pathsep.join([str(python.parent), os.environ["PATH"]]), **more}
+
+
+def walk(folder: Path) -> None:
+    """What a user types after `pip install`, each command printed with its time; an error ends it."""
+    wheel, _ = build(folder / "dist", compiler=False)
+    assert wheel.name.endswith("-py3-none-any.whl"), wheel.name
+    python = install(wheel, folder / "environment")
+    here = folder / "a folder 文件夹"
+    (here / "qlora_rm").mkdir(parents=True)
+    (here / "qlora_rm" / "__init__.py").write_text("raise ImportError('not this one')\n", encoding="utf-8")
+    environment = environment_of(python, HOME=NO_HOME)
+    short = ["--config", "recipes/demo.yaml", "--max_steps", "8", "--output_dir"]
+    for command in (
+        ["qlora-rm", "demo"],
+        ["accelerate", "launch", "--quiet", "-m", "qlora_rm.train", *short, "runs/launched"],
+        ["python", "-m", "qlora_rm.train", *short, "runs/as_module"],
+        ["python", "-P", "-m", "qlora_rm", "verify", "runs/as_module"],
+    ):
+        if (
+            command[1] != "demo"
+        ):  # the demo alone takes care of what lies in the working directory; Python's -m does not
+            shutil.rmtree(here / "qlora_rm", ignore_errors=True)
+        began = time.monotonic()
+        print(f"\n$ {' '.join(command)}", flush=True)
+        subprocess.run(command, cwd=here, env=environment, check=True, timeout=600)
+        print(f"[{time.monotonic() - began:.0f} s]", flush=True)
+    left = {path.name for path in here.iterdir()}
+    assert left == {"runs"}, left
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory(prefix="qlora_rm 安装 ") as scratch:
+        walk(Path(scratch))
