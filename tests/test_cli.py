@@ -15,7 +15,7 @@ from qlora_rm.artifacts.merge import merge
 from qlora_rm.cli import main
 from tests.reward_models_for_tests import copy_of, edit_json, llama_adapter
 
-COMMANDS = ("train", "plan", "eval", "score", "merge", "export", "verify", "serve", "demo")
+COMMANDS = ("train", "plan", "eval", "score", "merge", "export", "verify", "serve", "recipes", "demo")
 ROWS = [
     {"prompt": "What? ", "chosen": "Paris.", "rejected": "No.", "source": "a"},
     {"prompt": "Where? ", "chosen": "In Köln.", "rejected": "The dog does not mind.", "source": "b"},
