@@ -20,7 +20,7 @@ def positions_of_config(config: PretrainedConfig, trust_remote_code: bool = Fals
     """
     try:
         model = _without_memory(config, trust_remote_code)
-        return min((table.positions for table in tables_of(model, stops=True)), default=None)
+        return min((table.positions for table in tables_of(model, has_memory=False)), default=None)
     except Exception:  # whatever a model's own code raises; loading the model reports it
         return None
 

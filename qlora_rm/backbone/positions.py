@@ -23,7 +23,9 @@ PADDING = 2
 """Of the same sequence padded on the left."""
 
 ATTENTION = {functional.scaled_dot_product_attention, functional.softmax, torch.softmax, Tensor.softmax}
-"""What comes after the last lookup of positions."""
+"""What comes after the lookup of positions."""
+
+GATHER = {torch.gather, Tensor.gather}
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def position_tables(model: nn.Module) -> list[PositionTable]:
     """The tables of a loaded model, in wrappers or not."""
     inner = inner_model(model)
     with gathered_at_work(inner):
-        return tables_of(inner, stops=False)
+        return tables_of(inner)
 
 
 def inner_model(model: nn.Module) -> PreTrainedModel:
@@ -98,66 +100,63 @@ def probe_inputs(model: PreTrainedModel, *, left: int = 0, right: int = 0) -> di
     }
 
 
-def tables_of(model: PreTrainedModel, *, stops: bool) -> list[PositionTable]:
+def tables_of(model: PreTrainedModel, *, has_memory: bool = True) -> list[PositionTable]:
     """The tables of a model.
 
     Arguments:
-        stops: the model has no memory behind its weights; the forward pass ends at its first attention.
+        has_memory: there are numbers behind its weights.
     """
-    alone, padded = _lookups(model, 0, stops), _lookups(model, PADDING, stops)
+    alone, padded = _lookups(model, 0, has_memory), _lookups(model, PADDING, has_memory)
     pairs = zip(alone, padded, strict=False)
     return [PositionTable(rows, first, width, shifts=row != first) for (rows, width, first), (*_, row) in pairs]
 
 
-def _lookups(model: PreTrainedModel, left: int, stops: bool) -> list[tuple[int, int, int]]:
+def _lookups(model: PreTrainedModel, left: int, has_memory: bool) -> list[tuple[int, int, int]]:
     """Rows and width of each table, and the row of the sequence's first token behind `left` tokens of padding."""
-    watch, inputs = _Watch(left, stops), probe_inputs(model, left=left)
+    watch, inputs = _Watch(model, left, has_memory), probe_inputs(model, left=left)
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad(), watch:
             model(**inputs)
-    except _Seen:
-        pass
-    except (
-        Exception
-    ):  # of a model without memory, once the lookups are done; what a real one raises comes up when it scores
-        pass
+    except Exception:  # the lookups are done; or the model cannot run, which comes up when it scores
+        return watch.found
     finally:
         model.train(was_training)
     return watch.found
 
 
-class _Seen(Exception):
-    """The lookups are done."""
+class _Done(Exception):
+    """Positions have been looked up."""
 
 
 class _Watch(TorchFunctionMode):
-    """Notes lookups in tables of floats by numbers that are consecutive where the sequence stands.
+    """Notes lookups in tables of floats by numbers that are consecutive where the sequence stands, and ends the forward
+    pass at the first attention (a decoder's positions come after its encoder's attention).
 
     Arguments:
         left: tokens of padding before the sequence.
-        stops: end the forward pass at the first attention. The model has no memory then: products with its weights are
-            zeros, and are not computed.
+        has_memory: otherwise products with weights are zeros, and are not computed.
     """
 
-    def __init__(self, left: int, stops: bool) -> None:
+    def __init__(self, model: PreTrainedModel, left: int, has_memory: bool) -> None:
         super().__init__()
-        self.left, self.stops = left, stops
+        self.model, self.left, self.has_memory = model, left, has_memory
+        self.ends = not has_memory or not getattr(model.config, "is_encoder_decoder", False)
         self.found: list[tuple[int, int, int]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.stops and func in ATTENTION:
-            raise _Seen
-        if self.stops and func is functional.linear:
+        if self.ends and func in ATTENTION:
+            raise _Done
+        if not self.has_memory and func is functional.linear:
             weight = args[1] if len(args) > 1 else kwargs["weight"]
             return args[0].new_zeros(*args[0].shape[:-1], weight.shape[0])
         for table, dim, index in _lookup(func, args, kwargs):
-            self._note(table, dim, index)
+            self._note(func, table, dim, index)
         return func(*args, **kwargs)
 
-    def _note(self, table: Any, dim: int, index: Any) -> None:
+    def _note(self, func: Any, table: Any, dim: int, index: Any) -> None:
         if not isinstance(table, Tensor) or not table.is_floating_point() or table.dim() < 2:
             return
         rows, length = table.shape[dim], self.left + TOKENS
@@ -165,8 +164,14 @@ class _Watch(TorchFunctionMode):
         if not whole_numbers or index.device.type == "meta" or not length <= index.numel() < rows or rows <= 2 * length:
             return
         numbers = index.flatten()[self.left : length].tolist()
-        if numbers == list(range(numbers[0], numbers[0] + TOKENS)):
+        if numbers == list(range(numbers[0], numbers[0] + TOKENS)) and (func in GATHER or self._holds(table)):
             self.found.append((rows, table.shape[-1], numbers[0]))
+
+    def _holds(self, table: Tensor) -> bool:
+        """Whether `table` is the model's, not a tensor of hidden states."""
+        place = table.untyped_storage().data_ptr()
+        own = (*self.model.parameters(), *self.model.buffers())
+        return any(tensor.untyped_storage().data_ptr() == place for tensor in own)
 
 
 def _lookup(func: Any, args: Any, kwargs: Any) -> Iterator[tuple[Any, int, Any]]:
@@ -175,8 +180,8 @@ def _lookup(func: Any, args: Any, kwargs: Any) -> Iterator[tuple[Any, int, Any]]
         yield args[1] if len(args) > 1 else kwargs["weight"], 0, args[0] if args else kwargs["input"]
     elif func in (torch.index_select, Tensor.index_select) and len(args) == 3:
         yield args[0], args[1], args[2]
-    elif func in (torch.gather, Tensor.gather) and len(args) == 3 and args[2].dim() > args[1]:
-        yield args[0], args[1], args[2].select(-1, 0) if args[1] == args[2].dim() - 2 else args[2]
+    elif func in GATHER and len(args) == 3 and args[2].dim() > 2 and args[1] == args[2].dim() - 2:  # GPT-J
+        yield args[0], args[1], args[2].select(-1, 0)
     elif func is Tensor.__getitem__:
         key = args[1][0] if isinstance(args[1], tuple) and args[1] else args[1]
         if isinstance(key, Tensor):

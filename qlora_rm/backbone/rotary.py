@@ -56,6 +56,12 @@ def pinned(config: PretrainedConfig, length: int | None) -> PretrainedConfig:
     return config
 
 
+def rotates_as_short(config: PretrainedConfig, length: int) -> bool:
+    """Whether a sequence of `length` tokens is rotated as the shortest are, so that no sequence up to there is a special case."""
+    long, short = (list(_parameters(pinned(config, n).get_text_config())) for n in (length, 1))
+    return long == short
+
+
 def rotation_of(model: nn.Module) -> Callable[[int], int] | None:
     """Which sequences a loaded model rotates alike: from a length to a number that is the same for those.
 
