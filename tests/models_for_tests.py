@@ -29,6 +29,30 @@ GEMMA3_ROPE = {
     "full_attention": {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 8.0},
 }
 
+SWITCH = 32
+"""Tokens beyond which the rotary scaling of `longrope_config` and `dynamic_config` is another."""
+
+
+def longrope_config(**ids: int | None) -> t.Phi3Config:
+    """Phi-3's scaling: short sequences are rotated by other factors than those above `SWITCH` tokens."""
+    factors = {"short_factor": [1.0 + 0.05 * i for i in range(8)], "long_factor": [1.5 + 0.5 * i for i in range(8)]}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, **factors}
+    return t.Phi3Config(**SHAPE, original_max_position_embeddings=SWITCH, rope_parameters=rope, **ids)
+
+
+def dynamic_config(**ids: int | None) -> t.LlamaConfig:
+    """Dynamic NTK: above `SWITCH` tokens theta grows with the longest sequence of the batch."""
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 8.0}
+    return t.LlamaConfig(**SHAPE | {"max_position_embeddings": SWITCH}, rope_parameters=rope, **ids)
+
+
+def modernbert_config(pooling: str, **ids: int | None) -> t.ModernBertConfig:
+    """Local attention narrower than the texts of tests; the score is read at the first token, or at the mean of all."""
+    return t.ModernBertConfig(
+        **ENCODER | {"num_hidden_layers": 3}, local_attention=16, classifier_pooling=pooling, **ids
+    )
+
+
 BACKBONES: dict[str, Callable[..., t.PreTrainedModel]] = {
     "llama": lambda **ids: t.LlamaForCausalLM(t.LlamaConfig(**SHAPE, **ids)),
     "llama_far": lambda **ids: t.LlamaForCausalLM(t.LlamaConfig(**SHAPE, rope_parameters=LLAMA3_ROPE, **ids)),
@@ -53,6 +77,29 @@ BACKBONES: dict[str, Callable[..., t.PreTrainedModel]] = {
     ),
     "roberta": lambda **ids: t.RobertaForMaskedLM(t.RobertaConfig(**ENCODER, **ids)),
     "bert": lambda **ids: t.BertForMaskedLM(t.BertConfig(**ENCODER, **ids)),
+    "xlm_roberta": lambda **ids: t.XLMRobertaForMaskedLM(t.XLMRobertaConfig(**ENCODER, **ids)),
+    "electra": lambda **ids: t.ElectraForMaskedLM(t.ElectraConfig(**ENCODER, embedding_size=32, **ids)),
+    "deberta_v3": lambda **ids: t.DebertaV2ForMaskedLM(
+        t.DebertaV2Config(
+            **ENCODER,
+            relative_attention=True,
+            position_biased_input=False,
+            pos_att_type=["p2c", "c2p"],
+            position_buckets=32,
+            norm_rel_ebd="layer_norm",
+            share_att_key=True,
+            **ids,
+        )
+    ),
+    "modernbert": lambda **ids: t.ModernBertForMaskedLM(modernbert_config("cls", **ids)),
+    "modernbert_mean": lambda **ids: t.ModernBertForMaskedLM(modernbert_config("mean", **ids)),
+    "opt": lambda **ids: t.OPTForCausalLM(
+        t.OPTConfig(
+            ffn_dim=128, word_embed_proj_dim=64, **{k: v for k, v in ENCODER.items() if k != "intermediate_size"}, **ids
+        )
+    ),
+    "phi3_long": lambda **ids: t.Phi3ForCausalLM(longrope_config(**ids)),
+    "llama_dynamic": lambda **ids: t.LlamaForCausalLM(dynamic_config(**ids)),
     "bart": lambda **ids: t.BartForConditionalGeneration(
         t.BartConfig(
             d_model=64,

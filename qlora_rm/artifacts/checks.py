@@ -18,7 +18,7 @@ from qlora_rm.artifacts.load import tokenization_of
 from qlora_rm.artifacts.manifest import SCORE_POSITION, Manifest, hash_of_template
 from qlora_rm.artifacts.proof import allowed_between_layouts, allowed_drift
 from qlora_rm.artifacts.seal import changed_files
-from qlora_rm.backbone.layouts import layouts_of
+from qlora_rm.backbone.layouts import SCORE_POSITIONS, layouts_of, score_position
 from qlora_rm.backbone.precision import DTYPES
 from qlora_rm.backbone.scoring import TOKENS_PER_BATCH, Layout, score_sequences
 from qlora_rm.preferences.faults import RowFault
@@ -74,7 +74,7 @@ def check_tokenizer(manifest: Manifest, tokenizer: PreTrainedTokenizerBase) -> I
     same = (tokenizer.bos_token_id, eos) == (contract.bos_token_id, contract.eos_token_id)
     seen = f"tokenizer {tokenizer.bos_token_id}, {eos}, manifest {contract.bos_token_id}, {contract.eos_token_id}"
     yield Check("bos and eos are the trained ones", same, seen if same else f"{seen}; {RESTORE}")
-    same = (contract.eos_rule, contract.score_position) == (EOS_RULE, SCORE_POSITION)
+    same = contract.eos_rule == EOS_RULE and contract.score_position in SCORE_POSITIONS
     other = f"trained as: {contract.eos_rule}; scored at the {contract.score_position}. Use the qlora_rm that wrote it"
     yield Check("eos rule and score position are this version's", same, "" if same else other)
     same = hash_of_template(tokenizer) == contract.chat_template_sha256
@@ -127,6 +127,16 @@ def check_vocabulary(subject: Subject, tokenizer: PreTrainedTokenizerBase) -> It
     yield Check("model pads as the tokenizer does", configured == pad, f"model {configured}, tokenizer {pad}")
 
 
+def check_score_position(subject: Subject, manifest: Manifest) -> Iterator[Check]:
+    """The score is read at the token, or tokens, that the contract names."""
+    recorded, found = manifest.contract.score_position, score_position(subject.model)
+    name, seen = "score is read where the contract says", found
+    if recorded != found and recorded == SCORE_POSITION:  # an earlier version wrote this for every model
+        yield Check(name, True, f"{seen}; the contract has an earlier version's words for every model, {recorded}")
+        return
+    yield Check(name, recorded == found, seen if recorded == found else f"{seen}, contract: {recorded}; {RESTORE}")
+
+
 def check_leftovers(folder: str, manifest: Manifest) -> Iterator[Check]:
     """A whole model holds plain floating-point weights, and its config asks for no quantization, unless it was
     quantized on purpose."""
@@ -166,6 +176,7 @@ def check_scores(subject: Subject, manifest: Manifest) -> Iterator[Check]:
     allowed = allowed_drift(manifest, subject.computes_in)
     moved = drift(items, scores_of(items, lambda ids: subject.score(ids, pad)), allowed)
     yield Check("golden scores are given again", moved.ok, f"{moved}; allowed {allowed}")
+    yield from check_score_position(subject, manifest)
     yield from _check_batches(subject, items, pad, allowed_between_layouts(manifest, subject.computes_in))
     yield _check_swap(subject, items, pad)
 

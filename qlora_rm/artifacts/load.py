@@ -12,8 +12,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from qlora_rm.artifacts.arithmetic import compute_dtype, compute_in_fp32, lacks_16_bit_units, to_accelerator
 from qlora_rm.artifacts.manifest import FILE_NAME, Manifest, hash_of_config
 from qlora_rm.backbone.adapter import load_adapter
-from qlora_rm.backbone.load import Backbone, load_backbone, read_model_config
+from qlora_rm.backbone.load import Backbone, embedding_rows, load_backbone, read_model_config
 from qlora_rm.backbone.paths import is_local
+from qlora_rm.backbone.positions import inner_model, usable_positions
 from qlora_rm.backbone.precision import DTYPES, NAMES, Precision
 from qlora_rm.backbone.scoring import TOKENS_PER_BATCH, Layout, score_sequences
 from qlora_rm.backbone.tokenizer import load_tokenizer
@@ -89,6 +90,8 @@ class RewardModel:
         if compute is torch.float32:
             compute_in_fp32(model)
         model.requires_grad_(False)
+        tokenization.vocabulary = embedding_rows(inner_model(model))
+        tokenization.positions = usable_positions(model)
         autocast = None if compute is torch.float32 else compute
         return cls(to_accelerator(model).eval(), tokenization, manifest, autocast, tokens_per_batch)
 
@@ -225,7 +228,11 @@ def _load_adapter(
         share_prefix=share_prefix,
     )
     backbone: Backbone = load_backbone(
-        config, tokenizer, DTYPES[manifest.compute_dtype], trust_remote_code=trust_remote_code
+        config,
+        tokenizer,
+        DTYPES[manifest.compute_dtype],
+        trust_remote_code=trust_remote_code,
+        rotary_length=manifest.contract.rotary_length,
     )
     return load_adapter(backbone, folder, trainable=False)
 
@@ -250,7 +257,12 @@ def _load_model(
     )
     trained_whole = manifest is not None and manifest.merge is None
     backbone = load_backbone(
-        config, tokenizer, dtype, trust_remote_code=trust_remote_code, full_fine_tuning=trained_whole
+        config,
+        tokenizer,
+        dtype,
+        trust_remote_code=trust_remote_code,
+        full_fine_tuning=trained_whole,
+        rotary_length=manifest.contract.rotary_length if manifest else None,
     )
     if backbone.has_new_head:
         raise UserError(

@@ -21,6 +21,7 @@ from qlora_rm.artifacts.golden import Drift, GoldenItem, make_golden
 from qlora_rm.artifacts.noise import Noise
 from qlora_rm.artifacts.seal import fingerprint, hash_files
 from qlora_rm.artifacts.typed_json import read_as
+from qlora_rm.backbone.layouts import LAST
 from qlora_rm.backbone.paths import is_local
 from qlora_rm.errors import UserError
 from qlora_rm.preferences.tokenization import EOS_RULE, Tokenization
@@ -29,7 +30,8 @@ __all__ = ["Base", "Contract", "Manifest", "Merge", "Reward", "Step", "Training"
 
 FILE_NAME = "rm_manifest.json"
 SCHEMA_VERSION = 3
-SCORE_POSITION = "last token that is not pad"
+SCORE_POSITION = LAST
+"""Of files of versions 1 and 2, whatever the model."""
 LIBRARIES = (
     "torch",
     "transformers",
@@ -53,7 +55,10 @@ class Contract:
         eos_rule: where sequences get an end-of-text token, in words.
         max_length: the longest sequence in tokens; null: no limit.
         over_long: what is done with longer ones: "truncate_prompt", "drop" or "error".
-        score_position: the token whose score is the sequence's, in words.
+        rotary_length: the length in tokens whose rotary scaling every sequence gets, where the base would choose it by the
+            longest sequence of a batch; null: the base's scaling does not depend on length.
+        score_position: where the score is read: "last token that is not pad", "first token", "all tokens that are not pad",
+            or "model's own choice". Files of versions 1 and 2 name the last token for every model.
     """
 
     chat_template_sha256: str | None
@@ -63,6 +68,7 @@ class Contract:
     eos_rule: str
     max_length: int | None
     over_long: str
+    rotary_length: int | None = None
     score_position: str = SCORE_POSITION
 
 
@@ -283,12 +289,19 @@ def _from_version_1(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _from_version_2(content: dict[str, Any]) -> dict[str, Any]:
-    """Version 2 measured no noise: the constants of `golden.tolerance` apply."""
-    return content | {"schema_version": SCHEMA_VERSION, "noise": {}}
+    """Version 2 measured no noise: the constants of `golden.tolerance` apply. It left rotary scaling to each batch."""
+    contract = content.get("contract")
+    return content | {
+        "schema_version": SCHEMA_VERSION,
+        "noise": {},
+        "contract": contract | {"rotary_length": None} if isinstance(contract, dict) else contract,
+    }
 
 
-def make_contract(tokenizer: PreTrainedTokenizerBase, tokenization: Tokenization) -> Contract:
-    """The contract that this tokenizer under this tokenization fulfils."""
+def make_contract(
+    tokenizer: PreTrainedTokenizerBase, tokenization: Tokenization, rotary_length: int | None = None
+) -> Contract:
+    """The contract that this tokenizer under this tokenization fulfils; where the score is read only a loaded model tells."""
     assert tokenizer.pad_token_id is not None
     return Contract(
         chat_template_sha256=hash_of_template(tokenizer),
@@ -298,6 +311,7 @@ def make_contract(tokenizer: PreTrainedTokenizerBase, tokenization: Tokenization
         eos_rule=EOS_RULE,
         max_length=tokenization.max_length,
         over_long=tokenization.over_long,
+        rotary_length=rotary_length,
     )
 
 

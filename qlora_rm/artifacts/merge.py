@@ -157,6 +157,7 @@ class _Job:
             pad=self.tokenizer.pad_token_id,
             tokens=len(self.tokenizer),
             trusted=self.trusted,
+            rotary_length=manifest.contract.rotary_length,
         )
         try:
             return Stream(source, DTYPES[self.dtype])
@@ -206,7 +207,10 @@ class _Job:
         if not can_be_offloaded or fits(base, revision):
             return scores_of(golden, self._load("none").score_token_ids)
         pad = self.tokenizer.pad_token_id
-        return read_adapter(self.folder, base, revision, self.beside.parent, golden, pad, self.trusted).scores
+        rotary_length = self.manifest.contract.rotary_length
+        return read_adapter(
+            self.folder, base, revision, self.beside.parent, golden, pad, self.trusted, rotary_length=rotary_length
+        ).scores
 
 
 def _way_out(quantization: str, dtype: MergeDtype) -> str:

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from qlora_rm.artifacts.golden import ROUNDED, SAME, GoldenItem, Tolerance
 from qlora_rm.backbone.head import OwnPrecision
 from qlora_rm.backbone.layouts import layouts_of
-from qlora_rm.backbone.packed import sharing_model
 from qlora_rm.backbone.precision import NAMES
-from qlora_rm.backbone.scoring import score_sequences
+from qlora_rm.backbone.scoring import Layout, score_sequences
 from qlora_rm.console import say
 from qlora_rm.errors import first_line
 
@@ -63,10 +62,13 @@ def measure_noise(
     if trained_in is torch.float16 or torch.cuda.is_available():
         wanted.append(torch.float16)
     noise: dict[str, Noise] = {}
-    for dtype in wanted if items else []:
+    if not items:
+        return noise
+    layouts = layouts_of(model)
+    for dtype in wanted:
         try:
             with computing_in(model, dtype):
-                measured = _noise(items, _all_ways(model, items, pad_token_id))
+                measured = _noise(items, _all_ways(model, items, pad_token_id, layouts))
         except RuntimeError as error:  # out of memory, or an operation that this device does not have in this dtype
             say(f"noise in {NAMES[dtype]}: not measured, {first_line(error)}")
             continue
@@ -77,10 +79,9 @@ def measure_noise(
     return noise
 
 
-def _all_ways(model: nn.Module, items: Sequence[GoldenItem], pad: int) -> Tensor:
-    """Scores [W, S] of the golden sequences in each of W ways that must agree up to rounding."""
+def _all_ways(model: nn.Module, items: Sequence[GoldenItem], pad: int, layouts: Sequence[Layout]) -> Tensor:
+    """Scores [W, S] of the golden sequences in each of W ways that must agree up to rounding: every layout, and alone."""
     sequences = [ids for item in items for ids in item.token_ids]
-    layouts = [layout for layout in layouts_of(model) if layout != "forest" or sharing_model(model) is not None]
     ways = [score_sequences(model, sequences, pad_token_id=pad, layout=layout) for layout in layouts]
     ways.append(score_sequences(model, sequences, pad_token_id=pad, layout="right", tokens_per_batch=1))
     return torch.stack(ways)

@@ -21,8 +21,9 @@ from qlora_rm.artifacts.merging.checkpoint import Checkpoint
 from qlora_rm.backbone.adapter import load_adapter
 from qlora_rm.backbone.head import compute_in_own_precision, head_modules
 from qlora_rm.backbone.host import free_memory
-from qlora_rm.backbone.load import Backbone, skeleton
+from qlora_rm.backbone.load import Backbone, read_model_config, skeleton
 from qlora_rm.backbone.precision import NAMES
+from qlora_rm.backbone.rotary import pinned
 from qlora_rm.backbone.scoring import score_sequences
 from qlora_rm.console import say
 
@@ -57,6 +58,7 @@ def read_adapter(
     items: Sequence[GoldenItem],
     pad: int,
     trust_remote_code: bool = False,
+    rotary_length: int | None = None,
 ) -> ReadBack:
     """Score `items` by the adapter in `folder` on its unquantized `base`, one layer at a time from the folder `beside`.
 
@@ -64,7 +66,9 @@ def read_adapter(
     On offloaded layers PEFT 0.21 makes factors without memory, and fails on an offloaded head; so the head is made anew,
     and the factors are read after they have got memory. Goes when PEFT loads an adapter on offloaded layers.
     """
-    with _offloaded(base, beside, trust_remote_code, revision=revision, num_labels=1) as model:
+    config = pinned(read_model_config(base, revision, trust_remote_code), rotary_length)
+    config.num_labels = 1
+    with _offloaded(base, beside, trust_remote_code, revision=revision, config=config) as model:
         head = head_modules(model)
         del model.hf_device_map  # PEFT would place all layers again
         bones = skeleton(model.config, trust_remote_code)

@@ -1,14 +1,86 @@
-"""In which layouts of a batch a model gives each sequence the score that it gives it alone."""
+"""Where a loaded model reads a sequence's score, and which layouts of a batch must therefore give the score of it alone."""
 
-from torch import nn
+from typing import Literal, get_args
 
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import PreTrainedModel
+
+from qlora_rm.backbone.head import head_modules, is_in_head
+from qlora_rm.backbone.packed import sharing_model
+from qlora_rm.backbone.positions import TOKENS, inner_model, positions_shift, probe_inputs
 from qlora_rm.backbone.scoring import Layout
+from qlora_rm.backbone.shards import gathered_at_work
 
-POSITION_TABLES = ("wpe", "position_embeddings", "embed_positions")
+ScorePosition = Literal[
+    "first token", "last token that is not pad", "all tokens that are not pad", "model's own choice"
+]
+SCORE_POSITIONS: tuple[ScorePosition, ...] = get_args(ScorePosition)
+FIRST, LAST, ALL, OWN = SCORE_POSITIONS
 
 
 def layouts_of(model: nn.Module) -> tuple[Layout, ...]:
-    """Layouts whose scores must equal those of each sequence alone."""
-    if any(isinstance(m, nn.Embedding) and name.endswith(POSITION_TABLES) for name, m in model.named_modules()):
-        return ("right", "forest")
-    return ("right", "left", "forest")
+    """The layouts in which `model` must give the score of a sequence alone.
+
+    Padding on the right always. Padding on the left puts padding at the first place of a row: it is required where the
+    score is read at the last token or at all of them, unless the model numbers positions by their place in the row, or has a
+    decoder, which sees its copy of the row without a mask. A forest is required where the model takes one.
+
+    What is required follows from where the model reads, not from how well it does: a model that reads the last token and
+    whose padding reaches it still has to give equal scores, and fails.
+    """
+    left = score_position(model) in (LAST, ALL) and not positions_shift(model)
+    left = left and not getattr(inner_model(model).config, "is_encoder_decoder", False)
+    return ("right", *(("left",) if left else ()), *(("forest",) if sharing_model(model) is not None else ()))
+
+
+def score_position(model: nn.Module) -> ScorePosition:
+    """The token, or tokens, whose hidden states make the score: those with a gradient, in a short sequence padded right.
+
+    The head's weights do not matter (a new one may be all zeros): random ones take their place.
+    """
+    inner = inner_model(model)
+    with gathered_at_work(inner):
+        gradient = _gradient(inner)
+    if gradient is None:
+        return OWN
+    read = gradient[0].abs().sum(-1).nonzero().flatten().tolist()
+    if read == [0]:
+        return FIRST
+    if read == [TOKENS - 1]:
+        return LAST
+    return ALL if len(read) >= TOKENS else OWN
+
+
+def _gradient(model: PreTrainedModel) -> Tensor | None:
+    """Of the score, for the backbone's last hidden states [1, L, H]; None where the model has none to look at."""
+    states: list[Tensor] = []
+
+    def keep(module: nn.Module, inputs: object, output: object) -> None:
+        hidden = getattr(output, "last_hidden_state", None)
+        states.append(hidden if hidden is not None else output[0])  # type: ignore[index]
+
+    head = head_modules(model)
+    draw = torch.Generator().manual_seed(0)
+    heads = {
+        name: torch.randn(p.shape, generator=draw).to(p.device, p.dtype)
+        for name, p in model.named_parameters()
+        if is_in_head(name, head)
+    }
+    hooks = [
+        model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_(True)),
+        model.base_model.register_forward_hook(keep),
+    ]
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.enable_grad():
+            logits = functional_call(model, heads, (), probe_inputs(model, right=2)).logits
+            return torch.autograd.grad(logits.float().sum(), states[-1], allow_unused=True)[0]
+    except Exception:  # whatever a model's own code does with a short sequence
+        return None
+    finally:
+        model.train(was_training)
+        for hook in hooks:
+            hook.remove()

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any
 
 import bitsandbytes as bnb
 import torch
@@ -26,6 +27,7 @@ from qlora_rm.backbone.head import compute_in_own_precision, head_modules, initi
 from qlora_rm.backbone.inventory import unquantized_share
 from qlora_rm.backbone.packed import share_prefixes
 from qlora_rm.backbone.paths import require_model
+from qlora_rm.backbone.rotary import pinned
 from qlora_rm.backbone.shards import make_whole, shard_like
 from qlora_rm.config import BackboneConfig
 from qlora_rm.console import say
@@ -62,6 +64,7 @@ def load_backbone(
     trust_remote_code: bool = False,
     full_fine_tuning: bool = False,
     loading: Loading | None = None,
+    rotary_length: int | None = None,
 ) -> Backbone:
     """Load `config.model_name_or_path` as a scalar reward model.
 
@@ -70,6 +73,7 @@ def load_backbone(
         dtype: compute dtype, and storage dtype of what is not quantized.
         full_fine_tuning: keep unquantized weights in fp32, since they will be trained.
         loading: how 4-bit weights are loaded, where not whole on every process (`zero3.sharded_loading`).
+        rotary_length: rotate every sequence as one of this length (`rotary.pinned`); None leaves rotation as it is.
 
     Raises:
         UserError: no model there, not one label, weights missing from the checkpoint, or more weights left
@@ -78,7 +82,7 @@ def load_backbone(
     name = config.model_name_or_path
     if not name:
         raise UserError("No backbone given: pass --model_name_or_path FOLDER_OR_HUB_ID.")
-    model_config = read_model_config(name, config.model_revision, trust_remote_code)
+    model_config = pinned(read_model_config(name, config.model_revision, trust_remote_code), rotary_length)
     model, fresh = _load_model(
         config,
         model_config,
@@ -142,7 +146,8 @@ def _load_model(
     bones = skeleton(model_config, trust_remote_code)
     head = head_modules(bones)
     quantization = quantization_config(config.quantization, dtype)
-    how = {}
+    model_config.num_labels = 1
+    how: dict[str, Any] = {"config": model_config}
     saved = getattr(model_config, "quantization_config", None)
     if quantization is not None and saved is not None and saved.get("quant_method") != "bitsandbytes":
         raise UserError(
@@ -159,7 +164,6 @@ def _load_model(
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 name,
                 revision=config.model_revision,
-                num_labels=1,
                 dtype=dtype,
                 attn_implementation=config.attn_implementation,
                 trust_remote_code=trust_remote_code,

@@ -12,6 +12,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
+from qlora_rm.backbone.positions import usable_positions
 from qlora_rm.backbone.shards import gathered_at_work
 from qlora_rm.config import SharePrefix
 from qlora_rm.console import say
@@ -223,14 +224,15 @@ def _try(model: PreTrainedModel, kernel: str) -> str | None:
 def probe(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
     """Hidden states at the ends of three short sequences, two sharing a beginning: one by one, and packed; [3, H].
 
-    Hidden states rather than scores: a head that starts at zero gives any sequence the same score.
+    The third begins beyond the positions of pretraining, where rotary scaling may switch for the whole row. Hidden states
+    rather than scores: a head that starts at zero gives any sequence the same score.
     """
-    sequences, batch = _probe_batch(model)
+    sequences, starts, batch = _probe_batch(model)
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            plain = [_last_state(model, sequence) for sequence in sequences]
+            plain = [_last_state(model, *one) for one in zip(sequences, starts, strict=True)]
             packed = leaf_states(model, **batch)
     finally:
         model.train(was_training)
@@ -242,7 +244,7 @@ def probe_backward(model: PreTrainedModel) -> None:
 
     It goes through the hidden states alone: gradients of weights would be a second model in memory.
     """
-    _, batch = _probe_batch(model)
+    *_, batch = _probe_batch(model)
     was_training = model.training
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
@@ -261,13 +263,32 @@ def probe_backward(model: PreTrainedModel) -> None:
             parameter.requires_grad_(True)
 
 
-def _probe_batch(model: PreTrainedModel) -> tuple[list[list[int]], dict[str, Tensor]]:
+def _probe_batch(model: PreTrainedModel) -> tuple[list[list[int]], list[int], dict[str, Tensor]]:
+    """Three sequences, the position at which each begins, and their forest."""
     config = model.config.get_text_config()
     ids = torch.randint(config.vocab_size // 4, config.vocab_size, (28,), generator=torch.Generator().manual_seed(0))
     shared, ends, other = ids[:12].tolist(), ids[12:19].tolist(), ids[19:].tolist()
-    sequences = [shared + ends[:5], shared + ends[5:], other]
+    sequences, far = [shared + ends[:5], shared + ends[5:], other], _beyond_pretraining(model)
     batch = forest_batch(sequences, config.pad_token_id or 0, row_multiple(model))
-    return sequences, {name: tensor.to(model.device) for name, tensor in batch.items()}
+    row, end = batch["leaves"][2].tolist()
+    batch["position_ids"][row, end + 1 - len(other) : end + 1] += far
+    return sequences, [0, 0, far], {name: tensor.to(model.device) for name, tensor in batch.items()}
+
+
+def _beyond_pretraining(model: PreTrainedModel) -> int:
+    """A position after those a backbone was made for; 0 where a table of positions ends there.
+
+    It begins a chunk, where attention works in chunks: stock models count them from the beginning of the row.
+    """
+    if usable_positions(model) is not None:
+        return 0
+    config = model.config.get_text_config()
+    rotary = getattr(config, "rope_parameters", None) or {}
+    rules = [rotary, *(rule for rule in rotary.values() if isinstance(rule, dict))]
+    made_for = [rule.get("original_max_position_embeddings") for rule in rules]
+    longest = max(filter(None, (*made_for, getattr(config, "max_position_embeddings", None))), default=0)
+    chunk = getattr(config, "attention_chunk_size", None) or 1
+    return -(-longest // chunk) * chunk
 
 
 def _dtype(model: PreTrainedModel) -> torch.dtype:
@@ -275,9 +296,10 @@ def _dtype(model: PreTrainedModel) -> torch.dtype:
     return next(model.get_input_embeddings().parameters()).dtype
 
 
-def _last_state(model: PreTrainedModel, sequence: list[int]) -> Tensor:
+def _last_state(model: PreTrainedModel, sequence: list[int], start: int) -> Tensor:
     ids = torch.tensor([sequence], device=model.device)
-    return model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, -1]
+    where = {"position_ids": torch.arange(start, start + len(sequence), device=model.device)[None]} if start else {}
+    return model.base_model(input_ids=ids, use_cache=False, **where).last_hidden_state[0, -1]
 
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "subtree_end", "leaves")

@@ -1,6 +1,6 @@
 """Batches of token sequences, and their scores outside the trainer: the one way evaluation and proofs read a model."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Literal
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from qlora_rm.backbone.packed import forest_batch, row_multiple, sharing_model
+from qlora_rm.backbone.rotary import forget_lengths, rotation_of
 
 Layout = Literal["forest", "right", "left"]
 
@@ -50,8 +51,11 @@ def score_sequences(
     device = _device(model)
     context = torch.autocast(device.type, autocast) if autocast not in (None, torch.float32) else nullcontext()
     layout = layout or ("forest" if sharing_model(model) is not None else "right")
+    rotation = rotation_of(model)
     with torch.no_grad(), context:
-        for indices in batches(sequences, tokens_per_batch, in_order=layout == "forest"):
+        for indices in batches(sequences, tokens_per_batch, in_order=layout == "forest", rotation=rotation):
+            if rotation is not None:
+                forget_lengths(model)
             members = [sequences[i] for i in indices]
             if layout == "forest":
                 batch = forest_batch(members, pad_token_id, row_multiple(model))
@@ -68,17 +72,32 @@ def _device(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
 
 
-def batches(sequences: Sequence[list[int]], tokens_per_batch: int, *, in_order: bool) -> Iterator[list[int]]:
+def batches(
+    sequences: Sequence[list[int]],
+    tokens_per_batch: int,
+    *,
+    in_order: bool,
+    rotation: Callable[[int], int] | None = None,
+) -> Iterator[list[int]]:
     """Indices of the sequences that are scored together.
 
     Either in sorted order, so that sequences which begin alike meet; or by length, longest first, so that padding is
     short and too large a batch fails at once.
+
+    Arguments:
+        rotation: sequences share a batch only where it gives their lengths the same number (`rotary.rotation_of`).
     """
     order = sorted(range(len(sequences)), key=sequences.__getitem__ if in_order else lambda i: -len(sequences[i]))
+    if rotation is not None:
+        order.sort(key=lambda i: -rotation(len(sequences[i])))  # stable: the order above within each
     batch: list[int] = []
     longest = 0
     for i in order:
-        if batch and max(longest, len(sequences[i])) * (len(batch) + 1) > tokens_per_batch:
+        full = max(longest, len(sequences[i])) * (len(batch) + 1) > tokens_per_batch
+        other = (
+            rotation is not None and bool(batch) and rotation(len(sequences[batch[0]])) != rotation(len(sequences[i]))
+        )
+        if batch and (full or other):
             yield batch
             batch, longest = [], 0
         batch.append(i)

@@ -59,6 +59,9 @@ def content(value: Any, column: str) -> Content:
         raise RowFault("wrong_type", f"{column} is {json_type(value)} ({_short(value)}), not text or turns")
     if value and all(type(item) is int for item in value):
         return list(value)
+    if value and all(isinstance(item, int | float) for item in value):
+        place, wrong = next((i, item) for i, item in enumerate(value) if type(item) is not int)
+        raise RowFault("wrong_type", f"{column} holds {_short(wrong)} at place {place}, which is no token id")
     if any(not isinstance(item, Mapping) for item in value):
         raise RowFault("wrong_type", f"{column} is an array of something other than turns or token ids")
     return [_turn(item, f"turn {number} of {column}") for number, item in enumerate(value, start=1)]

@@ -4,13 +4,13 @@ Plain text is prompt + response, the eos token's text appended unless the respon
 tokens. Turns go through the chat template, which writes its own special tokens and end of turn.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Literal
 
 from qlora_rm.errors import UserError
-from qlora_rm.preferences.comparison import Candidates, Pair, Tokens
+from qlora_rm.preferences.comparison import Candidates, Content, Pair, Tokens
 from qlora_rm.preferences.contents import kind_of
 from qlora_rm.preferences.faults import RowFault
 from qlora_rm.preferences.prefixes import shared_length
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 OverLong = Literal["truncate_prompt", "drop", "error"]
+
+LARGEST_ID = 2**31
+"""Token ids are kept as int32."""
 
 EOS_RULE = "plain text: eos is appended unless the response ends with it; turns: as the chat template writes them"
 """How a sequence ends, in words, for whoever feeds the model."""
@@ -40,6 +43,8 @@ class Tokenization:
         max_length: longest sequence, in tokens; None for no limit.
         over_long: "truncate_prompt" cuts the oldest part of the prompt, by the same number of tokens for all its
             responses; under "drop" and "error" an over-long row is a fault of kind `over_long`.
+        vocabulary: how many token ids the model has embeddings for; rows of token ids are held against it.
+        positions: how many positions the model has; a longer sequence is a fault of kind `beyond_positions`.
     """
 
     def __init__(
@@ -47,6 +52,8 @@ class Tokenization:
         tokenizer: "PreTrainedTokenizerBase",
         max_length: int | None = None,
         over_long: OverLong = "truncate_prompt",
+        vocabulary: int | None = None,
+        positions: int | None = None,
     ) -> None:
         if tokenizer.pad_token_id is not None and tokenizer.pad_token_id == tokenizer.eos_token_id:
             raise UserError(
@@ -56,6 +63,7 @@ class Tokenization:
         if max_length is not None and max_length < 1:
             raise UserError(f"--max_length {max_length} must be at least 1.")
         self.tokenizer, self.max_length, self.over_long = tokenizer, max_length, over_long
+        self.vocabulary, self.positions = vocabulary, positions
         self._begins = {tokenizer.bos_token_id, tokenizer.cls_token_id} - {None}
 
     def tokenize(self, batch: Sequence[Candidates]) -> list[Tokens]:
@@ -74,7 +82,7 @@ class Tokenization:
 
     def tokenize_each(self, batch: Sequence[Candidates]) -> list[Tokenized | RowFault]:
         """Token ids for each prompt with its responses, or the fault that keeps it from having any: template_error,
-        empty_sequence, pad_in_content, response_too_long or over_long.
+        empty_sequence, unknown_token, pad_in_content, response_too_long, over_long or beyond_positions.
 
         All text of the batch goes through the tokenizer in one call (two, where it mixes turns and plain text), so
         larger batches are faster.
@@ -88,7 +96,7 @@ class Tokenization:
             kind = kind_of(candidates.responses[0])
             try:
                 if kind == "ids":
-                    results[row] = self._finished(_joined_ids(candidates))
+                    results[row] = self._finished(self._known_ids(candidates))
                 else:
                     texts[kind or "text"][row] = self.texts(candidates)
             except RowFault as fault:
@@ -153,10 +161,28 @@ class Tokenization:
                 "pad_in_content",
                 f"the pad token {self.tokenizer.pad_token!r} stands in the content, which would move the scored token",
             )
-        shared = shared_length(sequences)
+        shared, longest = shared_length(sequences), max(map(len, sequences))
         tokens = Tokens(sequences[0][:shared], [ids[shared:] for ids in sequences])
-        over = 0 if self.max_length is None else max(map(len, sequences)) - self.max_length
-        return self._shortened(tokens, over) if over > 0 else Tokenized(tokens)
+        over = 0 if self.max_length is None else longest - self.max_length
+        result = self._shortened(tokens, over) if over > 0 else Tokenized(tokens)
+        kept = longest - result.cut if isinstance(result, Tokenized) else 0
+        if self.positions is not None and kept > self.positions:
+            what = f"a sequence of {kept} tokens; the model has positions for {self.positions}"
+            return RowFault("beyond_positions", what)
+        return result
+
+    def _known_ids(self, candidates: Candidates) -> list[list[int]]:
+        """Each response's ids behind the prompt's.
+
+        Raises:
+            RowFault: unknown_token. On a GPU such an id ends the process, not the row.
+        """
+        for name, ids in (("the prompt", candidates.prompt), *_named(candidates.responses)):
+            for place, token in enumerate(ids):
+                if type(token) is not int or not 0 <= token < (self.vocabulary or LARGEST_ID):
+                    known = f"; the model has token ids 0 to {self.vocabulary - 1}" if self.vocabulary else ""
+                    raise RowFault("unknown_token", f"place {place} of {name} holds token id {token}{known}")
+        return [[*candidates.prompt, *ids] for ids in candidates.responses]
 
     def _shortened(self, tokens: Tokens, over: int) -> Tokenized | RowFault:
         """`over` tokens fewer, taken from the beginning of the prompt behind its bos or cls token."""
@@ -173,8 +199,8 @@ class Tokenization:
         return Tokenized(Tokens(prompt[:kept] + prompt[kept + over :], tokens.response_ids), cut=over)
 
 
-def _joined_ids(candidates: Candidates) -> list[list[int]]:
-    return [[*candidates.prompt, *ids] for ids in candidates.responses]
+def _named(responses: Sequence[Content]) -> Iterator[tuple[str, Content]]:
+    return ((f"response {number}", response) for number, response in enumerate(responses, start=1))
 
 
 def check_wins(tokens: Tokens, wins: Iterable[Pair]) -> None:

@@ -117,8 +117,9 @@ def make_service(model: RewardModel, folder: str, config: ServeConfig, token: st
 
 
 def _longest(model: RewardModel, inner: PreTrainedModel) -> int | None:
-    """Tokens of the longest sequence that the model has positions for; None where the contract's limit keeps to it."""
-    if model.tokenization.max_length is not None:
+    """Tokens of the longest sequence that the model was made for; None where the contract's limit keeps to it, or a table of
+    positions does, against which sequences are held as they are tokenized."""
+    if model.tokenization.max_length is not None or model.tokenization.positions is not None:
         return None
     told = getattr(inner.config.get_text_config(), "max_position_embeddings", None)  # few architectures have none
     return min(filter(None, (told, model.tokenizer.model_max_length)), default=None)

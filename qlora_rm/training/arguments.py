@@ -4,7 +4,7 @@ import argparse
 import difflib
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -140,13 +140,18 @@ def asks_for_deepspeed(args: TrainingConfig) -> bool:
 
 @dataclass(frozen=True)
 class Options:
-    """Everything a training run was told."""
+    """Everything a training run was told.
+
+    Attributes:
+        max_length_given: `--max_length` is the user's, not the default.
+    """
 
     data: DataConfig
     backbone: BackboneConfig
     adapter: AdapterConfig
     objective: ObjectiveConfig
     training: TrainingConfig
+    max_length_given: bool = True
 
 
 class Parser(TrlParser):
@@ -213,13 +218,16 @@ def parse(argv: list[str]) -> Options:
         UserError: an unknown option or key, or a value that cannot be.
     """
     argv = [word for item in argv for word in (item.split("=", 1) if item.startswith("--config=") else [item])]
+    given = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in argv if word.startswith("--")}
     kinds: list[Any] = [DataConfig, BackboneConfig, AdapterConfig, ObjectiveConfig, TrainingConfig]
     parser = Parser(kinds, prog="qlora-rm train", allow_abbrev=False)
     if "--config" in argv:
         where = argv.index("--config")
         if where + 1 == len(argv):
             raise UserError("--config needs the path of a YAML file.")
-        parser.set_defaults_with_config(**parser.read_file(argv[where + 1]))
+        of_file = parser.read_file(argv[where + 1])
+        given |= of_file.keys()
+        parser.set_defaults_with_config(**of_file)
         argv = argv[:where] + argv[where + 2 :]
     try:
         *options, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
@@ -227,4 +235,4 @@ def parse(argv: list[str]) -> Options:
         raise UserError(str(error)) from error
     if unknown:
         parser.error(f"unknown option {unknown[0]}")
-    return Options(*options)
+    return replace(Options(*options), max_length_given="max_length" in given)

@@ -21,6 +21,7 @@ from qlora_rm.artifacts.manifest import Base, Manifest, Reward, Training, make_c
 from qlora_rm.artifacts.noise import Noise, measure_noise
 from qlora_rm.backbone.adapter import attach_adapter, load_adapter, read_adapter_config
 from qlora_rm.backbone.inventory import inventory
+from qlora_rm.backbone.layouts import score_position
 from qlora_rm.backbone.load import load_backbone
 from qlora_rm.backbone.precision import DTYPES, NAMES, best_dtype
 from qlora_rm.backbone.scoring import score_sequences
@@ -35,6 +36,7 @@ from qlora_rm.training.checkpoints import flush, last_whole, resume_point, writt
 from qlora_rm.training.curves import draw_curves
 from qlora_rm.training.engine import EngineCheck
 from qlora_rm.training.failures import ending_together, leave_process_group
+from qlora_rm.training.limits import Limits, fit_max_length, require_positions
 from qlora_rm.training.objective import Objective
 from qlora_rm.training.preflight import preflight
 from qlora_rm.training.terms import Terms, finished_steps, reconcile
@@ -78,6 +80,7 @@ def train(options: Options) -> dict[str, float]:
     _require_names(options)
     _require_writable(str(args.output_dir))
     resume = resume_point(str(args.output_dir), args.resume_from_checkpoint)
+    limits = fit_max_length(options)
     terms = Terms.of(options)
     if resume is not None:
         say(*reconcile(Terms.load(resume), terms, args, resume))
@@ -90,7 +93,8 @@ def train(options: Options) -> dict[str, float]:
         chat_template_path=args.chat_template_path,
         eos_token=args.eos_token,
     )
-    tokenization = Tokenization(tokenizer, args.max_length, options.data.over_long)
+    vocabulary = max(limits.vocabulary, len(tokenizer)) if limits.vocabulary else None
+    tokenization = Tokenization(tokenizer, args.max_length, options.data.over_long, vocabulary, limits.positions)
     data = load_preferences(options.data, tokenization, need_eval=args.eval_strategy != "no")
     say(*data.report.lines())
     _require_same_data(data.fingerprint, resume)
@@ -102,11 +106,13 @@ def train(options: Options) -> dict[str, float]:
         say(f"{args.output_dir} is complete: {steps} steps. To train on, raise --num_train_epochs or --max_steps.")
         return {}
 
-    manifest = _describe(options, tokenization, data)
+    manifest = _describe(options, tokenization, data, limits)
     preflight(options, manifest, train_set, resume)
     _require_same_contract(manifest, resume)
 
-    model = load_model(options, tokenizer)
+    model = load_model(options, tokenizer, limits)
+    require_positions(model, options)
+    manifest = replace(manifest, contract=replace(manifest.contract, score_position=score_position(model)))
     say(*inventory(model))
     trainer = _make_trainer(options, model, tokenizer, train_set, held_out)
     trainer.checkpoint_files = [manifest.save, replace(terms, accumulation=args.gradient_accumulation_steps).save]
@@ -118,7 +124,7 @@ def train(options: Options) -> dict[str, float]:
         return _finish(trainer, manifest, data, tokenization)
 
 
-def load_model(options: Options, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | PeftModel:
+def load_model(options: Options, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> PreTrainedModel | PeftModel:
     """The quantized backbone with its head and a new or given adapter; or the whole model, trainable."""
     args = options.training
     best, reason = best_dtype()
@@ -131,6 +137,7 @@ def load_model(options: Options, tokenizer: PreTrainedTokenizerBase) -> PreTrain
         trust_remote_code=args.trust_remote_code,
         full_fine_tuning=not options.adapter.use_lora,
         loading=sharded_loading if is_deepspeed_zero3_enabled() else None,
+        rotary_length=limits.rotary_length,
     )
     say(f"score head: {', '.join(backbone.head)} ({'new' if backbone.has_new_head else 'kept from the checkpoint'})")
     if args.disable_dropout:
@@ -197,8 +204,9 @@ def _require_same_data(fingerprint: str, resume: Path | None) -> None:
 
 def _require_same_contract(manifest: Manifest, resume: Path | None) -> None:
     """A resumed run makes tokens of text as it did: template, pad and end-of-text tokens."""
+    began = Manifest.load(resume).contract if resume is not None else manifest.contract
     require(
-        resume is None or Manifest.load(resume).contract == manifest.contract,
+        replace(began, score_position=manifest.contract.score_position) == manifest.contract,
         f"The tokenizer is not what the checkpoint {resume} was trained with: resume with the same tokenizer and template.",
     )
 
@@ -245,11 +253,12 @@ def _make_trainer(
     return trainer
 
 
-def _describe(options: Options, tokenization: Tokenization, data: PreferenceData) -> Manifest:
-    """The manifest as it stands before training: everything but steps, golden scores and reward statistics."""
+def _describe(options: Options, tokenization: Tokenization, data: PreferenceData, limits: Limits) -> Manifest:
+    """The manifest as it stands before training: everything but where the score is read, steps, golden scores and reward
+    statistics."""
     args, backbone = options.training, options.backbone
     return Manifest(
-        contract=make_contract(tokenization.tokenizer, tokenization),
+        contract=make_contract(tokenization.tokenizer, tokenization, limits.rotary_length),
         base=Base.of(str(backbone.model_name_or_path), backbone.model_revision),
         quantization=backbone.quantization,
         compute_dtype=NAMES[args.compute_dtype],

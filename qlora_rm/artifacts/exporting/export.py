@@ -82,7 +82,7 @@ def export(
         with new_folder(output) as beside:
             if kind == "adapter":
                 notes = write_adapter(Path(folder), beside, manifest, base, config.copy_weights)
-                checks = [*untouched, *_check_adapter(beside, base, trust_remote_code)]
+                checks = [*untouched, *_check_adapter(beside, manifest, base, trust_remote_code)]
             else:
                 notes = write_whole(Path(folder), beside, readers, manifest, config, trust_remote_code)
                 checks = [*untouched, *_check_whole(beside, readers, manifest, config, trust_remote_code)]
@@ -100,10 +100,11 @@ def export(
     return exported
 
 
-def _check_adapter(folder: Path, base: str | None, trust_remote_code: bool) -> list[Check]:
+def _check_adapter(folder: Path, manifest: Manifest, base: str | None, trust_remote_code: bool) -> list[Check]:
     return [
         *verify(str(folder), base=base, trust_remote_code=trust_remote_code),
         *reader_checks.check_adapter_files(folder),
+        *reader_checks.check_rotation(manifest, base, trust_remote_code),
     ]
 
 

@@ -21,8 +21,10 @@ from qlora_rm.artifacts.golden import ROUNDED, drift, scores_of
 from qlora_rm.artifacts.load import read_tokenizer
 from qlora_rm.artifacts.manifest import Manifest, hash_of_template
 from qlora_rm.artifacts.proof import allowed_between_layouts, allowed_drift
+from qlora_rm.backbone.load import read_model_config
 from qlora_rm.backbone.paths import is_local
 from qlora_rm.backbone.precision import DTYPES
+from qlora_rm.backbone.rotary import rotates_as_short
 from qlora_rm.backbone.scoring import score_sequences
 
 
@@ -148,3 +150,18 @@ def check_adapter_files(folder: Path) -> Iterator[Check]:
     base = str(config.base_model_name_or_path)
     found = Path(base).is_absolute() or not is_local(base)
     yield Check("peft: base is named by hub id or absolute path", found, base if found else f"{base}; pass --base")
+
+
+def check_rotation(manifest: Manifest, base: str | None, trust_remote_code: bool = False) -> Iterator[Check]:
+    """PEFT loads the base with its own configuration: rotary scaling that training pinned must be what it chooses for a
+    sequence alone."""
+    length = manifest.contract.rotary_length
+    if length is None:
+        return
+    name, revision = base or manifest.base.name_or_path, None if base else manifest.base.revision
+    same = rotates_as_short(read_model_config(name, revision, trust_remote_code), length)
+    seen = f"every sequence as one of {length} tokens"
+    way_out = (
+        f"trained with {seen}; the base's own configuration rotates short ones otherwise. Merge it and export that"
+    )
+    yield Check("peft: base rotates sequences as in training", same, seen if same else way_out)

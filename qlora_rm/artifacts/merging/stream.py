@@ -19,6 +19,7 @@ from qlora_rm.artifacts.merging.plan import Group, NotStreamable, plan
 from qlora_rm.artifacts.merging.shards import Shards
 from qlora_rm.artifacts.merging.workers import Workers
 from qlora_rm.backbone.load import embedding_rows, read_model_config
+from qlora_rm.backbone.rotary import pinned
 from qlora_rm.backbone.skeleton import Skeleton
 from qlora_rm.config import Quantization
 from qlora_rm.console import say
@@ -34,6 +35,7 @@ class Source:
         dtype: in which training computed, and from which it quantized.
         pad, tokens: the tokenizer's pad id and number of tokens.
         trusted: whether code that the base brings may be run.
+        rotary_length: the length as one of which every sequence is rotated; None leaves rotation as it is.
     """
 
     adapter: str
@@ -45,6 +47,7 @@ class Source:
     pad: int
     tokens: int
     trusted: bool = False
+    rotary_length: int | None = None
 
 
 def require_room(folder: Path, nbytes: int) -> None:
@@ -65,7 +68,7 @@ class Stream:
             UserError: a file is broken, or the adapter belongs to another base.
         """
         try:
-            config = read_model_config(source.base, source.revision, source.trusted)
+            config = pinned(read_model_config(source.base, source.revision, source.trusted), source.rotary_length)
         except UserError as error:
             raise UserError(
                 f"The base of the adapter {source.adapter} is not there: {error} Pass --base_model FOLDER_OR_HUB_ID."
