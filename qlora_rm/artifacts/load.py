@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from qlora_rm.artifacts.arithmetic import compute_dtype, compute_in_fp32, lacks_16_bit_units, to_accelerator
 from qlora_rm.artifacts.manifest import FILE_NAME, Manifest, hash_of_config
 from qlora_rm.backbone.adapter import load_adapter
+from qlora_rm.backbone.in_force import compute_quantized_layers_in
 from qlora_rm.backbone.load import Backbone, load_backbone, read_model_config
 from qlora_rm.backbone.paths import is_local
 from qlora_rm.backbone.precision import DTYPES, NAMES, Precision
@@ -88,6 +89,8 @@ class RewardModel:
             model = _load_model(folder, manifest, tokenizer, compute, quantization, share_prefix, trust_remote_code)
         if compute is torch.float32:
             compute_in_fp32(model)
+        else:
+            compute_quantized_layers_in(model, compute)
         model.requires_grad_(False)
         autocast = None if compute is torch.float32 else compute
         return cls(to_accelerator(model).eval(), tokenization, manifest, autocast, tokens_per_batch)
@@ -225,7 +228,11 @@ def _load_adapter(
         share_prefix=share_prefix,
     )
     backbone: Backbone = load_backbone(
-        config, tokenizer, DTYPES[manifest.compute_dtype], trust_remote_code=trust_remote_code
+        config,
+        tokenizer,
+        DTYPES[manifest.compute_dtype],
+        trust_remote_code=trust_remote_code,
+        as_saved=quantization is None,
     )
     return load_adapter(backbone, folder, trainable=False)
 
@@ -250,7 +257,12 @@ def _load_model(
     )
     trained_whole = manifest is not None and manifest.merge is None
     backbone = load_backbone(
-        config, tokenizer, dtype, trust_remote_code=trust_remote_code, full_fine_tuning=trained_whole
+        config,
+        tokenizer,
+        dtype,
+        trust_remote_code=trust_remote_code,
+        full_fine_tuning=trained_whole,
+        as_saved=quantization is None,
     )
     if backbone.has_new_head:
         raise UserError(

@@ -9,12 +9,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qlora_rm.backbone.head import head_modules, is_in_head
+from qlora_rm.backbone.in_force import settings_in_force
 from qlora_rm.backbone.shards import any_sharded
 from qlora_rm.console import table
 
 
 def inventory(model: nn.Module) -> list[str]:
     """Lines of a table: part x dtype, with parameters, bytes and whether it is trained; whole, also where sharded.
+
+    Above it stands what the layers compute with (`settings_in_force`).
 
     A line more says what this process holds of a sharded model; what is still whole the engine shards at its start.
     """
@@ -32,7 +35,7 @@ def inventory(model: nn.Module) -> list[str]:
     lines = table(("part", "dtype", "parameters", "bytes", "trained"), rows)
     if any_sharded(model):
         lines.append(f"sharded: {human_bytes(sum(map(held_bytes, model.parameters())))} of it on this process")
-    return lines
+    return [*settings_in_force(model), *lines]
 
 
 def unquantized_share(model: PreTrainedModel) -> tuple[float, str]:

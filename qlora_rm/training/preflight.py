@@ -13,6 +13,7 @@ from datasets import Dataset
 
 from qlora_rm.artifacts.manifest import Manifest
 from qlora_rm.backbone.load import read_model_config
+from qlora_rm.backbone.saved_quantization import require_obeyable
 from qlora_rm.console import is_main_process, say
 from qlora_rm.errors import UserError
 from qlora_rm.plan.check import memory_warning
@@ -89,6 +90,7 @@ def _check_here(options: Options, train: Dataset, marker: Path) -> list[str]:
     config = read_model_config(
         str(options.backbone.model_name_or_path), options.backbone.model_revision, args.trust_remote_code
     )
+    require_obeyable(str(options.backbone.model_name_or_path), config, options.backbone.quantization)
     if engine.name.startswith("zero"):
         require_sound_settings(options, config, args.deepspeed_plugin.deepspeed_config)
     try:

@@ -13,12 +13,12 @@ from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
-from trl.trainer.utils import disable_dropout_in_model
 
 from qlora_rm.artifacts.golden import GoldenItem, make_golden
 from qlora_rm.artifacts.manifest import FILE_NAME as MANIFEST
 from qlora_rm.artifacts.manifest import Base, Manifest, Reward, Training, make_contract
 from qlora_rm.backbone.adapter import attach_adapter, load_adapter, read_adapter_config
+from qlora_rm.backbone.in_force import disable_dropout
 from qlora_rm.backbone.inventory import inventory
 from qlora_rm.backbone.load import load_backbone
 from qlora_rm.backbone.precision import NAMES, best_dtype
@@ -133,7 +133,7 @@ def load_model(options: Options, tokenizer: PreTrainedTokenizerBase) -> PreTrain
     say(f"score head: {', '.join(backbone.head)} ({'new' if backbone.has_new_head else 'kept from the checkpoint'})")
     if args.disable_dropout:
         # here, before LoRA: TRL does it after, and would switch off --lora_dropout with the backbone's
-        disable_dropout_in_model(backbone.model)
+        disable_dropout(backbone.model)
         args.disable_dropout = False
     if not options.adapter.use_lora:
         return backbone.model

@@ -184,7 +184,7 @@ def _as_trained(name: str, value: Tensor, skeleton: Skeleton, quantized: frozens
     """A weight of the base as training saw it."""
     dtype = skeleton.dtypes[name] if value.is_floating_point() else value.dtype
     if isinstance(value, bnb.nn.Params4bit):
-        return Packed.of(value)
+        return Packed.of(value, skeleton.dtypes[name])
     if name not in quantized:
         return _Plain(value, dtype)
     if isinstance(skeleton.model.get_submodule(name.rpartition(".")[0]), Conv1D):
