@@ -52,7 +52,7 @@ def settings_in_force(model: nn.Module) -> Iterator[str]:
     inside = {id(m.weight) for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)}
     layers = Counter(_layer(module) for module in model.modules())
     layers.update(
-        f"expert weights in {_packing(parameter)}, computed in the dtype of their input"
+        f"expert weights ({_packing(parameter)}), computed in the dtype of their input"
         for parameter in model.parameters()
         if isinstance(parameter, bnb.nn.Params4bit) and id(parameter) not in inside
     )
@@ -67,9 +67,9 @@ def settings_in_force(model: nn.Module) -> Iterator[str]:
 def _layer(module: nn.Module) -> str:
     if isinstance(module, bnb.nn.Linear4bit):
         dtype = "the dtype of their input" if module.compute_dtype is None else name_of(module.compute_dtype)
-        return f"layers in {_packing(module.weight)}, computed in {dtype}"
+        return f"layers ({_packing(module.weight)}), computed in {dtype}"
     if isinstance(module, bnb.nn.Linear8bitLt):
-        return f"layers in int8 (outliers above {module.state.threshold:g} in 16 bit)"
+        return f"layers (int8, outliers above {module.state.threshold:g} in 16 bit)"
     return ""
 
 
@@ -77,4 +77,4 @@ def _packing(weight: Any) -> str:
     state = weight.quant_state
     kind, nested = (state.quant_type, state.nested) if state else (weight.quant_type, weight.compress_statistics)
     storage = str(weight.dtype).removeprefix("torch.")
-    return f"{kind} ({'double' if nested else 'single'} quantization, stored as {storage})"
+    return f"{kind}, {'double' if nested else 'single'} quantization, stored as {storage}"

@@ -6,6 +6,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -26,6 +27,7 @@ from qlora_rm.backbone.in_force import compute_quantized_layers_in, dequantize_t
 from qlora_rm.backbone.inventory import unquantized_share
 from qlora_rm.backbone.packed import share_prefixes
 from qlora_rm.backbone.paths import require_model
+from qlora_rm.backbone.reach import unreached
 from qlora_rm.backbone.saved_quantization import (
     config_of_run,
     kept_settings,
@@ -105,9 +107,11 @@ def load_backbone(
     _match_tokenizer(model, tokenizer, may_grow=full_fine_tuning)
     compute_quantized_layers_in(model, dtype)
     dequantize_to(model, dtype)
+    _to_device(model, config)
+    for tower in unreached(model):
+        model.get_submodule(tower).requires_grad_(False)
     if config.quantization != "none":
         _require_quantized(model, config, saved_quantization(model_config) != "none")
-    _to_device(model, config)
     share_prefixes(model, config.share_prefix, config.attn_implementation)
     return Backbone(model, head, has_new_head)
 
@@ -247,10 +251,11 @@ def _to_device(model: PreTrainedModel, config: BackboneConfig) -> None:
 
 
 def embedding_rows(model: PreTrainedModel) -> int:
-    """How many token ids the model has an input embedding for."""
+    """How many token ids the model has an input embedding for, which may have an adapter."""
     embedding = model.get_input_embeddings()
-    assert isinstance(embedding, nn.Embedding)
-    return embedding.num_embeddings
+    plain = embedding.get_base_layer() if isinstance(embedding, BaseTunerLayer) else embedding
+    assert isinstance(plain, nn.Embedding)
+    return plain.num_embeddings
 
 
 def _require_quantized(model: PreTrainedModel, config: BackboneConfig, was_saved_so: bool) -> None:

@@ -34,6 +34,7 @@ from qlora_rm.training.checkpoints import flush, last_whole, resume_point, writt
 from qlora_rm.training.curves import draw_curves
 from qlora_rm.training.engine import EngineCheck
 from qlora_rm.training.failures import ending_together, leave_process_group
+from qlora_rm.training.hub import Hub
 from qlora_rm.training.objective import Objective
 from qlora_rm.training.preflight import preflight
 from qlora_rm.training.terms import Terms, finished_steps, reconcile
@@ -46,11 +47,16 @@ WEIGHTS = (SAFETENSORS_WEIGHTS_NAME, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
 
 def main(argv: list[str]) -> None:
     """The train door: parse, train, and leave the process group in order; all ranks end when one fails."""
+    hub = None
     try:
         with ending_together():
-            run(parse(argv))
+            options = parse(argv)
+            hub = Hub.of(options.training)
+            run(options)
     finally:
         leave_process_group()
+    if hub is not None and is_main_process():  # the others need not wait for it
+        hub.push()
 
 
 def run(options: Options) -> None:
@@ -88,6 +94,8 @@ def train(options: Options) -> dict[str, float]:
         trust_remote_code=args.trust_remote_code,
         chat_template_path=args.chat_template_path,
         eos_token=args.eos_token,
+        pad_token=args.pad_token,
+        trained_pad=_trained_pad(options, resume),
     )
     tokenization = Tokenization(tokenizer, args.max_length, options.data.over_long)
     data = load_preferences(options.data, tokenization, need_eval=args.eval_strategy != "no")
@@ -174,6 +182,16 @@ def _take_from_adapter(folder: str, backbone: BackboneConfig) -> None:
             )
 
 
+def _trained_pad(options: Options, resume: Path | None) -> int | None:
+    """Id of the pad token of the checkpoint or adapter that is gone on with, so that its contract is kept."""
+    adapter = options.adapter.adapter
+    own = adapter if adapter and options.backbone.tokenizer_name_or_path == adapter else None
+    for folder in (resume, own):
+        if folder is not None and (Path(folder) / MANIFEST).exists():
+            return Manifest.load(folder).contract.pad_token_id
+    return None
+
+
 def _require_writable(output_dir: str) -> None:
     folder = Path(output_dir)
     try:
@@ -223,7 +241,9 @@ def _make_trainer(
 ) -> PreferenceTrainer:
     args = options.training
     # read by our own loading above; TRL would apply them a second time
-    args.chat_template_path = args.eos_token = None
+    args.chat_template_path = args.eos_token = args.pad_token = None
+    # `main` pushes the finished run; the trainer would push before it is complete, and saves the token with its settings
+    args.push_to_hub, args.hub_token = False, None
     if held_out is None:
         args.eval_strategy = "no"
     check = EngineCheck(NAMES[args.compute_dtype])

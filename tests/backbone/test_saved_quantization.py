@@ -56,17 +56,15 @@ def test_layers_of_a_4_bit_checkpoint_compute_in_the_dtype_of_the_run(tmp_path, 
     assert {layer.compute_dtype for layer in layers_of(model)} == {DTYPES[asked]}
     plain = {p.dtype for n, p in model.named_parameters() if p.is_floating_point() and not n.startswith("score")}
     assert plain == {DTYPES[asked]}, "embeddings and norms, which were stored in bf16"
-    assert f"quantized: 14 layers in nf4 (double quantization, stored as uint8), computed in {asked}" in inventory(
-        model
-    )
+    assert f"quantized: 14 layers (nf4, double quantization, stored as uint8), computed in {asked}" in inventory(model)
 
 
 def test_the_inventory_reads_the_layers_not_the_options(tmp_path):
     model = load(quantized(tmp_path))
     layers_of(model)[0].compute_dtype = torch.float16
     lines = inventory(model)
-    assert any("1 layers in nf4" in line and "computed in fp16" in line for line in lines)
-    assert any("13 layers in nf4" in line and "computed in fp32" in line for line in lines)
+    assert any("1 layers (nf4" in line and "computed in fp16" in line for line in lines)
+    assert any("13 layers (nf4" in line and "computed in fp32" in line for line in lines)
 
 
 def test_a_model_trained_on_a_4_bit_checkpoint_is_verified_and_merged(tmp_path):
@@ -97,7 +95,7 @@ def test_another_kind_of_4_bit_is_kept_and_said(tmp_path, capsys):
     base = quantized(tmp_path, bnb_4bit_quant_type="fp4", bnb_4bit_use_double_quant=False)
     model = load(base)
     assert capsys.readouterr().err.count("saved in 4 bit with fp4 instead of nf4, no double quantization;") == 1
-    assert any("layers in fp4 (single quantization" in line for line in inventory(model))
+    assert any("layers (fp4, single quantization" in line for line in inventory(model))
 
 
 @pytest.mark.parametrize(("saved", "asked"), [("4bit", "none"), ("4bit", "8bit"), ("8bit", "4bit"), ("8bit", "none")])
