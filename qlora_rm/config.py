@@ -123,7 +123,8 @@ class BackboneConfig:
     tokenizer_name_or_path: str | None = option(None, "Tokenizer, where it is not the backbone's own.")
     quantization: Literal["none", "4bit", "8bit"] = option(
         "4bit",
-        "4bit is NF4 with double quantization; 8bit is LLM.int8(), not under ZeRO-3; none keeps the weights in the compute dtype.",
+        "4bit is NF4 with double quantization; 8bit is LLM.int8(), not under ZeRO-3; none keeps the weights in the compute dtype. "
+        "A checkpoint that is saved in 4 or 8 bit is loaded as it is, and needs the option that names it.",
     )
     max_unquantized: float = option(
         0.1,
@@ -131,7 +132,9 @@ class BackboneConfig:
         "above it the run stops. 1 allows anything.",
     )
     attn_implementation: str | None = option(
-        None, "Attention kernel (sdpa, eager, flash_attention_2, ...); the library's choice if unset."
+        None,
+        "Attention kernel (sdpa, eager, flash_attention_2, ...). Unset: the one in the checkpoint's config.json, else the "
+        "library's choice.",
     )
     share_prefix: SharePrefix = option("auto", SHARE_PREFIX_HELP)
     head_init_std: float | None = option(

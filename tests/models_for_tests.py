@@ -53,6 +53,15 @@ def modernbert_config(pooling: str, **ids: int | None) -> t.ModernBertConfig:
     )
 
 
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+
 BACKBONES: dict[str, Callable[..., t.PreTrainedModel]] = {
     "llama": lambda **ids: t.LlamaForCausalLM(t.LlamaConfig(**SHAPE, **ids)),
     "llama_far": lambda **ids: t.LlamaForCausalLM(t.LlamaConfig(**SHAPE, rope_parameters=LLAMA3_ROPE, **ids)),
@@ -65,6 +74,9 @@ BACKBONES: dict[str, Callable[..., t.PreTrainedModel]] = {
     "gemma3": lambda **ids: t.Gemma3ForCausalLM(t.Gemma3TextConfig(**SHAPE, head_dim=16, **ids)),
     "gemma3_far": lambda **ids: t.Gemma3ForCausalLM(
         t.Gemma3TextConfig(**SHAPE, head_dim=16, layer_types=list(GEMMA3_ROPE), rope_parameters=GEMMA3_ROPE, **ids)
+    ),
+    "gemma3_images": lambda **ids: t.Gemma3ForConditionalGeneration(
+        t.Gemma3Config(text_config={**SHAPE, "head_dim": 16, **ids}, vision_config=VISION, mm_tokens_per_image=4)
     ),
     "gpt2": lambda **ids: t.GPT2LMHeadModel(t.GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=512, **ids)),
     "mixtral": lambda **ids: t.MixtralForCausalLM(t.MixtralConfig(**SHAPE, num_local_experts=4, **ids)),
@@ -117,6 +129,7 @@ BACKBONES: dict[str, Callable[..., t.PreTrainedModel]] = {
 CAUSAL = ("llama", "qwen2", "gemma3", "gpt2")
 EXPERTS = ("mixtral", "qwen3_moe")
 UNCOVERED = ("jetmoe",)  # expert weights of a form that stays in 16 bit
+IMAGES = ("gemma3_images",)  # text never passes through its tower
 ENCODERS = ("distilbert", "roberta", "bert")
 EXPORTED = ("llama_far", "qwen3", "mistral", "gemma", "gemma2", "phi3", "gemma3_far")  # for the readers' tests alone
 

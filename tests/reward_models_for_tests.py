@@ -97,8 +97,8 @@ def _pretend_to_train(model: torch.nn.Module) -> None:
         if not parameter.requires_grad:
             continue
         noise = torch.randn(parameter.shape, generator=generator)
-        if "lora_B" in name or "score" in name or "classifier" in name:
-            parameter.data.copy_(noise * (0.1 if "lora_B" in name else 0.5))
+        if "lora_B" in name or "lora_embedding" in name or "score" in name or "classifier" in name:
+            parameter.data.copy_(noise * (0.1 if "lora_" in name else 0.5))
         elif "magnitude" in name:
             parameter.data.mul_(1 + 0.05 * noise)
 

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from qlora_rm.artifacts.manifest import Manifest
+from qlora_rm.backbone.in_force import compute_quantized_layers_in
 from qlora_rm.backbone.precision import DTYPES, NAMES, Precision, best_dtype
 from qlora_rm.console import say
 
@@ -30,11 +31,7 @@ def compute_dtype(manifest: Manifest | None, precision: Precision = "auto") -> t
 
 def compute_in_fp32(model: nn.Module) -> None:
     """Widen every weight that is not quantized, and compute 4-bit layers in fp32; no weight changes its value."""
-    for module in model.modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            module.compute_dtype = torch.float32
-            # on CPUs with AVX512-BF16 bitsandbytes 0.50 would repack the weights and compute in bf16 all the same
-            module.support_avx512bf16_for_cpu = False
+    compute_quantized_layers_in(model, torch.float32)
     for parameter in model.parameters():
         packed = isinstance(parameter, (bnb.nn.Params4bit, bnb.nn.Int8Params))
         if not packed and parameter.dtype in (torch.bfloat16, torch.float16):

@@ -19,6 +19,7 @@ from qlora_rm.artifacts.manifest import SCORE_POSITION, Manifest, hash_of_templa
 from qlora_rm.artifacts.proof import allowed_between_layouts, allowed_drift
 from qlora_rm.artifacts.seal import changed_files
 from qlora_rm.backbone.layouts import SCORE_POSITIONS, layouts_of, score_position
+from qlora_rm.backbone.load import embedding_rows
 from qlora_rm.backbone.precision import DTYPES
 from qlora_rm.backbone.scoring import TOKENS_PER_BATCH, Layout, score_sequences
 from qlora_rm.preferences.faults import RowFault
@@ -120,7 +121,7 @@ def _listed(names: list[str], consequence: str) -> str:
 def check_vocabulary(subject: Subject, tokenizer: PreTrainedTokenizerBase) -> Iterator[Check]:
     """Every token has an embedding, and the model's pad id, which tells it the scored token, is the tokenizer's."""
     model: Any = subject.model.get_base_model() if isinstance(subject.model, PeftModel) else subject.model
-    pad, rows = tokenizer.pad_token_id, model.get_input_embeddings().num_embeddings
+    pad, rows = tokenizer.pad_token_id, embedding_rows(model)
     fits = pad is not None and pad < rows and len(tokenizer) <= rows
     yield Check("tokens have embedding rows", fits, f"{len(tokenizer)} tokens, {rows} rows")
     configured = model.config.get_text_config().pad_token_id

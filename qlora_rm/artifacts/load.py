@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from qlora_rm.artifacts.arithmetic import compute_dtype, compute_in_fp32, lacks_16_bit_units, to_accelerator
 from qlora_rm.artifacts.manifest import FILE_NAME, Manifest, hash_of_config
 from qlora_rm.backbone.adapter import load_adapter
+from qlora_rm.backbone.in_force import compute_quantized_layers_in
 from qlora_rm.backbone.load import Backbone, embedding_rows, load_backbone, read_model_config
 from qlora_rm.backbone.paths import is_local
 from qlora_rm.backbone.positions import inner_model, usable_positions
@@ -89,6 +90,8 @@ class RewardModel:
             model = _load_model(folder, manifest, tokenizer, compute, quantization, share_prefix, trust_remote_code)
         if compute is torch.float32:
             compute_in_fp32(model)
+        else:
+            compute_quantized_layers_in(model, compute)
         model.requires_grad_(False)
         tokenization.vocabulary = embedding_rows(inner_model(model))
         tokenization.positions = usable_positions(model)
@@ -233,6 +236,7 @@ def _load_adapter(
         DTYPES[manifest.compute_dtype],
         trust_remote_code=trust_remote_code,
         rotary_length=manifest.contract.rotary_length,
+        as_saved=quantization is None,
     )
     return load_adapter(backbone, folder, trainable=False)
 
@@ -263,6 +267,7 @@ def _load_model(
         trust_remote_code=trust_remote_code,
         full_fine_tuning=trained_whole,
         rotary_length=manifest.contract.rotary_length if manifest else None,
+        as_saved=quantization is None,
     )
     if backbone.has_new_head:
         raise UserError(

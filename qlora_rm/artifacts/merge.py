@@ -19,6 +19,7 @@ from qlora_rm.artifacts.read_back import fits, read_adapter, read_back
 from qlora_rm.artifacts.seal import changed_files
 from qlora_rm.backbone.load import read_model_config
 from qlora_rm.backbone.precision import DTYPES
+from qlora_rm.backbone.saved_quantization import saved_quantization
 from qlora_rm.config import Quantization
 from qlora_rm.console import say
 from qlora_rm.errors import UserError
@@ -81,6 +82,7 @@ class _Job:
         self._require_tokenizer()
         self.changes = self.manifest.base.changes(base_model)
         self.stream = self._stream()
+        self._require_original()
 
     def run(self) -> Merge:
         self._require_untouched()
@@ -103,6 +105,18 @@ class _Job:
         for check in chain.from_iterable(checks):  # one by one: the later ones take the earlier ones to hold
             if not check.ok and self.manifest.golden:
                 raise UserError(f"{self.folder} fails the check {check.name!r}: {check.detail}.")
+
+    def _require_original(self) -> None:
+        """Weights as they were before quantization, where these are asked for."""
+        if self.base == "dequantized":
+            return
+        name, revision = self._base()
+        saved = saved_quantization(read_model_config(name, revision, self.trusted))
+        if saved != "none":
+            raise UserError(
+                f"--base original: {name} is saved in {saved}, so its weights before quantization are not there. Pass "
+                "--base_model with a copy in 16 bit, or merge with --base dequantized."
+            )
 
     def _require_untouched(self) -> None:
         """The files are those that training wrote; asked last, for what is broken in them has by then been named."""
@@ -202,8 +216,7 @@ class _Job:
     def _unquantized(self, golden: list[GoldenItem]) -> list[list[float]]:
         """Scores of the adapter on its base as it was before quantization."""
         base, revision = self._base()
-        in_16_bit = not hasattr(read_model_config(base, revision, self.trusted), "quantization_config")
-        can_be_offloaded = in_16_bit and self.stream is not None and self.stream.adapter.is_plain
+        can_be_offloaded = self.stream is not None and self.stream.adapter.is_plain
         if not can_be_offloaded or fits(base, revision):
             return scores_of(golden, self._load("none").score_token_ids)
         pad = self.tokenizer.pad_token_id

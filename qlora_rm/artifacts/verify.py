@@ -99,8 +99,10 @@ def _adapter(folder: str, base: str | None, trust_remote_code: bool) -> Subject:
     with safe_open(Path(folder) / "adapter_model.safetensors", framework="pt") as file:
         saved = set(file.keys())
     wanted = set(get_peft_model_state_dict(peft))
+    # PEFT saves a copy of an adapted embedding, which a DeepSpeed run does not: it is the base's own
+    copies = {name for name in wanted if name.endswith(".base_layer.weight")} - saved
     head = {name: p for name, p in peft.named_parameters() if ".modules_to_save." in name}
-    return Subject(peft, head, sorted(wanted - saved), sorted(saved - wanted), loaded.computes_in)
+    return Subject(peft, head, sorted(wanted - saved - copies), sorted(saved - wanted), loaded.computes_in)
 
 
 def load_whole(folder: str, trust_remote_code: bool = False) -> Subject:

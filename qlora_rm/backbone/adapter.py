@@ -5,21 +5,17 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-import bitsandbytes as bnb
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from safetensors import safe_open
-from torch import nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from qlora_rm.backbone import targets
 from qlora_rm.backbone.experts import PROJECTIONS, expert_weights, fused_experts, gate_names, lora_modules
-from qlora_rm.backbone.head import is_in_head
 from qlora_rm.backbone.load import Backbone
+from qlora_rm.backbone.targets import LINEAR
 from qlora_rm.config import AdapterConfig
 from qlora_rm.errors import UserError, first_line
-
-LINEAR = (nn.Linear, Conv1D, bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
 
 
 def attach_adapter(backbone: Backbone, config: AdapterConfig) -> PeftModel:
@@ -44,6 +40,7 @@ def attach_adapter(backbone: Backbone, config: AdapterConfig) -> PeftModel:
         modules_to_save=[name for name in backbone.head if name not in ("score", "classifier")] or None,
     )
     lora._register_custom_module(lora_modules(backbone.model))  # type: ignore[arg-type]
+    targets.narrow_to_text(backbone.model, backbone.head, lora)
     try:
         model = get_peft_model(backbone.model, lora)
     except ValueError as error:
@@ -146,13 +143,7 @@ def require_head(folder: str, backbone: Backbone) -> None:
 
 def linear_names(backbone: Backbone) -> list[str]:
     """Last name parts of all linear layers inside the backbone (q_proj, ...) but the head's and gates of experts."""
-    model: PreTrainedModel = backbone.model
-    gates = set(gate_names(model))
-    names = set()
-    for name, module in model.named_modules():
-        if isinstance(module, LINEAR) and not is_in_head(name, backbone.head) and name not in gates:
-            names.add(name.rpartition(".")[2])
-    return sorted(names)
+    return targets.linear_names(backbone.model, [*backbone.head, *gate_names(backbone.model)])
 
 
 def _train_only(model: PeftModel) -> None:

@@ -23,6 +23,7 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from qlora_rm.backbone.expert_linear import ONE_BY_ONE, logical_shape, unpacked
 from qlora_rm.backbone.precision import BLOCK
+from qlora_rm.backbone.saved_quantization import Deserialize4bit, Saved8BitQuantizer
 
 WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
@@ -85,6 +86,9 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
     def get_quantize_ops(self) -> Bnb4bitQuantize:
         return _Quantize(self)
 
+    def get_load_operations(self) -> dict[str, Any]:
+        return {"deserialize": Deserialize4bit}
+
 
 class _Quantize(Bnb4bitQuantize):
     """What the loader calls with each weight, whole and in 16 or 32 bit, before it sets it."""
@@ -134,16 +138,18 @@ def _can_pack(weight: nn.Parameter) -> bool:
 
 @contextmanager
 def quantized_experts() -> Iterator[None]:
-    """Let `from_pretrained` with `load_in_4bit` quantize fused expert weights too.
+    """Let `from_pretrained` with `load_in_4bit` quantize fused expert weights too, and read what was saved in 4 or 8 bit
+    in the dtype asked for.
 
     Goes when transformers' bitsandbytes quantizer does (5.23 passes over every parameter outside a linear layer).
     """
-    stock = AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"]
-    AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] = ExpertsQuantizer
+    ours = {"bitsandbytes_4bit": ExpertsQuantizer, "bitsandbytes_8bit": Saved8BitQuantizer}
+    stock = {name: AUTO_QUANTIZER_MAPPING[name] for name in ours}
+    AUTO_QUANTIZER_MAPPING.update(ours)
     try:
         yield
     finally:
-        AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] = stock
+        AUTO_QUANTIZER_MAPPING.update(stock)
 
 
 def unpack_experts(model: PreTrainedModel) -> None:

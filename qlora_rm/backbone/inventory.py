@@ -1,14 +1,16 @@
 """What is in memory: parameters and bytes by dtype, what was quantized, what is trained."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import bitsandbytes as bnb
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from qlora_rm.backbone.head import head_modules, is_in_head
+from qlora_rm.backbone.head import head_modules
+from qlora_rm.backbone.in_force import settings_in_force
+from qlora_rm.backbone.reach import is_below, unreached
 from qlora_rm.backbone.shards import any_sharded
 from qlora_rm.console import table
 
@@ -16,11 +18,15 @@ from qlora_rm.console import table
 def inventory(model: nn.Module) -> list[str]:
     """Lines of a table: part x dtype, with parameters, bytes and whether it is trained; whole, also where sharded.
 
+    Above it stands what the layers compute with (`settings_in_force`).
+
     A line more says what this process holds of a sharded model; what is still whole the engine shards at its start.
     """
+    inner = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    towers = [] if inner is None else unreached(inner)
     count: dict[tuple[str, str, bool], list[int]] = defaultdict(lambda: [0, 0])
     for name, parameter in model.named_parameters():
-        entry = count[_part(name, parameter), dtype_name(parameter), parameter.requires_grad]
+        entry = count[_part(name, parameter, towers), dtype_name(parameter), parameter.requires_grad]
         entry[0] += logical_size(parameter)
         entry[1] += stored_bytes(parameter)
     rows = [
@@ -32,13 +38,13 @@ def inventory(model: nn.Module) -> list[str]:
     lines = table(("part", "dtype", "parameters", "bytes", "trained"), rows)
     if any_sharded(model):
         lines.append(f"sharded: {human_bytes(sum(map(held_bytes, model.parameters())))} of it on this process")
-    return lines
+    return [*settings_in_force(model), *lines]
 
 
 def unquantized_share(model: PreTrainedModel) -> tuple[float, str]:
     """Share of the backbone's matrix weights outside 4 or 8 bit, and the name of the largest such weight.
 
-    Embeddings and vectors (norms, biases) are never quantized and do not count. Expert weights fused into 3-D
+    Embeddings and vectors (norms, biases) are never quantized and do not count, nor do parts that text never passes through. Expert weights fused into 3-D
     parameters do: transformers 5 leaves them in 16 bit without a word.
     """
     quantized = 0
@@ -54,9 +60,9 @@ def unquantized_share(model: PreTrainedModel) -> tuple[float, str]:
 
 
 def _matrices(model: PreTrainedModel) -> Iterator[tuple[str, nn.Parameter]]:
-    head = head_modules(model)
+    apart = [*head_modules(model), *unreached(model)]
     for module_name, module in model.named_modules():
-        if isinstance(module, nn.Embedding) or is_in_head(module_name, head):
+        if isinstance(module, nn.Embedding) or is_below(module_name, apart):
             continue
         for name, parameter in module.named_parameters(module_name, recurse=False):
             if isinstance(parameter, bnb.nn.Params4bit) or logical_dim(parameter) >= 2:
@@ -101,7 +107,9 @@ def dtype_name(parameter: nn.Parameter) -> str:
     return str(parameter.dtype).removeprefix("torch.")
 
 
-def _part(name: str, parameter: nn.Parameter) -> str:
+def _part(name: str, parameter: nn.Parameter, towers: Sequence[str]) -> str:
+    if is_below(name.removeprefix("base_model.model."), towers):
+        return "not reached by text"
     if "lora_" in name:
         return "adapter"
     if parameter.requires_grad:

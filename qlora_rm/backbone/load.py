@@ -6,8 +6,8 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -24,10 +24,18 @@ from transformers.utils import logging as transformers_logging
 
 from qlora_rm.backbone.experts import fused_experts, gate_names, quantized_experts
 from qlora_rm.backbone.head import compute_in_own_precision, head_modules, initialize, is_in_head
+from qlora_rm.backbone.in_force import compute_quantized_layers_in, dequantize_to
 from qlora_rm.backbone.inventory import unquantized_share
 from qlora_rm.backbone.packed import share_prefixes
 from qlora_rm.backbone.paths import require_model
+from qlora_rm.backbone.reach import unreached
 from qlora_rm.backbone.rotary import pinned
+from qlora_rm.backbone.saved_quantization import (
+    config_of_run,
+    kept_settings,
+    require_obeyable,
+    saved_quantization,
+)
 from qlora_rm.backbone.shards import make_whole, shard_like
 from qlora_rm.config import BackboneConfig
 from qlora_rm.console import say
@@ -65,6 +73,7 @@ def load_backbone(
     full_fine_tuning: bool = False,
     loading: Loading | None = None,
     rotary_length: int | None = None,
+    as_saved: bool = False,
 ) -> Backbone:
     """Load `config.model_name_or_path` as a scalar reward model.
 
@@ -74,15 +83,20 @@ def load_backbone(
         full_fine_tuning: keep unquantized weights in fp32, since they will be trained.
         loading: how 4-bit weights are loaded, where not whole on every process (`zero3.sharded_loading`).
         rotary_length: rotate every sequence as one of this length (`rotary.pinned`); None leaves rotation as it is.
+        as_saved: a checkpoint that is saved quantized is loaded as it is, whatever `config.quantization` says.
 
     Raises:
-        UserError: no model there, not one label, weights missing from the checkpoint, or more weights left
+        UserError: no model there, saved in another quantization, not one label, weights missing from the checkpoint, or more weights left
             unquantized than `config.max_unquantized` allows.
     """
     name = config.model_name_or_path
     if not name:
         raise UserError("No backbone given: pass --model_name_or_path FOLDER_OR_HUB_ID.")
     model_config = pinned(read_model_config(name, config.model_revision, trust_remote_code), rotary_length)
+    if not as_saved:
+        require_obeyable(name, model_config, config.quantization)
+    if words := kept_settings(model_config):
+        say(f"quantization: {name} is saved in 4 bit with {words}; it is loaded as it is")
     model, fresh = _load_model(
         config,
         model_config,
@@ -95,11 +109,13 @@ def load_backbone(
     has_new_head = bool(fresh)
     _prepare_head(model, head, fresh, config.head_init_std, seed)
     _match_tokenizer(model, tokenizer, may_grow=full_fine_tuning)
-    _keep_compute_dtype_on_cpu(model)
-    model.config.use_cache = False
-    if config.quantization != "none":
-        _require_quantized(model, config)
+    compute_quantized_layers_in(model, dtype)
+    dequantize_to(model, dtype)
     _to_device(model, config)
+    for tower in unreached(model):
+        model.get_submodule(tower).requires_grad_(False)
+    if config.quantization != "none":
+        _require_quantized(model, config, saved_quantization(model_config) != "none")
     share_prefixes(model, config.share_prefix, config.attn_implementation)
     return Backbone(model, head, has_new_head)
 
@@ -145,24 +161,19 @@ def _load_model(
     name = str(config.model_name_or_path)
     bones = skeleton(model_config, trust_remote_code)
     head = head_modules(bones)
+    how: dict[str, Any] = {}
+    saved = saved_quantization(model_config)
     quantization = quantization_config(config.quantization, dtype)
-    model_config.num_labels = 1
-    how: dict[str, Any] = {"config": model_config}
-    saved = getattr(model_config, "quantization_config", None)
-    if quantization is not None and saved is not None and saved.get("quant_method") != "bitsandbytes":
-        raise UserError(
-            f"{name} is saved in {saved.get('quant_method')}, from which --quantization {config.quantization} cannot be "
-            "made. Use a copy of it in 16 bit."
-        )
-    if quantization is not None and saved is None:
+    if quantization is not None and saved == "none":
         quantization.llm_int8_skip_modules = head + gate_names(bones)
         how["quantization_config"] = quantization  # a checkpoint saved in 4 bit brings its own, which None would hide
-    in_4_bit = config.quantization == "4bit" if saved is None else bool(saved.get("load_in_4bit"))
+    in_4_bit = "4bit" in (saved if saved != "none" else config.quantization)
     sharding = loading(head) if loading and in_4_bit else nullcontext()
     with _quiet_transformers(), quantized_experts(), sharding:
         try:
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 name,
+                config=config_of_run(model_config, dtype, head + gate_names(bones)),
                 revision=config.model_revision,
                 dtype=dtype,
                 attn_implementation=config.attn_implementation,
@@ -243,28 +254,23 @@ def _to_device(model: PreTrainedModel, config: BackboneConfig) -> None:
         nn.Module.to(model, torch.device("cuda", torch.cuda.current_device()))
 
 
-def _keep_compute_dtype_on_cpu(model: PreTrainedModel) -> None:
-    """Hold 4-bit layers to their compute dtype, and to their gradients, on CPUs with AVX512-BF16.
-
-    There bitsandbytes 0.50 repacks a layer's weights at its first forward in eval mode; from then on it computes in
-    bf16 whatever the compute dtype, and passes no gradient back in training mode either. Goes when it does not.
-    """
-    for module in model.modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            module.support_avx512bf16_for_cpu = False
-
-
 def embedding_rows(model: PreTrainedModel) -> int:
-    """How many token ids the model has an input embedding for."""
+    """How many token ids the model has an input embedding for, which may have an adapter."""
     embedding = model.get_input_embeddings()
-    assert isinstance(embedding, nn.Embedding)
-    return embedding.num_embeddings
+    plain = embedding.get_base_layer() if isinstance(embedding, BaseTunerLayer) else embedding
+    assert isinstance(plain, nn.Embedding)
+    return plain.num_embeddings
 
 
-def _require_quantized(model: PreTrainedModel, config: BackboneConfig) -> None:
+def _require_quantized(model: PreTrainedModel, config: BackboneConfig, was_saved_so: bool) -> None:
     share, largest = unquantized_share(model)
     left = f"{share:.0%} of the backbone's linear and expert weights unquantized, the largest being {largest}"
     if share > config.max_unquantized:
+        if was_saved_so:
+            raise UserError(
+                f"{config.model_name_or_path} was quantized when it was saved, which left {left}. To train all the same pass "
+                "--max_unquantized 1; to quantize all of it use a copy in 16 bit."
+            )
         instead = "--quantization 4bit takes its experts too. " if config.quantization == "8bit" else ""
         raise UserError(
             f"--quantization {config.quantization} left {left}. {instead if fused_experts(model) else ''}To train all the "

@@ -1,20 +1,11 @@
-"""Loading a tokenizer, and choosing a pad token that can never be a scored token."""
-
-import re
+"""Loading a tokenizer, with its chat template and a pad token that can never be a scored token."""
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from qlora_rm.backbone.pad_token import choose_pad_token
 from qlora_rm.backbone.paths import require_folder
-from qlora_rm.console import say
 from qlora_rm.errors import UserError, first_line
 from qlora_rm.shipped import here_or_shipped
-
-# Names under which vocabularies reserve tokens nobody writes, most pad-like first.
-RESERVED = re.compile(
-    r"<\|?pad\|?>|\[PAD\]|<\|(finetune_right_|vision_|video_|image_)?pad(_id)?\|>|<\|?reserved_(special_token_)?\d+\|?>|"
-    r"\[control_\d+\]|<\|?(unused|extra_id_|dummy_|placeholder)_?\d*\|?>|<\|endofprompt\|>",
-    re.IGNORECASE,
-)
 
 
 def load_tokenizer(
@@ -24,12 +15,16 @@ def load_tokenizer(
     trust_remote_code: bool = False,
     chat_template_path: str | None = None,
     eos_token: str | None = None,
+    pad_token: str | None = None,
+    trained_pad: int | None = None,
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub id, with a pad token that differs from eos (see `choose_pad_token`).
+    """The tokenizer of a folder or hub id, with a pad token that no text contains (see `choose_pad_token`).
 
     Arguments:
         chat_template_path: a Jinja file, or a folder or hub id whose tokenizer's template is taken.
         eos_token: an existing token to use as end of sequence instead of the tokenizer's own.
+        pad_token: an existing token to pad with.
+        trained_pad: id of the pad token with which a model was trained that is gone on with.
     """
     require_folder(name)
     try:
@@ -43,36 +38,8 @@ def load_tokenizer(
     if chat_template_path is not None:
         tokenizer.chat_template = _read_template(chat_template_path, trust_remote_code)
     tokenizer.padding_side = "right"
-    choose_pad_token(tokenizer)
+    choose_pad_token(tokenizer, pad_token, trained_pad)
     return tokenizer
-
-
-def choose_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Set a pad token that no sequence contains.
-
-    Readers score the rightmost token that differs from pad, so a pad that is eos moves the scored token. In order:
-    the tokenizer's own pad unless it is eos; a reserved token of the vocabulary; the unknown token of a vocabulary
-    that falls back to bytes and so never emits it; a new token `<|pad|>`.
-    """
-    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
-        return
-    was = "eos" if tokenizer.pad_token_id is not None else "unset"
-    special = {tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token}
-    reserved = sorted(t for t in tokenizer.get_vocab() if RESERVED.fullmatch(t) and t not in special)
-    if reserved:
-        tokenizer.pad_token = min(reserved, key=lambda t: ("pad" not in t.lower(), tokenizer.get_vocab()[t]))
-    elif tokenizer.unk_token is not None and _falls_back_to_bytes(tokenizer):
-        tokenizer.pad_token = tokenizer.unk_token
-    else:
-        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
-    say(
-        f"pad token: {tokenizer.pad_token!r} (id {tokenizer.pad_token_id}); it was {was}, and pad must never be a scored token"
-    )
-
-
-def _falls_back_to_bytes(tokenizer: PreTrainedTokenizerBase) -> bool:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    return bool(backend is not None and getattr(backend.model, "byte_fallback", False))
 
 
 def _read_template(path: str, trust_remote_code: bool) -> str:

@@ -17,9 +17,11 @@ from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from qlora_rm.backbone.adapter import attach_adapter
 from qlora_rm.backbone.experts import gate_names
 from qlora_rm.backbone.head import compute_in_own_precision, head_modules, is_in_head
+from qlora_rm.backbone.in_force import disable_dropout
 from qlora_rm.backbone.load import Backbone, quantization_config, skeleton
 from qlora_rm.backbone.packed import PrefixSharing
 from qlora_rm.backbone.precision import BLOCK, NESTED_BLOCK
+from qlora_rm.backbone.reach import unreached
 from qlora_rm.config import AdapterConfig, BackboneConfig
 
 CODE_BYTES = (16 + 256) * 4
@@ -75,11 +77,11 @@ def build(
     whole = not adapter.use_lora
     model: Any = skeleton(config, trust_remote_code, torch.float32 if whole else dtype)
     head = head_modules(model)
+    for tower in unreached(model):  # asked while its layers are plain, which run on the meta device
+        model.get_submodule(tower).requires_grad_(False)
     for name in head:
         compute_in_own_precision(model.get_submodule(name).to(torch.float32))
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0  # the train door switches it off, before LoRA brings its own
+    disable_dropout(model)  # as the train door does, before LoRA brings its own
     if isinstance(getattr(model, "score", None), nn.Linear):  # takes forests, as far as can be told without a probe
         cls = type(model)
         model.__class__ = type(cls.__name__, (PrefixSharing, cls), {})

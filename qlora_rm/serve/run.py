@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from qlora_rm import __version__
 from qlora_rm.artifacts.load import RewardModel
 from qlora_rm.artifacts.proof import prove, prove_decoded, trained_on_turns
+from qlora_rm.backbone.load import embedding_rows
 from qlora_rm.backbone.packed import sharing_model
 from qlora_rm.bearer import TOKEN_VARIABLE, read_token
 from qlora_rm.config import ScoringConfig, ServeConfig
@@ -108,7 +109,7 @@ def make_service(model: RewardModel, folder: str, config: ServeConfig, token: st
         tokenization=model.tokenization,
         as_turns=as_turns,
         decoded=decoded,
-        vocabulary=inner.get_input_embeddings().num_embeddings,
+        vocabulary=embedding_rows(inner),
         longest=_longest(model, inner),
         max_sequences=min(config.max_request_sequences, config.max_queue_sequences),
         max_tokens=config.max_queue_tokens,

@@ -10,6 +10,7 @@ from typing import Any, Literal, NoReturn
 
 import torch
 import yaml
+from transformers.trainer_utils import HubStrategy
 from trl import RewardConfig, TrlParser
 
 from qlora_rm.backbone.precision import best_dtype
@@ -65,6 +66,17 @@ class TrainingConfig(RewardConfig):
             "help": "Latest checkpoints kept; older ones but the best (--metric_for_best_model) go once a newer one is whole."
         },
     )
+    hub_strategy: HubStrategy | str = field(
+        default="end",
+        metadata={"help": "end: with --push_to_hub the finished run is pushed once, whole; nothing else is supported."},
+    )
+    pad_token: str | None = field(
+        default=None,
+        metadata={
+            "help": "Token to pad with: one of the vocabulary that no text contains. Unset: the tokenizer's own, or where texts "
+            "contain that one, a reserved or new token."
+        },
+    )
     report_to: None | str | list[str] = field(  # noqa: RUF036  (HfArgumentParser knows no other order)
         default="none", metadata={"help": "Where to log besides the console: tensorboard, wandb, trackio, ..."}
     )
@@ -88,7 +100,9 @@ class TrainingConfig(RewardConfig):
         # said under its old name (TRL's default too), transformers 5 warns about it; goes when TRL renames it
         if self.activation_checkpointing is None:
             self.activation_checkpointing = self.gradient_checkpointing
+        asked, self.pad_token = self.pad_token, None  # TRL warns that it is deprecated; here it stays an option
         super().__post_init__()
+        self.pad_token = asked
         # transformers 5.23 counts all visible cards for a process that has no launcher, to spread it over them by
         # nn.DataParallel: TRL 1.16 refuses that, and a 4-bit model is not spread at all. It trains on its device alone.
         self._n_gpu = min(self.n_gpu, 1)

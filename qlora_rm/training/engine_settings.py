@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from qlora_rm.backbone.saved_quantization import saved_quantization, saved_settings
 from qlora_rm.config import Quantization
 from qlora_rm.errors import UserError
 from qlora_rm.training.arguments import Options, TrainingConfig
@@ -100,17 +101,10 @@ def unsound_settings(
 
 def loaded_in(config: PretrainedConfig, asked: Quantization) -> Quantization:
     """What the weights will be in: a checkpoint that was saved quantized comes as it is, whatever is asked for."""
-    saved = _saved_settings(config)
-    if saved.get("load_in_8bit"):
-        return "8bit"
-    return "4bit" if saved.get("load_in_4bit") else asked
+    saved = saved_quantization(config)
+    return saved if saved in ("4bit", "8bit") else asked  # type: ignore[return-value]
 
 
 def stored_as(config: PretrainedConfig) -> str:
     """dtype of the packed bytes in a checkpoint that was saved in 4 bit; what this project packs into otherwise."""
-    return str(_saved_settings(config).get("bnb_4bit_quant_storage") or "uint8").removeprefix("torch.")
-
-
-def _saved_settings(config: PretrainedConfig) -> dict[str, Any]:
-    saved = getattr(config, "quantization_config", None) or {}
-    return saved if isinstance(saved, dict) else saved.to_dict()
+    return str(saved_settings(config).get("bnb_4bit_quant_storage") or "uint8").removeprefix("torch.")

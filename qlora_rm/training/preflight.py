@@ -13,6 +13,7 @@ from datasets import Dataset
 
 from qlora_rm.artifacts.manifest import Manifest
 from qlora_rm.backbone.load import read_model_config
+from qlora_rm.backbone.saved_quantization import require_obeyable
 from qlora_rm.console import is_main_process, say
 from qlora_rm.errors import UserError
 from qlora_rm.plan.check import memory_warning
@@ -22,9 +23,10 @@ from qlora_rm.training.arguments import Options, TrainingConfig
 from qlora_rm.training.disk import DiskNeed
 from qlora_rm.training.engine import Engine, launched_engine, require_engine
 from qlora_rm.training.engine_settings import require_sound_settings
+from qlora_rm.training.hub import Hub
 
-OWN_TO_A_RANK = {"local_rank", "logging_dir", "run_name"}
-"""Training options that may differ between the ranks of one job."""
+OWN_TO_A_RANK = {"local_rank", "logging_dir", "run_name", "hub_token"}
+"""Training options that may differ between the ranks of one job, or are nothing to print."""
 SEEN_WITHIN = 10.0
 """Seconds until a file that rank 0 wrote must be seen on the other hosts of a shared folder."""
 
@@ -89,8 +91,12 @@ def _check_here(options: Options, train: Dataset, marker: Path) -> list[str]:
     config = read_model_config(
         str(options.backbone.model_name_or_path), options.backbone.model_revision, args.trust_remote_code
     )
+    require_obeyable(str(options.backbone.model_name_or_path), config, options.backbone.quantization)
     if engine.name.startswith("zero"):
         require_sound_settings(options, config, args.deepspeed_plugin.deepspeed_config)
+    hub = Hub.of(args)
+    if hub is not None and is_main_process():
+        hub.require_open()
     try:
         marker.touch()
     except OSError as error:

@@ -13,13 +13,13 @@ from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
-from trl.trainer.utils import disable_dropout_in_model
 
 from qlora_rm.artifacts.golden import GoldenItem, make_golden
 from qlora_rm.artifacts.manifest import FILE_NAME as MANIFEST
 from qlora_rm.artifacts.manifest import Base, Manifest, Reward, Training, make_contract
 from qlora_rm.artifacts.noise import Noise, measure_noise
 from qlora_rm.backbone.adapter import attach_adapter, load_adapter, read_adapter_config
+from qlora_rm.backbone.in_force import disable_dropout
 from qlora_rm.backbone.inventory import inventory
 from qlora_rm.backbone.layouts import score_position
 from qlora_rm.backbone.load import load_backbone
@@ -36,6 +36,7 @@ from qlora_rm.training.checkpoints import flush, last_whole, resume_point, writt
 from qlora_rm.training.curves import draw_curves
 from qlora_rm.training.engine import EngineCheck
 from qlora_rm.training.failures import ending_together, leave_process_group
+from qlora_rm.training.hub import Hub
 from qlora_rm.training.limits import Limits, fit_max_length, require_positions
 from qlora_rm.training.objective import Objective
 from qlora_rm.training.preflight import preflight
@@ -49,11 +50,16 @@ WEIGHTS = (SAFETENSORS_WEIGHTS_NAME, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
 
 def main(argv: list[str]) -> None:
     """The train door: parse, train, and leave the process group in order; all ranks end when one fails."""
+    hub = None
     try:
         with ending_together():
-            run(parse(argv))
+            options = parse(argv)
+            hub = Hub.of(options.training)
+            run(options)
     finally:
         leave_process_group()
+    if hub is not None and is_main_process():  # the others need not wait for it
+        hub.push()
 
 
 def run(options: Options) -> None:
@@ -92,6 +98,8 @@ def train(options: Options) -> dict[str, float]:
         trust_remote_code=args.trust_remote_code,
         chat_template_path=args.chat_template_path,
         eos_token=args.eos_token,
+        pad_token=args.pad_token,
+        trained_pad=_trained_pad(options, resume),
     )
     vocabulary = max(limits.vocabulary, len(tokenizer)) if limits.vocabulary else None
     tokenization = Tokenization(tokenizer, args.max_length, options.data.over_long, vocabulary, limits.positions)
@@ -142,7 +150,7 @@ def load_model(options: Options, tokenizer: PreTrainedTokenizerBase, limits: Lim
     say(f"score head: {', '.join(backbone.head)} ({'new' if backbone.has_new_head else 'kept from the checkpoint'})")
     if args.disable_dropout:
         # here, before LoRA: TRL does it after, and would switch off --lora_dropout with the backbone's
-        disable_dropout_in_model(backbone.model)
+        disable_dropout(backbone.model)
         args.disable_dropout = False
     if not options.adapter.use_lora:
         return backbone.model
@@ -181,6 +189,16 @@ def _take_from_adapter(folder: str, backbone: BackboneConfig) -> None:
             say(
                 f"warning: the adapter {folder} was trained on a base in {trained}, this run loads it in {backbone.quantization}"
             )
+
+
+def _trained_pad(options: Options, resume: Path | None) -> int | None:
+    """Id of the pad token of the checkpoint or adapter that is gone on with, so that its contract is kept."""
+    adapter = options.adapter.adapter
+    own = adapter if adapter and options.backbone.tokenizer_name_or_path == adapter else None
+    for folder in (resume, own):
+        if folder is not None and (Path(folder) / MANIFEST).exists():
+            return Manifest.load(folder).contract.pad_token_id
+    return None
 
 
 def _require_writable(output_dir: str) -> None:
@@ -233,7 +251,9 @@ def _make_trainer(
 ) -> PreferenceTrainer:
     args = options.training
     # read by our own loading above; TRL would apply them a second time
-    args.chat_template_path = args.eos_token = None
+    args.chat_template_path = args.eos_token = args.pad_token = None
+    # `main` pushes the finished run; the trainer would push before it is complete, and saves the token with its settings
+    args.push_to_hub, args.hub_token = False, None
     if held_out is None:
         args.eval_strategy = "no"
     check = EngineCheck(NAMES[args.compute_dtype])

@@ -81,6 +81,10 @@ def with_a_head(base: str) -> None:
     AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=torch.float32).save_pretrained(base)
 
 
+def on_layers(*names: str, **more: Any) -> AdapterConfig:
+    return AdapterConfig(lora_r=4, lora_target_modules=list(names), **more)
+
+
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {},
     "rslora": {"adapter": AdapterConfig(lora_r=8, lora_alpha=4, use_rslora=True)},
@@ -102,6 +106,17 @@ KINDS: dict[str, dict[str, Any]] = {
         "adapter": AdapterConfig(lora_r=4, lora_experts=True),
     },
     "qwen3_moe": {"architecture": "qwen3_moe", "adapter": AdapterConfig(lora_r=4, lora_experts=True)},
+    "lora_on_the_embedding": {"adapter": on_layers("embed_tokens", "q_proj")},
+    "rslora_on_a_grown_embedding": {
+        "adapter": on_layers("embed_tokens", use_rslora=True),
+        "tokenizer": with_new_pad_token(),
+        "rows": len(small_tokenizer()),
+    },
+    "lora_on_a_tied_embedding": {"adapter": on_layers("embed_tokens"), "save_again": tied},
+    "lora_on_a_scaled_embedding": {"architecture": "gemma3", "adapter": on_layers("embed_tokens", "o_proj")},
+    "lora_on_gpt2's_tables": {"architecture": "gpt2", "adapter": on_layers("wte", "wpe", "c_attn")},
+    "lora_on_bert's_embedding": {"architecture": "roberta", "adapter": on_layers("word_embeddings", "query")},
+    "images": {"architecture": "gemma3_images"},
     "sharded": {"save_again": in_shards},
     "stored_in_bf16": {"save_again": in_bf16},
     "stored_in_4_bit": {"save_again": in_4_bit},

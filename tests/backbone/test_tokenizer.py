@@ -35,7 +35,7 @@ def test_eos_or_no_pad_becomes_a_reserved_token(tmp_path, pad):
 
 
 def test_a_new_pad_token_grows_the_embedding_and_scores_stay_where_they_are(tmp_path, monkeypatch):
-    monkeypatch.setattr("qlora_rm.backbone.tokenizer.RESERVED", __import__("re").compile("no such token"))
+    monkeypatch.setattr("qlora_rm.backbone.pad_token.RESERVED", __import__("re").compile("no such token"))
     tokenizer = small_tokenizer()
     folder = save_backbone(tmp_path, "llama", tokenizer)
     reloaded = load_tokenizer(saved(tokenizer, tmp_path, pad_token=tokenizer.eos_token))

@@ -76,13 +76,14 @@ class Packed:
     numel: int
 
     @classmethod
-    def of(cls, weight: bnb.nn.Params4bit) -> Self:
+    def of(cls, weight: bnb.nn.Params4bit, dtype: torch.dtype) -> Self:
+        """The stored weight, to be dequantized to `dtype`, as training computed it."""
         state = weight.quant_state
         scales = state.absmax
         if state.nested:
             scales = F.dequantize_blockwise(scales, state.state2) + state.offset
         codes = weight.data.view(torch.uint8).reshape(-1)
-        return cls(codes, scales.float(), state.dtype, state.blocksize, state.quant_type, state.shape.numel())
+        return cls(codes, scales.float(), dtype, state.blocksize, state.quant_type, state.shape.numel())
 
     def values(self, start: int, stop: int) -> Tensor:
         """Values `start` to `stop`, fp32; `start` is a multiple of the block."""

@@ -136,10 +136,11 @@ class Stream:
     def _merged(self, name: str, values: dict[str, Tensor], workers: Workers) -> Iterator[Tensor]:
         """The merged weight `name` in pieces, in the dtype it is saved in; its value is taken out of `values`."""
         shape = self.shapes[name]
+        base: Rounded | Packed | _Plain
         if name in self.adapter.brought:
-            yield self.adapter.weight(name).to(self.dtype)
-            return
-        base = _as_trained(name, values.pop(name), self.skeleton, self.quantized)
+            base = _Plain(self.adapter.weight(name), torch.float32)
+        else:
+            base = _as_trained(name, values.pop(name), self.skeleton, self.quantized)
         adapter = self.adapter.on(name, shape)
 
         def merged(start: int, stop: int) -> Tensor:
@@ -187,7 +188,7 @@ def _as_trained(name: str, value: Tensor, skeleton: Skeleton, quantized: frozens
     """A weight of the base as training saw it."""
     dtype = skeleton.dtypes[name] if value.is_floating_point() else value.dtype
     if isinstance(value, bnb.nn.Params4bit):
-        return Packed.of(value)
+        return Packed.of(value, skeleton.dtypes[name])
     if name not in quantized:
         return _Plain(value, dtype)
     if isinstance(skeleton.model.get_submodule(name.rpartition(".")[0]), Conv1D):
