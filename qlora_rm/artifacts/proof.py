@@ -10,7 +10,6 @@ from qlora_rm.preferences.comparison import Candidates
 from qlora_rm.preferences.contents import kind_of
 from qlora_rm.preferences.decoded import DecodedText
 from qlora_rm.preferences.faults import RowFault
-from qlora_rm.preferences.tokenization import Tokenization
 
 
 @dataclass(frozen=True)
@@ -26,13 +25,6 @@ def allowed_drift(manifest: Manifest, computes_in: str) -> Tolerance:
     """How far scores computed in `computes_in` may stand from the golden ones, given what the model has gone through."""
     rounding = [manifest.compute_dtype, manifest.quantization, computes_in]
     return tolerance(*rounding, *([manifest.merge.dtype] if manifest.merge else []))
-
-
-def trained_on_turns(manifest: Manifest | None, tokenization: Tokenization) -> bool:
-    """Whether the model scores conversations, by its golden items; where there are none, by its having a template."""
-    if manifest is None or not manifest.golden:
-        return bool(tokenization.tokenizer.chat_template)
-    return any(is_of_kind(item, as_turns=True) for item in manifest.golden)
 
 
 def prove(model: RewardModel, folder: str) -> Proof:

@@ -31,6 +31,7 @@ from qlora_rm.errors import Terminated, UserError
 from qlora_rm.preferences import PreferenceData, Tokenization, load_preferences
 from qlora_rm.training.arguments import Options, parse
 from qlora_rm.training.checkpoints import flush, last_whole, resume_point, written_whole
+from qlora_rm.training.clock import fix_training_date
 from qlora_rm.training.curves import draw_curves
 from qlora_rm.training.engine import EngineCheck
 from qlora_rm.training.failures import ending_together, leave_process_group
@@ -89,6 +90,7 @@ def train(options: Options) -> dict[str, float]:
         chat_template_path=args.chat_template_path,
         eos_token=args.eos_token,
     )
+    fix_training_date(tokenizer, args, resume)
     tokenization = Tokenization(tokenizer, args.max_length, options.data.over_long)
     data = load_preferences(options.data, tokenization, need_eval=args.eval_strategy != "no")
     say(*data.report.lines())
@@ -195,8 +197,13 @@ def _require_same_data(fingerprint: str, resume: Path | None) -> None:
 
 def _require_same_contract(manifest: Manifest, resume: Path | None) -> None:
     """A resumed run makes tokens of text as it did: template, pad and end-of-text tokens."""
+    if resume is None:
+        return
+    began, now = Manifest.load(resume).contract, manifest.contract
+    if began.trained_on is None:  # an earlier version, which did not record it
+        now = replace(now, trained_on=None, text_as=None)
     require(
-        resume is None or Manifest.load(resume).contract == manifest.contract,
+        began == now,
         f"The tokenizer is not what the checkpoint {resume} was trained with: resume with the same tokenizer and template.",
     )
 
@@ -247,7 +254,7 @@ def _describe(options: Options, tokenization: Tokenization, data: PreferenceData
     """The manifest as it stands before training: everything but steps, golden scores and reward statistics."""
     args, backbone = options.training, options.backbone
     return Manifest(
-        contract=make_contract(tokenization.tokenizer, tokenization),
+        contract=make_contract(tokenization.tokenizer, tokenization, data.trained_on),
         base=Base.of(str(backbone.model_name_or_path), backbone.model_revision),
         quantization=backbone.quantization,
         compute_dtype=NAMES[args.compute_dtype],
