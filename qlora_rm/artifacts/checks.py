@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora_rm.artifacts.golden import GoldenItem, Tolerance, drift, scores_of
 from qlora_rm.artifacts.load import tokenization_of
-from qlora_rm.artifacts.manifest import SCORE_POSITION, Manifest, hash_of_template
+from qlora_rm.artifacts.manifest import SCORE_POSITION, Manifest, has_trained_template
 from qlora_rm.artifacts.proof import allowed_between_layouts, allowed_drift
 from qlora_rm.artifacts.seal import changed_files
 from qlora_rm.backbone.layouts import SCORE_POSITIONS, layouts_of, score_position
@@ -78,7 +78,7 @@ def check_tokenizer(manifest: Manifest, tokenizer: PreTrainedTokenizerBase) -> I
     same = contract.eos_rule == EOS_RULE and contract.score_position in SCORE_POSITIONS
     other = f"trained as: {contract.eos_rule}; scored at the {contract.score_position}. Use the qlora_rm that wrote it"
     yield Check("eos rule and score position are this version's", same, "" if same else other)
-    same = hash_of_template(tokenizer) == contract.chat_template_sha256
+    same = has_trained_template(tokenizer, contract)
     yield Check("chat template is the trained one", same, "" if same else f"its text has changed; {RESTORE}")
 
 

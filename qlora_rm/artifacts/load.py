@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -11,6 +12,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 from qlora_rm.artifacts.arithmetic import compute_dtype, compute_in_fp32, lacks_16_bit_units, to_accelerator
 from qlora_rm.artifacts.manifest import FILE_NAME, Manifest, hash_of_config
+from qlora_rm.artifacts.trained_text import trained_text
+from qlora_rm.artifacts.training_date import fix_to_training
 from qlora_rm.backbone.adapter import load_adapter
 from qlora_rm.backbone.in_force import compute_quantized_layers_in
 from qlora_rm.backbone.load import Backbone, embedding_rows, load_backbone, read_model_config
@@ -22,8 +25,10 @@ from qlora_rm.backbone.tokenizer import load_tokenizer
 from qlora_rm.config import BackboneConfig, Quantization, SharePrefix
 from qlora_rm.console import say
 from qlora_rm.errors import UserError, first_line
+from qlora_rm.preferences.clock import fix_date, now
 from qlora_rm.preferences.comparison import Candidates
 from qlora_rm.preferences.faults import RowFault
+from qlora_rm.preferences.text_as import TrainedText
 from qlora_rm.preferences.tokenization import Tokenization
 
 Kind = Literal["adapter", "model"]
@@ -80,6 +85,8 @@ class RewardModel:
         compute = compute_dtype(manifest, precision)
         if manifest is None:
             say(f"{folder} has no {FILE_NAME}: text becomes tokens by this project's rules, without a limit of length")
+            if date := fix_date(tokenizer, now()):
+                say(f"its chat template reads the clock: this process renders {date}")
             tokenization = Tokenization(tokenizer)
         else:
             tokenization = tokenization_of(manifest, tokenizer)
@@ -97,6 +104,11 @@ class RewardModel:
         tokenization.positions = usable_positions(model)
         autocast = None if compute is torch.float32 else compute
         return cls(to_accelerator(model).eval(), tokenization, manifest, autocast, tokens_per_batch)
+
+    @cached_property
+    def text(self) -> TrainedText:
+        """How it reads prompts and responses."""
+        return trained_text(self.manifest, self.tokenization)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -171,6 +183,7 @@ def read_tokenizer(folder: str, trust_remote_code: bool = False) -> PreTrainedTo
     except Exception as error:  # tokenizers raises bare Exception for a broken file
         raise UserError(f"The tokenizer in {folder} could not be loaded: {first_line(error)}") from error
     tokenizer.padding_side = "right"
+    fix_to_training(tokenizer, folder)
     return tokenizer
 
 

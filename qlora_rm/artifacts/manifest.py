@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,6 +25,8 @@ from qlora_rm.artifacts.typed_json import read_as
 from qlora_rm.backbone.layouts import LAST
 from qlora_rm.backbone.paths import is_local
 from qlora_rm.errors import UserError
+from qlora_rm.preferences.clock import fixed_date, original
+from qlora_rm.preferences.text_as import text_as_of
 from qlora_rm.preferences.tokenization import EOS_RULE, Tokenization
 
 __all__ = ["Base", "Contract", "Manifest", "Merge", "Reward", "Step", "Training", "make_contract", "make_golden"]
@@ -59,6 +62,11 @@ class Contract:
             longest sequence of a batch; null: the base's scaling does not depend on length.
         score_position: where the score is read: "last token that is not pad", "first token", "all tokens that are not pad",
             or "model's own choice". Files of versions 1 and 2 name the last token for every model.
+        date: the moment at which training started, in ISO format, where the chat template reads the clock: it is written
+            into the saved template. null: the template does not read the clock, or an earlier version wrote the file.
+        trained_on: what the training rows were made of: "text", "turns", "token_ids"; null in files of earlier versions.
+        text_as: what a prompt and a response in plain text are scored as: "turns", a user's and an assistant's turn, or
+            "text", one after the other; null in files of earlier versions, where the golden items decide.
     """
 
     chat_template_sha256: str | None
@@ -70,6 +78,9 @@ class Contract:
     over_long: str
     rotary_length: int | None = None
     score_position: str = SCORE_POSITION
+    date: str | None = None
+    trained_on: list[str] | None = None
+    text_as: str | None = None
 
 
 @dataclass(frozen=True)
@@ -289,19 +300,29 @@ def _from_version_1(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _from_version_2(content: dict[str, Any]) -> dict[str, Any]:
-    """Version 2 measured no noise: the constants of `golden.tolerance` apply. It left rotary scaling to each batch."""
+    """Version 2 measured no noise: fixed tolerances apply (`noise.tolerance`). It left rotary scaling to each batch, and its
+    contract had neither the date of the template nor the kind of the training rows."""
     contract = content.get("contract")
+    unknown = {"rotary_length": None, "date": None, "trained_on": None, "text_as": None}
     return content | {
         "schema_version": SCHEMA_VERSION,
         "noise": {},
-        "contract": contract | {"rotary_length": None} if isinstance(contract, dict) else contract,
+        "contract": contract | unknown if isinstance(contract, dict) else contract,
     }
 
 
 def make_contract(
-    tokenizer: PreTrainedTokenizerBase, tokenization: Tokenization, rotary_length: int | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    tokenization: Tokenization,
+    *,
+    rotary_length: int | None = None,
+    trained_on: Sequence[str] | None = None,
 ) -> Contract:
-    """The contract that this tokenizer under this tokenization fulfils; where the score is read only a loaded model tells."""
+    """The contract that this tokenizer under this tokenization fulfils; a loaded model decides where the score is read.
+
+    Arguments:
+        trained_on: the kinds of the training rows; None where they are not known.
+    """
     assert tokenizer.pad_token_id is not None
     return Contract(
         chat_template_sha256=hash_of_template(tokenizer),
@@ -312,12 +333,28 @@ def make_contract(
         max_length=tokenization.max_length,
         over_long=tokenization.over_long,
         rotary_length=rotary_length,
+        date=fixed_date(tokenizer.chat_template),
+        trained_on=None if trained_on is None else sorted(trained_on),
+        text_as=None if trained_on is None else text_as_of(trained_on),
     )
 
 
 def hash_of_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """sha256 of the chat template; several named templates count as one JSON object."""
+    return _hash_of(tokenizer.chat_template)
+
+
+def has_trained_template(tokenizer: PreTrainedTokenizerBase, contract: Contract) -> bool:
+    """Whether the tokenizer's chat template is the contract's.
+
+    Earlier versions saved templates that read the clock as they were: their date is fixed when they are read.
+    """
     template = tokenizer.chat_template
+    hashes = {_hash_of(template), *([_hash_of(original(template))] if contract.date is None else [])}
+    return contract.chat_template_sha256 in hashes
+
+
+def _hash_of(template: str | dict[str, str] | None) -> str | None:
     if not template:
         return None
     text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)

@@ -29,7 +29,7 @@ HEAD = f"""# {FILE_NAME}, version {SCHEMA_VERSION}
 Every model folder of this project holds one: what a reader must know to give a model's sequences the scores that it was
 trained to give. It is written at the end of training; every later step (merge, re-quantization, export) carries it
 along and adds a record of itself. Every key is there and no other; what is unknown is null. A file of version 1 is
-read as one without hashes and history, a file of version 2 as one without noise. This page is made from the schema by `python -m qlora_rm.artifacts.manifest_page`.
+read as one without hashes and history, a file of version 2 as one without noise and without the last three keys of the contract. This page is made from the schema by `python -m qlora_rm.artifacts.manifest_page`.
 """
 
 RULE = f"""## How far scores may move

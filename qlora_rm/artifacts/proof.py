@@ -11,7 +11,6 @@ from qlora_rm.preferences.comparison import Candidates
 from qlora_rm.preferences.contents import kind_of
 from qlora_rm.preferences.decoded import DecodedText
 from qlora_rm.preferences.faults import RowFault
-from qlora_rm.preferences.tokenization import Tokenization
 
 
 @dataclass(frozen=True)
@@ -33,13 +32,6 @@ def allowed_drift(manifest: Manifest, computes_in: str) -> Tolerance:
 def allowed_between_layouts(manifest: Manifest, computes_in: str) -> Tolerance:
     """How far two scores of one sequence, computed in `computes_in`, may stand apart: alone or in any batch."""
     return layout_tolerance(manifest.golden, manifest.noise, computes_in, manifest.quantization)
-
-
-def trained_on_turns(manifest: Manifest | None, tokenization: Tokenization) -> bool:
-    """Whether the model scores conversations, by its golden items; where there are none, by its having a template."""
-    if manifest is None or not manifest.golden:
-        return bool(tokenization.tokenizer.chat_template)
-    return any(is_of_kind(item, as_turns=True) for item in manifest.golden)
 
 
 def prove(model: RewardModel, folder: str) -> Proof:

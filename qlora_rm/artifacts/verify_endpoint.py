@@ -10,7 +10,8 @@ from qlora_rm.artifacts.endpoint import Endpoint, NoAnswer, Protocol, Question, 
 from qlora_rm.artifacts.golden import GoldenItem, Tolerance, drift
 from qlora_rm.artifacts.load import read_tokenizer, tokenization_of
 from qlora_rm.artifacts.manifest import Manifest, Reward
-from qlora_rm.artifacts.proof import allowed_between_layouts, allowed_drift, is_of_kind, trained_on_turns
+from qlora_rm.artifacts.proof import allowed_between_layouts, allowed_drift, is_of_kind
+from qlora_rm.artifacts.trained_text import trained_text
 from qlora_rm.errors import UserError
 from qlora_rm.preferences.tokenization import Tokenization
 
@@ -42,7 +43,7 @@ def verify_endpoint(
     if not all(check.ok for check in checks):
         return checks  # the texts to ask for would not be those of training
     questions = questions_of(manifest.expected(), tokenization)
-    as_turns = trained_on_turns(manifest, tokenization)
+    as_turns = trained_text(manifest, tokenization).decodes_turns
     client, named = connect(url, token)
     with client:
         try:

@@ -29,7 +29,7 @@ def _eval(options: argparse.Namespace) -> None:
 
     with writing(options.output) as file:
         model = load_model(options)
-        dataset, report = load_comparisons(data.dataset, data, model.tokenization)
+        dataset, report = load_comparisons(data.dataset, data, model.tokenization, model.text)
         say(*report.lines())
         evaluation = evaluate(model, dataset)
         result = as_json({"model": options.model, **evaluation.as_dict(), "data": report.as_dict()})
@@ -47,10 +47,10 @@ def add_score(command: argparse.ArgumentParser) -> Run:
     rows.add_argument(
         "--score_column", metavar="NAME", help="Name of the added column; unset: score, or scores for a list."
     )
-    add_options(command, DataConfig, ["on_bad_row"])
+    add_options(command, DataConfig, ["hh_turns", "on_bad_row"])
     one = command.add_argument_group("One prompt")
     one.add_argument(
-        "--prompt", help="A user's message; text before the responses where the model has no chat template."
+        "--prompt", help="A user's message; text before the responses where the model was trained on text."
     )
     one.add_argument("--responses", nargs="+", metavar="TEXT", help="Responses to rank.")
     one.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
@@ -76,7 +76,13 @@ def _score_file(options: argparse.Namespace) -> None:
     with reading(options.input) as lines, writing(options.output) as file:
         model, skipped, count = load_model(options), Counter[str](), 0
         for row in score_rows(
-            model, lines, options.input, on_bad_row=options.on_bad_row, column=options.score_column, skipped=skipped
+            model,
+            lines,
+            options.input,
+            on_bad_row=options.on_bad_row,
+            column=options.score_column,
+            hh_turns=options.hh_turns,
+            skipped=skipped,
         ):
             file.write(json_line(row))
             count += 1
@@ -90,7 +96,7 @@ def _rank(options: argparse.Namespace) -> None:
     from qlora_rm.report.files import as_json
     from qlora_rm.report.scored_rows import rank
 
-    ranked = rank(load_model(options), options.prompt, options.responses)
+    ranked = rank(load_model(options), options.prompt, options.responses, options.hh_turns)
     if options.json:
         print(
             as_json([{"rank": i, "score": score, "response": text} for i, (score, text) in enumerate(ranked, 1)]),

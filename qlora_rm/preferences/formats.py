@@ -26,6 +26,7 @@ from qlora_rm.preferences.parts import (
     read_responses,
     with_system,
 )
+from qlora_rm.preferences.text_as import TrainedText
 
 COMMON = frozenset({"margin", "weight", "source"})
 TURN_COLUMNS = frozenset({"system", "tools", "chat_template_kwargs"})
@@ -131,19 +132,22 @@ def recognize(rows: Sequence[Row], file: str) -> Format:
     return found
 
 
-def parse_comparison(row: Row, form: Format, origin: Origin, source: str, as_turns: bool = False) -> Comparison:
+def parse_comparison(
+    row: Row, form: Format, origin: Origin, source: str, as_turns: bool = False, text: TrainedText | None = None
+) -> Comparison:
     """`row` read as `form`.
 
     Arguments:
         source: name of the data set, where the row has no `source` of its own.
         as_turns: parse raw HH text to turns.
+        text: how the model that scores the row reads plain text; None leaves it as it is.
 
     Raises:
         RowFault: whatever keeps the row from being a comparison.
     """
     if missing := [column for column in form.holds if column not in row]:
         raise RowFault("missing_column", f"no {' and no '.join(missing)}, which rows of {form.name} have")
-    candidates = _candidates(row, form.read(row), as_turns)
+    candidates = _candidates(row, form.read(row), as_turns, text)
     count = len(candidates.responses)
     if count < 2:
         raise RowFault("too_few_responses", f"responses holds {count}, at least 2 are compared")
@@ -166,9 +170,9 @@ SCORED = (
 """Shapes of rows that are scored without being compared."""
 
 
-def parse_candidates(row: Row, as_turns: bool = False) -> Candidates:
+def parse_candidates(row: Row, as_turns: bool = False, text: TrainedText | None = None) -> Candidates:
     """A prompt and its responses to score: {prompt, response}, {prompt, responses}, {messages}, {text}, {response},
-    or any row of `FORMATS`, whose preferences are not looked at.
+    or any row of `FORMATS`, whose preferences are not looked at. Arguments as for `parse_comparison`.
 
     Raises:
         RowFault: missing_column where no shape fits, else the faults of the values.
@@ -182,13 +186,15 @@ def parse_candidates(row: Row, as_turns: bool = False) -> Candidates:
             f"nothing to score in the columns {', '.join(row) or 'none'}; give prompt and response, prompt and "
             "responses, messages, or prompt, chosen and rejected",
         )
-    return _candidates(row, form.read(row), as_turns)
+    return _candidates(row, form.read(row), as_turns, text)
 
 
-def _candidates(row: Row, parts: Parts, as_turns: bool) -> Candidates:
+def _candidates(row: Row, parts: Parts, as_turns: bool, text: TrainedText | None) -> Candidates:
     prompt, responses = parts
     if as_turns and isinstance(prompt, str) and is_hh_text(f"{prompt}{responses[0]}"):
         prompt, responses = join("", [hh_turns(f"{prompt}{response}") for response in responses])
+    if text is not None:
+        prompt, responses = text.read(prompt, responses)
     if kind_of(responses[0]) != "turns":
         return Candidates(prompt, tuple(responses))
     return Candidates(

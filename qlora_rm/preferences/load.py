@@ -16,6 +16,7 @@ from qlora_rm.preferences.gather import gather
 from qlora_rm.preferences.sources import Entry, Rows, Source, read_rows, sources
 from qlora_rm.preferences.split import digest, hold_out, lowest, repeat
 from qlora_rm.preferences.table import Table
+from qlora_rm.preferences.text_as import Kind, TrainedText
 from qlora_rm.preferences.tokenization import Tokenization, check_wins
 
 if TYPE_CHECKING:
@@ -36,8 +37,9 @@ class PreferenceData(NamedTuple):
     Attributes:
         held_out: None where nothing is held out.
         fingerprint: sha256 over the comparisons of both parts in order; two ranks with the same one read the same.
-        golden_candidates: a few held-out prompts with their responses as they were read (training ones where nothing
-            is held out), of many lengths.
+        golden_candidates: a few held-out prompts with their responses as they were read, of many lengths and of the
+            training rows' kinds (training ones where nothing of these kinds is held out).
+        trained_on: the kinds of all training rows, see `text_as.Kind`.
     """
 
     train: "Dataset"
@@ -45,6 +47,7 @@ class PreferenceData(NamedTuple):
     report: Report
     fingerprint: str
     golden_candidates: list[Candidates]
+    trained_on: list[Kind]
 
 
 def load_preferences(config: DataConfig, tokenization: Tokenization, *, need_eval: bool) -> PreferenceData:
@@ -70,6 +73,9 @@ def load_preferences(config: DataConfig, tokenization: Tokenization, *, need_eva
     train, mixing = _mixed(table, train, of_train)
     held, choice = _limited(eval_table, held, config.max_eval_comparisons)
     _require_both(table, train, held, need_eval)
+    kinds = {table.facts[row].kind for row in train}
+    alike = [row for row in held if eval_table.facts[row].kind in kinds]
+    notes = [*notes, *_of_another_kind(kinds, {eval_table.facts[row].kind for row in held})]
     parts = {"training": Part.of(table.facts, train)} | ({"held-out": Part.of(eval_table.facts, held)} if held else {})
     contents = [table.facts[row].content for row in train], [eval_table.facts[row].content for row in held]
     training = table.dataset().select(train)
@@ -81,19 +87,23 @@ def load_preferences(config: DataConfig, tokenization: Tokenization, *, need_eva
         held_out=eval_table.dataset().select(held) if held else None,
         report=Report(ledgers, parts, [*notes, *mixing, *choice]),
         fingerprint=digest(*contents[0], b"held out", *contents[1]).hex(),
-        golden_candidates=eval_table.sample(held, GOLDEN) if held else table.sample(train, GOLDEN),
+        golden_candidates=eval_table.sample(alike, GOLDEN) if alike else table.sample(train, GOLDEN),
+        trained_on=sorted(kinds),
     )
 
 
 def load_comparisons(
-    entries: Sequence[Entry], config: DataConfig, tokenization: Tokenization
+    entries: Sequence[Entry], config: DataConfig, tokenization: Tokenization, text: TrainedText | None = None
 ) -> tuple["Dataset", Report]:
     """All comparisons of `entries`, tokenized, neither split nor mixed: what an evaluation reads.
+
+    Arguments:
+        text: how the model reads plain text; None reads rows as training does.
 
     Raises:
         UserError: nothing readable, or a faulty row (unless skipped).
     """
-    table, ledger = _read(sources(entries, config), config, tokenization)
+    table, ledger = _read(sources(entries, config), config, tokenization, text)
     return table.dataset(), Report({"data": ledger}, {"comparisons": Part.of(table.facts, range(len(table.facts)))})
 
 
@@ -106,10 +116,12 @@ def _held_out_sources(config: DataConfig, of_train: Sequence[Source]) -> list[So
     return None
 
 
-def _read(of: Sequence[Source], config: DataConfig, tokenization: Tokenization) -> tuple[Table, Ledger]:
+def _read(
+    of: Sequence[Source], config: DataConfig, tokenization: Tokenization, text: TrainedText | None = None
+) -> tuple[Table, Ledger]:
     table, ledger = Table(), Ledger(config.on_bad_row, tokenization.over_long)
     for entry, source in enumerate(of):
-        comparisons = _comparisons(source, config, ledger)
+        comparisons = _comparisons(source, config, ledger, text)
         while batch := list(islice(comparisons, TOKENIZED_AT_ONCE)):
             results = tokenization.tokenize_each([comparison.candidates for comparison in batch])
             for comparison, result in zip(batch, results, strict=True):
@@ -127,7 +139,7 @@ def _read(of: Sequence[Source], config: DataConfig, tokenization: Tokenization) 
     return table, ledger
 
 
-def _comparisons(source: Source, config: DataConfig, ledger: Ledger) -> Iterator[Comparison]:
+def _comparisons(source: Source, config: DataConfig, ledger: Ledger, text: TrainedText | None) -> Iterator[Comparison]:
     """The good rows of `source`, each file's in the format of its first rows; the others go to the ledger."""
     for file, rows in groupby(read_rows(source, config.dataset_split), key=lambda item: item[0].file):
         head = _head(rows)
@@ -141,7 +153,7 @@ def _comparisons(source: Source, config: DataConfig, ledger: Ledger) -> Iterator
                 if isinstance(row, RowFault):
                     raise row
                 assert form is not None
-                comparison = parse_comparison(row, form, origin, source.name, as_turns=config.hh_turns)
+                comparison = parse_comparison(row, form, origin, source.name, config.hh_turns, text)
             except RowFault as fault:
                 ledger.fault(origin, fault)
                 continue
@@ -166,6 +178,17 @@ def _leaks(train: Table, held_out: Table) -> list[str]:
     if not both:
         return []
     return [f"warning: {len(both):,} of the {len(prompts):,} held-out prompts stand in the training data too"]
+
+
+def _of_another_kind(train: set[Kind], held_out: set[Kind]) -> list[str]:
+    """A warning where the held-out rows are not what the training rows are."""
+    if held_out <= train:
+        return []
+    kinds = " and ".join(sorted(held_out - train))
+    return [
+        f"warning: some held-out rows are {kinds}, and the training rows are {' and '.join(sorted(train))}: such rows are "
+        "scored as they are, which training did not see"
+    ]
 
 
 def _mixed(table: Table, train: list[int], of: Sequence[Source]) -> tuple[list[int], list[str]]:

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from qlora_rm.preferences.comparison import Candidates, Comparison
 from qlora_rm.preferences.split import Digest, digest, prompt_key
+from qlora_rm.preferences.text_as import Kind, kind_of_row
 from qlora_rm.preferences.tokenization import Tokenized
 
 if TYPE_CHECKING:
@@ -44,11 +45,13 @@ class Facts:
 
     Attributes:
         entry: which of the data sets it comes from.
+        kind: what its prompt and responses are.
         prompt: hash of its prompt.
         content: hash of its tokens and preferences.
     """
 
     entry: int
+    kind: Kind
     source: str
     prompt: Digest
     content: Digest
@@ -90,6 +93,7 @@ class Table:
         self.facts.append(
             Facts(
                 entry,
+                kind_of_row(comparison.candidates),
                 preferences.source,
                 key,
                 _content(row),

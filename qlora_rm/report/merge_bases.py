@@ -15,6 +15,7 @@ from qlora_rm.artifacts.folders import new_folder
 from qlora_rm.artifacts.load import RewardModel, read_tokenizer, tokenization_of
 from qlora_rm.artifacts.manifest import Manifest
 from qlora_rm.artifacts.merge import MergeBase, MergeDtype, merge
+from qlora_rm.artifacts.trained_text import trained_text
 from qlora_rm.config import DataConfig
 from qlora_rm.console import say, table
 from qlora_rm.preferences import load_comparisons
@@ -81,7 +82,7 @@ def merge_better(adapter: str, output: str, data: DataConfig, *, dtype: MergeDty
     """
     trusted = places.get("trust_remote_code", False)
     adapted = RewardModel.load(adapter, base=places.get("base_model"), trust_remote_code=trusted)
-    dataset, report = load_comparisons(data.dataset, data, adapted.tokenization)
+    dataset, report = load_comparisons(data.dataset, data, adapted.tokenization, adapted.text)
     say(*report.lines())
     sequences = sequences_of(dataset)
     before = adapted.score_token_ids(sequences)
@@ -103,7 +104,7 @@ def token_ids_of(folder: str, data: DataConfig, trust_remote_code: bool = False)
     """Token ids of the data's responses, grouped by prompt, as the model in `folder` was trained to see them."""
     manifest = Manifest.load(folder)
     tokenization = tokenization_of(manifest, read_tokenizer(folder, trust_remote_code))
-    dataset, report = load_comparisons(data.dataset, data, tokenization)
+    dataset, report = load_comparisons(data.dataset, data, tokenization, trained_text(manifest, tokenization))
     say(*report.lines())
     return [[row["prompt_ids"] + ids for ids in row["response_ids"]] for row in dataset]
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from qlora_rm.artifacts.load import RewardModel
 from qlora_rm.errors import UserError
 from qlora_rm.preferences import Candidates, RowFault, parse_candidates
+from qlora_rm.preferences.text_as import TrainedText
 
 SCORED_AT_ONCE = 256
 
@@ -21,6 +22,7 @@ def score_rows(
     *,
     on_bad_row: Literal["error", "skip"] = "error",
     column: str | None = None,
+    hh_turns: bool = False,
     skipped: Counter[str] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Each JSON line's row with its scores: a number for one response, a list for several.
@@ -29,6 +31,7 @@ def score_rows(
         file: name of where the lines come from, for messages.
         on_bad_row: "skip" gives a faulty row null for a score and an `error`; "error" stops there.
         column: name of the column that is added; unset: `score` or `scores`. Rows that already have it stop the run.
+        hh_turns: read raw HH text as turns.
         skipped: counts faulty rows by kind.
 
     Raises:
@@ -39,7 +42,7 @@ def score_rows(
     empty = True
     while chunk := list(islice(numbered, SCORED_AT_ONCE)):
         empty = False
-        results = _scored(model, [line for _, line in chunk], column)
+        results = _scored(model, [line for _, line in chunk], column, hh_turns)
         for (number, _), (row, result) in zip(chunk, results, strict=True):
             if not isinstance(result, RowFault):
                 yield row | result
@@ -52,17 +55,16 @@ def score_rows(
         raise UserError(f"{file} holds no rows.")
 
 
-def rank(model: RewardModel, prompt: str, responses: Sequence[str]) -> list[tuple[float, str]]:
+def rank(model: RewardModel, prompt: str, responses: Sequence[str], hh_turns: bool = False) -> list[tuple[float, str]]:
     """The responses to one prompt with their scores, best first.
 
-    The prompt is a user's turn where the model has a chat template, and text put before each response where not.
+    The prompt is a user's turn where the model was trained on turns, and text put before each response otherwise.
 
     Raises:
         UserError: a response is empty or does not fit the model's length.
     """
-    said = [{"role": "user", "content": prompt}] if model.tokenizer.chat_template else prompt
     try:
-        candidates = parse_candidates({"prompt": said, "responses": list(responses)})
+        candidates = parse_candidates({"prompt": prompt, "responses": list(responses)}, hh_turns, model.text)
     except RowFault as fault:
         raise UserError(f"{fault.what}.") from fault
     scores = model.score([candidates])[0]
@@ -70,10 +72,10 @@ def rank(model: RewardModel, prompt: str, responses: Sequence[str]) -> list[tupl
 
 
 def _scored(
-    model: RewardModel, lines: list[str], column: str | None
+    model: RewardModel, lines: list[str], column: str | None, hh_turns: bool
 ) -> list[tuple[dict[str, Any], dict[str, Any] | RowFault]]:
     """Each line's row (empty where it is none) and what it gains, or its fault."""
-    rows = [_parsed(line, column) for line in lines]
+    rows = [_parsed(line, column, hh_turns, model.text) for line in lines]
     good = [candidates for _, candidates in rows if isinstance(candidates, Candidates)]
     results = iter(model.score_or_fault(good))
     scored: list[tuple[dict[str, Any], dict[str, Any] | RowFault]] = []
@@ -92,7 +94,9 @@ def _scored(
     return scored
 
 
-def _parsed(line: str, column: str | None) -> tuple[dict[str, Any], Candidates | RowFault]:
+def _parsed(
+    line: str, column: str | None, hh_turns: bool, text: TrainedText
+) -> tuple[dict[str, Any], Candidates | RowFault]:
     try:
         row = json.loads(line)
     except ValueError as error:
@@ -103,6 +107,6 @@ def _parsed(line: str, column: str | None) -> tuple[dict[str, Any], Candidates |
         way_out = "Name another column for the model's scores by --score_column."
         return row, RowFault("column_taken", f"the row already has a column {min(taken)!r}", way_out)
     try:
-        return row, parse_candidates(row)
+        return row, parse_candidates(row, hh_turns, text)
     except RowFault as fault:
         return row, fault

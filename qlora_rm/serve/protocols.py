@@ -14,11 +14,10 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from transformers import PreTrainedTokenizerBase
 
-from qlora_rm.errors import UserError
 from qlora_rm.preferences import Candidates, Content, RowFault, Tokenization
 from qlora_rm.preferences.contents import content, kind_of
-from qlora_rm.preferences.decoded import DecodedText
 from qlora_rm.preferences.parts import join, with_system
+from qlora_rm.preferences.text_as import TrainedText
 
 Ids = list[int]
 T = TypeVar("T", bound=BaseModel)
@@ -51,21 +50,22 @@ class Reader:
     """Reads bodies for one model.
 
     Attributes:
-        as_turns: a text prompt of `/score` is a user's turn, and decoded text a rendered conversation.
-        decoded: how decoded text is tokenized.
+        text: how the model reads the text of `/score`, and decoded text.
         vocabulary: rows of the model's embedding.
         longest: tokens the model has positions for, None where it has no limit.
         max_sequences, max_tokens: bounds of one request.
     """
 
     name: str
-    tokenization: Tokenization
-    as_turns: bool
-    decoded: DecodedText
+    text: TrainedText
     vocabulary: int
     longest: int | None
     max_sequences: int
     max_tokens: int
+
+    @property
+    def tokenization(self) -> Tokenization:
+        return self.text.tokenization
 
     # ---- POST /score -----------------------------------------------------------------------------------------------------
 
@@ -96,9 +96,7 @@ class Reader:
             responses = [content(said, f"responses[{index}]") for index, said in enumerate(item.responses)]
             if [] in responses:
                 raise RowFault("empty_response", f"responses[{responses.index([])}] is an empty array")
-            if self.as_turns and "prompt" in given and all(isinstance(part, str) for part in (prompt, *responses)):
-                prompt = [{"role": "user", "content": prompt}]
-            prompt, responses = join(prompt, responses)
+            prompt, responses = self.text.read(*join(prompt, responses))
             self._check_ids(prompt, *responses)
             prompt = with_system(prompt, item.system)
         except RowFault as fault:
@@ -173,7 +171,7 @@ class Reader:
         candidates = []
         for index, text in enumerate(texts):
             try:
-                candidates.append(self.decoded.candidates(text))
+                candidates.append(self.text.decoded.candidates(text))
             except RowFault as fault:
                 raise Refused(422, f"{field}[{index}]: {fault.what}") from fault
         sequences = []
@@ -184,10 +182,7 @@ class Reader:
         return sequences
 
     def _tokenize(self, candidates: Sequence[Candidates]) -> Any:
-        try:
-            return self.tokenization.tokenize_each(candidates)
-        except UserError as error:
-            raise Refused(422, "the model has no chat template: send text instead of turns") from error
+        return self.tokenization.tokenize_each(candidates)
 
     def _check_count(self, count: int) -> None:
         if count > self.max_sequences:

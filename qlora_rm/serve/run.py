@@ -18,14 +18,13 @@ from transformers import PreTrainedModel
 
 from qlora_rm import __version__
 from qlora_rm.artifacts.load import RewardModel
-from qlora_rm.artifacts.proof import prove, prove_decoded, trained_on_turns
+from qlora_rm.artifacts.proof import prove, prove_decoded
 from qlora_rm.backbone.load import embedding_rows
 from qlora_rm.backbone.packed import sharing_model
 from qlora_rm.bearer import TOKEN_VARIABLE, read_token
 from qlora_rm.config import ScoringConfig, ServeConfig
 from qlora_rm.console import say
 from qlora_rm.errors import UserError
-from qlora_rm.preferences.decoded import DecodedText
 from qlora_rm.serve.app import Service
 from qlora_rm.serve.batcher import Batcher
 from qlora_rm.serve.metrics import Metrics
@@ -71,8 +70,7 @@ def serve(folder: str, config: ServeConfig, scoring: ScoringConfig) -> int:
 
 def make_service(model: RewardModel, folder: str, config: ServeConfig, token: str | None = None) -> Service:
     """The application around a loaded model, proved first unless `skip_golden`."""
-    as_turns = trained_on_turns(model.manifest, model.tokenization)
-    decoded = DecodedText(model.tokenization, as_turns)
+    decoded = model.text.decoded
     about: dict[str, Any] = {
         "server": f"qlora_rm {__version__}",
         "model": Path(folder).name,  # whoever asks need not know where it lies
@@ -106,9 +104,7 @@ def make_service(model: RewardModel, folder: str, config: ServeConfig, token: st
     inner: Any = next(module for module in model.model.modules() if isinstance(module, PreTrainedModel))
     reader = Reader(
         name=about["model"],
-        tokenization=model.tokenization,
-        as_turns=as_turns,
-        decoded=decoded,
+        text=model.text,
         vocabulary=embedding_rows(inner),
         longest=_longest(model, inner),
         max_sequences=min(config.max_request_sequences, config.max_queue_sequences),

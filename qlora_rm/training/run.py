@@ -33,6 +33,7 @@ from qlora_rm.errors import Terminated, UserError
 from qlora_rm.preferences import PreferenceData, Tokenization, load_preferences
 from qlora_rm.training.arguments import Options, parse
 from qlora_rm.training.checkpoints import flush, last_whole, resume_point, written_whole
+from qlora_rm.training.clock import fix_training_date
 from qlora_rm.training.curves import draw_curves
 from qlora_rm.training.engine import EngineCheck
 from qlora_rm.training.failures import ending_together, leave_process_group
@@ -102,6 +103,7 @@ def train(options: Options) -> dict[str, float]:
         trained_pad=_trained_pad(options, resume),
     )
     vocabulary = max(limits.vocabulary, len(tokenizer)) if limits.vocabulary else None
+    fix_training_date(tokenizer, args, resume)
     tokenization = Tokenization(tokenizer, args.max_length, options.data.over_long, vocabulary, limits.positions)
     data = load_preferences(options.data, tokenization, need_eval=args.eval_strategy != "no")
     say(*data.report.lines())
@@ -222,9 +224,13 @@ def _require_same_data(fingerprint: str, resume: Path | None) -> None:
 
 def _require_same_contract(manifest: Manifest, resume: Path | None) -> None:
     """A resumed run makes tokens of text as it did: template, pad and end-of-text tokens."""
-    began = Manifest.load(resume).contract if resume is not None else manifest.contract
+    if resume is None:
+        return
+    began, now = Manifest.load(resume).contract, manifest.contract
+    if began.trained_on is None:  # an earlier version, which did not record it
+        now = replace(now, trained_on=None, text_as=None)
     require(
-        replace(began, score_position=manifest.contract.score_position) == manifest.contract,
+        replace(began, score_position=now.score_position) == now,  # only a loaded model tells it
         f"The tokenizer is not what the checkpoint {resume} was trained with: resume with the same tokenizer and template.",
     )
 
@@ -278,7 +284,9 @@ def _describe(options: Options, tokenization: Tokenization, data: PreferenceData
     statistics."""
     args, backbone = options.training, options.backbone
     return Manifest(
-        contract=make_contract(tokenization.tokenizer, tokenization, limits.rotary_length),
+        contract=make_contract(
+            tokenization.tokenizer, tokenization, rotary_length=limits.rotary_length, trained_on=data.trained_on
+        ),
         base=Base.of(str(backbone.model_name_or_path), backbone.model_revision),
         quantization=backbone.quantization,
         compute_dtype=NAMES[args.compute_dtype],

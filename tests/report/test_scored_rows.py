@@ -33,15 +33,18 @@ def lines(rows: list[dict[str, Any]]) -> list[str]:
     return [json.dumps(row) + "\n" for row in rows]
 
 
+def said(prompt: str, *answers: str) -> Candidates:
+    responses = tuple([{"role": "assistant", "content": answer}] for answer in answers)
+    return Candidates([{"role": "user", "content": prompt}], responses)
+
+
 def test_rows_gain_their_scores_in_order(model: RewardModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scored_rows, "SCORED_AT_ONCE", 2)
     scored = list(score_rows(model, lines(GOOD), "rows"))
     assert [{key: row[key] for key in given} for row, given in zip(scored, GOOD, strict=True)] == GOOD
-    assert scored[0]["score"] == pytest.approx(
-        model.score([Candidates(GOOD[0]["prompt"], ("Paris.",))])[0][0], abs=1e-5
-    )
-    texts = Candidates("What? ", ("Paris.", "The dog.", "No."))
-    assert scored[1]["scores"] == pytest.approx(model.score([texts])[0], abs=1e-5)
+    [[wanted]] = model.score([said(GOOD[0]["prompt"], "Paris.")])  # turns, as the model was trained on
+    assert scored[0]["score"] == pytest.approx(wanted, abs=1e-5)
+    assert scored[1]["scores"] == pytest.approx(model.score([said("What? ", "Paris.", "The dog.", "No.")])[0], abs=1e-5)
     assert isinstance(scored[2]["score"], float)
     assert len(scored[3]["scores"]) == 2
     assert len(scored[4]["scores"]) == 1, "a list of one response has a list of one score"

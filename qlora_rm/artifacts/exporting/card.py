@@ -9,9 +9,16 @@ from qlora_rm.artifacts.exporting.files import head_names
 from qlora_rm.artifacts.exporting.reader import Reader
 from qlora_rm.artifacts.exporting.write import V4
 from qlora_rm.artifacts.manifest import Contract, Manifest
+from qlora_rm.artifacts.trained_text import scores_turns
 from qlora_rm.backbone.paths import is_local
 
 TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+TURNS = """\
+turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
+text = tokenizer.apply_chat_template(turns, tokenize=False)"""
+PLAIN_TEXT = """\
+text = "Why? Because." + (tokenizer.eos_token or "")"""
 
 
 def write_card(
@@ -33,6 +40,8 @@ def write_card(
         "folder": name,
         "load": f"{name}/{V4}" if (folder / V4).exists() else name,
         "dtype": TORCH_NAMES[manifest.compute_dtype],
+        "text": TURNS if scores_turns(manifest) else PLAIN_TEXT,
+        "special_tokens": str(not scores_turns(manifest)),
         "quantization": _quantization(folder, manifest) if adapter else "",
     }
     sections = [
@@ -144,10 +153,19 @@ def _contract(contract: Contract) -> str:
             f"{contract.eos_token_id}, bos {contract.bos_token_id}.",
             f"- End of text: {contract.eos_rule}.",
             f"- Chat template sha256: `{contract.chat_template_sha256 or 'none: plain text'}`.",
-            f"- Trained on {rule}.",
+            *(
+                [f"- The chat template reads the clock; here it renders {contract.date}, as in training."]
+                if contract.date
+                else []
+            ),
+            f"- Trained on {_kinds(contract)}{rule}.",
             "- `rm_manifest.json` holds texts with their ids and scores; `qlora-rm verify` compares them.",
         ]
     )
+
+
+def _kinds(contract: Contract) -> str:
+    return f"{' and '.join(contract.trained_on).replace('_', ' ')}, " if contract.trained_on else ""
 
 
 def _snippet(reader: Reader, filled: dict[str, str]) -> str:

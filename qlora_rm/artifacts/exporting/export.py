@@ -81,7 +81,7 @@ def export(
     try:
         with new_folder(output) as beside:
             if kind == "adapter":
-                notes = write_adapter(Path(folder), beside, manifest, base, config.copy_weights)
+                notes = write_adapter(Path(folder), beside, manifest, base, config.copy_weights, trust_remote_code)
                 checks = [*untouched, *_check_adapter(beside, manifest, base, trust_remote_code)]
             else:
                 notes = write_whole(Path(folder), beside, readers, manifest, config, trust_remote_code)

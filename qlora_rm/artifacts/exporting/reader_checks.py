@@ -19,13 +19,14 @@ from qlora_rm.artifacts.exporting.reader import WITH_BIAS_IN_SGLANG, Reader
 from qlora_rm.artifacts.exporting.v4 import generic_ids
 from qlora_rm.artifacts.golden import ROUNDED, drift, scores_of
 from qlora_rm.artifacts.load import read_tokenizer
-from qlora_rm.artifacts.manifest import Manifest, hash_of_template
+from qlora_rm.artifacts.manifest import Manifest
 from qlora_rm.artifacts.proof import allowed_between_layouts, allowed_drift
 from qlora_rm.backbone.load import read_model_config
 from qlora_rm.backbone.paths import is_local
 from qlora_rm.backbone.precision import DTYPES
 from qlora_rm.backbone.rotary import rotates_as_short
 from qlora_rm.backbone.scoring import score_sequences
+from qlora_rm.preferences.clock import fixed_date, original
 
 
 def check_feed(
@@ -103,8 +104,13 @@ def check_policy(readers: list[str], tokenizer: PreTrainedTokenizerBase, policy:
     yield Check(f"{names}: policy has these tokens", other.get_vocab() == tokenizer.get_vocab(), policy)
     ids, others = ((t.bos_token_id, t.eos_token_id) for t in (tokenizer, other))
     yield Check(f"{names}: policy has these bos and eos", ids == others, f"model {ids}, policy {others}")
-    same = hash_of_template(other) == hash_of_template(tokenizer)
-    yield Check(f"{names}: policy has this chat template", same, "" if same else "it would be scored on other turns")
+    same = original(other.chat_template) == original(tokenizer.chat_template)
+    date = fixed_date(tokenizer.chat_template)
+    of_today = same and date is not None and fixed_date(other.chat_template) != date
+    seen = (
+        f"but for the date, {date} in training: give the policy this folder's chat_template.jinja" if of_today else ""
+    )
+    yield Check(f"{names}: policy has this chat template", same, seen if same else "it would be scored on other turns")
 
 
 def check_value_model(folder: Path, subject: Subject, manifest: Manifest) -> Iterator[Check]:

@@ -24,13 +24,12 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipe
 
 tokenizer = AutoTokenizer.from_pretrained("$folder")
 model = AutoModelForSequenceClassification.from_pretrained("$folder").eval()
-turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
-text = tokenizer.apply_chat_template(turns, tokenize=False) if tokenizer.chat_template else "Why? Because." + tokenizer.eos_token
-batch = tokenizer(text, return_tensors="pt", add_special_tokens=not tokenizer.chat_template)
+$text
+batch = tokenizer(text, return_tensors="pt", add_special_tokens=$special_tokens)
 score = model(**batch).logits[0, 0].item()
 
 classify = pipeline("text-classification", model="$folder")
-same_score = classify(text, add_special_tokens=not tokenizer.chat_template)[0]["score"]""",
+same_score = classify(text, add_special_tokens=$special_tokens)[0]["score"]""",
     ),
     Reader(
         name="trl",

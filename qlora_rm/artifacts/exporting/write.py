@@ -24,6 +24,7 @@ from qlora_rm.artifacts.load import read_tokenizer
 from qlora_rm.artifacts.manifest import Manifest
 from qlora_rm.config import ExportConfig
 from qlora_rm.errors import UserError
+from qlora_rm.preferences.clock import reads_clock
 
 V4, VALUE = "v4", "value"
 DTYPES_IN_CONFIG = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -44,6 +45,7 @@ def write_whole(
     )
     placing, architecture = Placing(options.copy_weights), config["architectures"][0]
     copy_small_files(source, folder)
+    _write_fixed_template(source, folder, trust_remote_code)
     needs_bias = "head bias" in wanted and architecture in WITH_BIAS_IN_SGLANG
     place_weights(source, folder, placing, {HEAD_BIAS: zero_bias(_head(source))} if needs_bias else {})
     notes = _write_for_v4(source, folder, config, manifest, placing, trust_remote_code)
@@ -63,9 +65,19 @@ def _linked(source: Path, folder: Path, sha256: dict[str, str]) -> dict[str, str
     return {name: sha256[name] for name in both if (folder / name).samefile(source / name)}
 
 
-def write_adapter(source: Path, folder: Path, manifest: Manifest, base: str | None, copy: bool) -> list[str]:
+def _write_fixed_template(source: Path, folder: Path, trust_remote_code: bool) -> None:
+    """Where an earlier version saved a template that reads the clock, write the one that reading `source` gave instead."""
+    template, path = read_tokenizer(str(source), trust_remote_code).chat_template, folder / "chat_template.jinja"
+    if isinstance(template, str) and path.exists() and reads_clock(path.read_text(encoding="utf-8")):
+        path.write_text(template, encoding="utf-8")
+
+
+def write_adapter(
+    source: Path, folder: Path, manifest: Manifest, base: str | None, copy: bool, trust_remote_code: bool = False
+) -> list[str]:
     """Write an adapter into `folder`, its base named so that it is found from anywhere."""
     copy_small_files(source, folder)
+    _write_fixed_template(source, folder, trust_remote_code)
     placing = Placing(copy)
     placing.place(source / "adapter_model.safetensors", folder / "adapter_model.safetensors")
     config = json.loads((source / "adapter_config.json").read_text(encoding="utf-8"))
