@@ -35,7 +35,7 @@ class PreferenceTrainer(ResumableTrainer):
     """
 
     objective: Objective
-    loss_is_scaled_for_ga = True  # `compute_loss` divides by the comparisons of the whole step
+    loss_is_scaled_for_ga = True  # type: ignore[assignment]  # `compute_loss` divides by the comparisons of the whole step
 
     def __init__(
         self,
@@ -114,7 +114,7 @@ class PreferenceTrainer(ResumableTrainer):
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         """Comparisons in this optimizer step, over all its micro-batches and ranks."""
         count = torch.stack([batch["counts"].sum() for batch in batch_samples]).sum()
-        return self.accelerator.gather(count.to(device)[None]).sum()  # type: ignore[union-attr]
+        return self.accelerator.gather(count.to(device)[None]).sum()
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None

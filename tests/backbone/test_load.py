@@ -160,7 +160,7 @@ def test_targets_layers_dora_and_rslora(folders, tokenizer):
     )
     adapted = {name for name, _ in model.named_parameters() if "lora_" in name}
     assert len(adapted) == 3 and all("layers.1.self_attn.q_proj" in name for name in adapted)
-    with pytest.raises(UserError, match="could not be attached"):
+    with pytest.raises(UserError, match="no layer of that name"):
         attach_adapter(load(folders("llama"), tokenizer), AdapterConfig(lora_target_modules=["no_such_layer"]))
 
 

@@ -134,7 +134,7 @@ def test_logged_metrics_are_those_of_the_whole_step(flags, tmp_path):
     """A short last step, whose second micro-batch holds one comparison: it counts as much as one of the first's four."""
     rows = write_rows(tmp_path / "rows.jsonl", preference_rows(13))
     asked = {**PLAIN_SGD, "dataset": rows, "train_sampling_strategy": "sequential", "num_train_epochs": 1}
-    trainer, before, steps, _ = trained(flags(**asked | {"learning_rate": 0}))
+    trainer, _, steps, _ = trained(flags(**asked | {"learning_rate": 0}))
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     for step, entry in zip(steps, logged, strict=True):
         scores = [
