@@ -79,6 +79,8 @@ def load_backbone(
     if not name:
         raise UserError("No backbone given: pass --model_name_or_path FOLDER_OR_HUB_ID.")
     model_config = read_model_config(name, config.model_revision, trust_remote_code)
+    if config.head_init_std is not None and _is_classifier(model_config):
+        raise _head_is_kept(name)
     model, fresh = _load_model(
         config,
         model_config,
@@ -89,6 +91,8 @@ def load_backbone(
     head = head_modules(model)
     _require_whole(name, model, fresh, head)
     has_new_head = bool(fresh)
+    if config.head_init_std is not None and not has_new_head:
+        raise _head_is_kept(name)
     _prepare_head(model, head, fresh, config.head_init_std, seed)
     _match_tokenizer(model, tokenizer, may_grow=full_fine_tuning)
     _keep_compute_dtype_on_cpu(model)
@@ -107,10 +111,17 @@ def read_model_config(name: str, revision: str | None = None, trust_remote_code:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(f"No model could be loaded from {name}: {first_line(error)}") from error
-    is_classifier = any(a.endswith("ForSequenceClassification") for a in config.architectures or [])
-    if is_classifier and config.num_labels != 1:
+    if _is_classifier(config) and config.num_labels != 1:
         raise UserError(f"{name} is a classifier with {config.num_labels} labels; a reward model has one.")
     return config
+
+
+def _is_classifier(config: PretrainedConfig) -> bool:
+    return any(a.endswith("ForSequenceClassification") for a in config.architectures or [])
+
+
+def _head_is_kept(name: str) -> UserError:
+    return UserError(f"--head_init_std has no effect: {name} is a reward model, whose head is kept. Leave it out.")
 
 
 def quantization_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:

@@ -69,6 +69,10 @@ class TrainingConfig(RewardConfig):
             "help": "Latest checkpoints kept; older ones but the best (--metric_for_best_model) go once a newer one is whole."
         },
     )
+    include_num_input_tokens_seen: Literal["no", "all", "non_padding"] = field(
+        default="no",
+        metadata={"help": "Count the tokens of training batches: all, or without padding."},  # theirs parses as a bool
+    )
     report_to: None | str | list[str] = field(  # noqa: RUF036  (HfArgumentParser knows no other order)
         default="none", metadata={"help": "Where to log besides the console: tensorboard, wandb, trackio, ..."}
     )

@@ -96,8 +96,12 @@ def check_options(rules: Mapping[str, Rule], values: Values, defaults: Values, t
 
 
 def _same(value: Any, default: Any) -> bool:
-    """Whether a value asks for what the default gives; unset, false, empty and zero are alike where the default is."""
-    return value == default or str(value) == str(default) or (not value and not default)
+    """Whether a value asks for what the default gives; all ways to say "nothing" are alike."""
+    return value == default or str(value) == str(default) or (_is_nothing(value) and _is_nothing(default))
+
+
+def _is_nothing(value: Any) -> bool:
+    return value is None or value is False or (isinstance(value, (str, list, tuple, dict)) and not value)
 
 
 def _word(value: Any) -> str:

@@ -99,6 +99,8 @@ def test_a_reward_model_keeps_its_head(folders, tokenizer, tmp_path, quantizatio
     tokenizer.save_pretrained(tmp_path)
     backbone = load(str(tmp_path), tokenizer, quantization=quantization)
     assert not backbone.has_new_head
+    with pytest.raises(UserError, match=r"--head_init_std has no effect.*whose head is kept"):
+        load(str(tmp_path), tokenizer, head_init_std=0.0)
     torch.testing.assert_close(backbone.model.score.weight, model.score.weight, rtol=0, atol=0)
 
 
