@@ -158,7 +158,9 @@ class AdapterConfig:
     lora_alpha: int = option(32, "Scale of the adapter: the update is alpha/r (alpha/sqrt(r) with rsLoRA) times B A.")
     lora_dropout: float = option(0.0, "Dropout on the adapter's input.")
     lora_target_modules: list[str] | None = option(
-        None, "Names of the linear layers that get an adapter; unset: all linear layers of the backbone."
+        None,
+        "Names of the layers that get an adapter, each a full name or its end (q_proj); or one regular expression, matched "
+        "with full names (re.fullmatch). Unset or all-linear: all linear layers of the backbone.",
     )
     lora_experts: bool = option(
         False, "LoRA on the fused expert weights of a mixture of experts too (PEFT's target_parameters)."
@@ -168,6 +170,8 @@ class AdapterConfig:
     use_dora: bool = option(False, "Weight-decomposed adapter (DoRA, Liu et al. 2024).")
 
     def __post_init__(self) -> None:
+        self.lora_target_modules = _as_targets(self.lora_target_modules)
+        require(self.lora_layers != [], "--lora_layers is empty: leave it out to adapt all layers.")
         require(
             self.lora_r > 0, f"--lora_r {self.lora_r} must be above 0; to train without an adapter use --no_use_lora."
         )
@@ -180,6 +184,20 @@ class AdapterConfig:
             self.use_lora or not self.adapter,
             "--adapter goes on from a LoRA adapter, --no_use_lora trains none: give one of them.",
         )
+
+
+def _as_targets(words: list[str] | str | None) -> list[str] | None:
+    """Layers by name; None for PEFT's word all-linear."""
+    words = [words] if isinstance(words, str) else words
+    if words is None:
+        return None
+    require(bool(words) and all(words), "--lora_target_modules is empty: leave it out to adapt all linear layers.")
+    names_all = [word.lower().replace("_", "-") == "all-linear" for word in words]
+    require(
+        len(words) == 1 or not any(names_all),
+        "--lora_target_modules all-linear takes all linear layers: give no other names with it.",
+    )
+    return None if names_all == [True] else words
 
 
 @dataclass

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from qlora_rm.backbone import targets
 from qlora_rm.backbone.experts import PROJECTIONS, expert_weights, fused_experts, gate_names, lora_modules
 from qlora_rm.backbone.load import Backbone
+from qlora_rm.backbone.target_names import is_expression, named_modules
 from qlora_rm.backbone.targets import LINEAR
 from qlora_rm.config import AdapterConfig
 from qlora_rm.errors import UserError, first_line
@@ -32,7 +33,8 @@ def attach_adapter(backbone: Backbone, config: AdapterConfig) -> PeftModel:
         lora_dropout=config.lora_dropout,
         target_modules=modules,
         target_parameters=parameters or None,
-        layers_to_transform=config.lora_layers,
+        # the full names that an expression stands for are those of the chosen layers already
+        layers_to_transform=None if is_expression(config.lora_target_modules) else config.lora_layers,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
         fan_in_fan_out=any(isinstance(m, Conv1D) for m in backbone.model.modules()),
@@ -60,16 +62,18 @@ def _targets(backbone: Backbone, config: AdapterConfig) -> tuple[list[str], list
     experts = fused_experts(backbone.model)
     if config.lora_experts and not experts:
         raise UserError("--lora_experts: this backbone has no fused expert weights. Leave the option out.")
-    modules = config.lora_target_modules or linear_names(backbone)
+    modules = named_modules(backbone.model, backbone.head, config) or linear_names(backbone)
     if not experts:
         return modules, []
     by_weight = [name for name in modules if name.rpartition(".")[2] in PROJECTIONS]
-    weights = [
-        f"{layer}.weight"
+    layers = [
+        layer
         for layer, module in backbone.model.named_modules()
         if isinstance(module, LINEAR) and any(f".{layer}".endswith(f".{name}") for name in by_weight)
     ]
-    if weights and (config.lora_dropout or config.use_dora):
+    named_whole = [f"{layer}.weight" for layer in layers if layer in by_weight]
+    weights = [f"{layer}.weight" for layer in layers if layer not in by_weight]
+    if layers and (config.lora_dropout or config.use_dora):
         raise UserError(
             f"--lora_dropout and --use_dora do not go with {', '.join(by_weight)} on a mixture of experts (PEFT has neither "
             "there). Leave them out, or name other layers by --lora_target_modules."
@@ -77,11 +81,11 @@ def _targets(backbone: Backbone, config: AdapterConfig) -> tuple[list[str], list
     if config.lora_experts:
         weights += [f"{module}.{name}" for module, holder in experts.items() for name in expert_weights(holder)]
     modules = [name for name in modules if name not in by_weight]
-    if not modules and not weights:
+    if not modules and not weights and not named_whole:
         raise UserError(
             f"--lora_target_modules {' '.join(by_weight)} names no linear layer here. For the experts pass --lora_experts."
         )
-    return modules, _in_layers(weights, config.lora_layers)
+    return modules, named_whole + _in_layers(weights, config.lora_layers)
 
 
 def _in_layers(parameters: Iterable[str], layers: list[int] | None) -> list[str]:

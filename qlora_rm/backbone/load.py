@@ -97,6 +97,8 @@ def load_backbone(
         require_obeyable(name, model_config, config.quantization)
     if words := kept_settings(model_config):
         say(f"quantization: {name} is saved in 4 bit with {words}; it is loaded as it is")
+    if config.head_init_std is not None and _is_classifier(model_config):
+        raise _head_is_kept(name)
     model, fresh = _load_model(
         config,
         model_config,
@@ -107,6 +109,8 @@ def load_backbone(
     head = head_modules(model)
     _require_whole(name, model, fresh, head)
     has_new_head = bool(fresh)
+    if config.head_init_std is not None and not has_new_head:
+        raise _head_is_kept(name)
     _prepare_head(model, head, fresh, config.head_init_std, seed)
     _match_tokenizer(model, tokenizer, may_grow=full_fine_tuning)
     compute_quantized_layers_in(model, dtype)
@@ -127,10 +131,17 @@ def read_model_config(name: str, revision: str | None = None, trust_remote_code:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(f"No model could be loaded from {name}: {first_line(error)}") from error
-    is_classifier = any(a.endswith("ForSequenceClassification") for a in config.architectures or [])
-    if is_classifier and config.num_labels != 1:
+    if _is_classifier(config) and config.num_labels != 1:
         raise UserError(f"{name} is a classifier with {config.num_labels} labels; a reward model has one.")
     return config
+
+
+def _is_classifier(config: PretrainedConfig) -> bool:
+    return any(a.endswith("ForSequenceClassification") for a in config.architectures or [])
+
+
+def _head_is_kept(name: str) -> UserError:
+    return UserError(f"--head_init_std has no effect: {name} is a reward model, whose head is kept. Leave it out.")
 
 
 def quantization_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:

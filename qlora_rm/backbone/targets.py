@@ -22,7 +22,7 @@ def narrow_to_text(model: PreTrainedModel, head: list[str], lora: LoraConfig) ->
     """Leave out of `lora` the targets that text never passes through, and check the others.
 
     Raises:
-        UserError: a target is the head, of a kind that has no adapter here, or out of the reach of text.
+        UserError: a target is of a kind that has no adapter here, or out of the reach of text.
     """
     asked = copy(lora)
     asked.modules_to_save = None  # PEFT would find none of its own among the targets
@@ -32,11 +32,6 @@ def narrow_to_text(model: PreTrainedModel, head: list[str], lora: LoraConfig) ->
     far = [name for name in matched if is_below(name, towers)]
     for target in _each(asked):
         of_target = [name for name in matched if _is_target(asked, name, target)]
-        if of_target and heads.issuperset(of_target):
-            raise UserError(
-                f"--lora_target_modules {target}: {of_target[0]} belongs to the score head, which is trained whole. Leave it "
-                "out."
-            )
         if of_target and {*heads, *far}.issuperset(of_target):
             tower = next(tower for tower in towers if is_below(of_target[0], [tower]))
             raise UserError(

@@ -56,8 +56,10 @@ def memory_warning(
             trust_remote_code=trust_remote_code,
         )
         need = planner.memory(setting, card)
-    except UserError:
-        raise
+    except UserError as error:
+        if not adapter.adapter:
+            raise
+        return f"memory: not planned for this adapter ({first_line(error)[:100]})"  # PEFT passes over names that match nothing
     except Exception as error:  # an architecture whose code does not run without numbers is no reason not to train
         return f"memory: not planned for this backbone ({type(error).__name__}: {first_line(error)[:100]})"
     if need.total <= card.memory:
@@ -114,10 +116,9 @@ def taken_from_adapter(adapter: AdapterConfig) -> AdapterConfig:
     if not adapter.adapter:
         return adapter
     saved = read_adapter_config(adapter.adapter)
-    targets = saved.get("target_modules")
     return AdapterConfig(
         lora_r=saved["r"],
-        lora_target_modules=targets if isinstance(targets, list) else None,
+        lora_target_modules=saved.get("target_modules") or None,
         lora_layers=saved.get("layers_to_transform"),
         use_dora=bool(saved.get("use_dora")),
     )

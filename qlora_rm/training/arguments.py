@@ -4,7 +4,7 @@ import argparse
 import difflib
 import json
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -15,8 +15,13 @@ from trl import RewardConfig, TrlParser
 
 from qlora_rm.backbone.precision import best_dtype
 from qlora_rm.config import AdapterConfig, BackboneConfig, DataConfig, ObjectiveConfig
+from qlora_rm.console import say
 from qlora_rm.errors import UserError
 from qlora_rm.shipped import here_or_shipped
+from qlora_rm.training.library_options import LIBRARY
+from qlora_rm.training.optimizer_options import require_optimizer, require_schedule
+from qlora_rm.training.option_rules import check_options
+from qlora_rm.training.project_options import PROJECT, require_shape_of_adapter
 
 
 @dataclass
@@ -76,6 +81,10 @@ class TrainingConfig(RewardConfig):
             "help": "Token to pad with: one of the vocabulary that no text contains. Unset: the tokenizer's own, or where texts "
             "contain that one, a reserved or new token."
         },
+    )
+    include_num_input_tokens_seen: Literal["no", "all", "non_padding"] = field(
+        default="no",
+        metadata={"help": "Count the tokens of training batches: all, or without padding."},  # theirs parses as a bool
     )
     report_to: None | str | list[str] = field(  # noqa: RUF036  (HfArgumentParser knows no other order)
         default="none", metadata={"help": "Where to log besides the console: tensorboard, wandb, trackio, ..."}
@@ -152,6 +161,15 @@ def asks_for_deepspeed(args: TrainingConfig) -> bool:
     return bool(args.deepspeed) or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
 
 
+KINDS: list[Any] = [DataConfig, BackboneConfig, AdapterConfig, ObjectiveConfig, TrainingConfig]
+DEFAULTS = {
+    item.name: item.default if item.default_factory is MISSING else item.default_factory()
+    for kind in KINDS
+    for item in fields(kind)
+}
+"""The value of every option that is not given."""
+
+
 @dataclass(frozen=True)
 class Options:
     """Everything a training run was told.
@@ -210,6 +228,11 @@ class Parser(TrlParser):
             return word
         return value
 
+    def named_in(self, argv: list[str]) -> set[str]:
+        """The options that a command line names."""
+        actions = (self._option_string_actions.get(word.partition("=")[0]) for word in argv)
+        return {action.dest for action in actions if action is not None}
+
     @property
     def _actions_by_name(self) -> dict[str, argparse.Action]:
         """Options by their names, the short ones too."""
@@ -228,25 +251,34 @@ class Parser(TrlParser):
 def parse(argv: list[str]) -> Options:
     """Options from `--config FILE.yaml` and flags: flags beat the file, the file beats the defaults.
 
+    Says which of the options that were given have no effect.
+
     Raises:
-        UserError: an unknown option or key, or a value that cannot be.
+        UserError: an unknown option or key, a value that cannot be, or an option that would do nothing or something else
+            than it says.
     """
     argv = [word for item in argv for word in (item.split("=", 1) if item.startswith("--config=") else [item])]
-    given = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in argv if word.startswith("--")}
-    kinds: list[Any] = [DataConfig, BackboneConfig, AdapterConfig, ObjectiveConfig, TrainingConfig]
-    parser = Parser(kinds, prog="qlora-rm train", allow_abbrev=False)
+    parser = Parser(KINDS, prog="qlora-rm train", allow_abbrev=False)
+    typed: set[str] = set()
     if "--config" in argv:
         where = argv.index("--config")
         if where + 1 == len(argv):
             raise UserError("--config needs the path of a YAML file.")
-        of_file = parser.read_file(argv[where + 1])
-        given |= of_file.keys()
-        parser.set_defaults_with_config(**of_file)
+        from_file = parser.read_file(argv[where + 1])
+        typed |= from_file.keys()
+        parser.set_defaults_with_config(**from_file)
         argv = argv[:where] + argv[where + 2 :]
     try:
-        *options, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+        namespace, unknown = parser.parse_known_args(argv)
+        if unknown:
+            parser.error(f"unknown option {unknown[0]}")
+        typed |= parser.named_in(argv)
+        notes = check_options(LIBRARY | PROJECT, vars(namespace), DEFAULTS, typed)
+        require_shape_of_adapter(vars(namespace), typed)
+        options = Options(*parser.parse_args_into_dataclasses(argv))
     except (ValueError, TypeError) as error:
         raise UserError(str(error)) from error
-    if unknown:
-        parser.error(f"unknown option {unknown[0]}")
-    return replace(Options(*options), max_length_given="max_length" in given)
+    require_optimizer(options.training)
+    require_schedule(options.training)
+    say(*notes)
+    return replace(options, max_length_given="max_length" in typed)

@@ -45,6 +45,7 @@ class Collator:
             tie_comparison += [b] * len(row["ties"])
         return {
             "weight": torch.tensor([row["weight"] for row in rows], dtype=torch.float),
+            "counts": torch.tensor([len(row["response_ids"]) > 1 for row in rows]),
             **self._inputs(sequences),
             "comparison": torch.tensor(comparison),
             "wins": torch.tensor(wins, dtype=torch.long).reshape(-1, 2),

@@ -2,6 +2,7 @@
 
 Shapes: B comparisons, S scored sequences, P wins (ordered pairs), T ties. A batch maps
     weight           float [B]     factor on each comparison's loss
+    counts           bool [B]      False for a row of one response, which only fills up a step
     wins             int64 [P, 2]  indices into the S scores: winner, loser
     win_comparison   int64 [P]     index of the comparison a win belongs to
     margin           float [P]     by how much the winner should win, in score units

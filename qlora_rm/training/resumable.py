@@ -37,7 +37,7 @@ from qlora_rm.training.checkpoints import (
 )
 from qlora_rm.training.engine import any_process
 from qlora_rm.training.quantization_state import without_quantization_state
-from qlora_rm.training.sampling import EvenLoadSampler
+from qlora_rm.training.sampling import StepSampler
 from qlora_rm.training.termination import Termination, outlive_sigterm
 from qlora_rm.training.universal import take_share
 
@@ -76,14 +76,14 @@ class ResumableTrainer(RewardTrainer):
     Attributes:
         checkpoint_files: called with every checkpoint's folder on the main process before it counts as whole.
         termination: whether the run was told to end, if somebody watches for it.
-        order: the training data's sampler, if it is ours.
+        order: the training data's sampler, once there is one.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.checkpoint_files: Sequence[Callable[[Path], None]] = ()
         self.termination = Termination()
-        self.order: EvenLoadSampler | None = None
+        self.order: StepSampler | None = None
         self._resumed: Path | None = None
         self._saved_step: int | None = None
         self._epoch_ends = False

@@ -31,7 +31,7 @@ from qlora_rm.config import BackboneConfig, require
 from qlora_rm.console import is_main_process, say
 from qlora_rm.errors import Terminated, UserError
 from qlora_rm.preferences import PreferenceData, Tokenization, load_preferences
-from qlora_rm.training.arguments import Options, parse
+from qlora_rm.training.arguments import Options, TrainingConfig, parse
 from qlora_rm.training.checkpoints import flush, last_whole, resume_point, written_whole
 from qlora_rm.training.clock import fix_training_date
 from qlora_rm.training.curves import draw_curves
@@ -41,6 +41,7 @@ from qlora_rm.training.hub import Hub
 from qlora_rm.training.limits import Limits, fit_max_length, require_positions
 from qlora_rm.training.objective import Objective
 from qlora_rm.training.preflight import preflight
+from qlora_rm.training.sampling import comparisons_kept
 from qlora_rm.training.terms import Terms, finished_steps, reconcile
 from qlora_rm.training.trainer import PreferenceTrainer
 from qlora_rm.training.universal import take_share
@@ -112,6 +113,7 @@ def train(options: Options) -> dict[str, float]:
         say("margins: not read, a Plackett-Luce likelihood has no place for them")
     train_set = _comparisons_with_signal(data.train, options, "training")
     held_out = None if data.held_out is None else _comparisons_with_signal(data.held_out, options, "held-out")
+    _require_kept(args, len(train_set))
     if args.resume_from_checkpoint and (steps := finished_steps(args, len(train_set))):
         say(f"{args.output_dir} is complete: {steps} steps. To train on, raise --num_train_epochs or --max_steps.")
         return {}
@@ -246,6 +248,15 @@ def _comparisons_with_signal(rows: Dataset, options: Options, part: str) -> Data
         )
     require(bool(kept), f"Every {part} comparison is a tie: nothing to tell apart. Use --ties half or rao_kupper.")
     return rows.select(kept)
+
+
+def _require_kept(args: TrainingConfig, comparisons: int) -> None:
+    batch = args.per_device_train_batch_size
+    require(
+        comparisons_kept(comparisons, batch, args.dataloader_drop_last) > 0,
+        f"--dataloader_drop_last leaves nothing of {comparisons} comparisons: they do not fill a micro-batch of {batch}. "
+        "Lower --per_device_train_batch_size, or leave --dataloader_drop_last out.",
+    )
 
 
 def _make_trainer(

@@ -1,61 +1,100 @@
-"""Which comparisons stand in which micro-batch: a seeded order in which every rank has the same amount to compute."""
+"""Which comparisons an optimizer step holds, and which micro-batch of the step each of them is in."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch.utils.data import Sampler
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+Order = Callable[[int], list[int]]
+"""The indices of all comparisons, in the order of the given epoch."""
 
 
-class EvenLoadSampler(Sampler[int]):
-    """A random order of the comparisons whose optimizer steps fall into micro-batches of near-equal load.
+def random_order(count: int, seed: int) -> Order:
+    """Return another random permutation for each epoch."""
+    return lambda epoch: torch.randperm(count, generator=_generator(seed, epoch)).tolist()
 
-    Comparisons change places only within their optimizer step, so a step holds the pairs that the seed gives it,
-    whatever the number of processes. All micro-batches have the same size; transformers' `batch_rebalance` evens
-    loads out by their sizes, and a mean over each would then weigh comparisons differently.
 
-    The last step of an epoch is made full with `filler`, the index after the last comparison: a row that counts for
-    nothing. accelerate would fill it with comparisons from the beginning of the epoch, as many as the number of
-    processes makes necessary, and they would be seen twice.
+def sequential_order(count: int) -> Order:
+    """Return the order of the data set, the same in each epoch."""
+    return lambda epoch: list(range(count))
+
+
+def length_grouped_order(lengths: Sequence[int], step: int, seed: int) -> Order:
+    """Return transformers' `group_by_length`: random, but comparisons of similar length are next to each other.
 
     Arguments:
-        loads: cost of each comparison, in tokens.
+        step: comparisons in an optimizer step. transformers takes those of one process, so that the order depends on the
+            number of processes.
+    """
+    return lambda epoch: get_length_grouped_indices(list(lengths), step, generator=_generator(seed, epoch))
+
+
+def _generator(seed: int, epoch: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed + epoch)
+
+
+def comparisons_kept(count: int, batch_size: int, drop_last: bool) -> int:
+    """Comparisons trained on in an epoch: all, or without the last micro-batch if that is not full."""
+    return count // batch_size * batch_size if drop_last else count
+
+
+class StepSampler(Sampler[int]):
+    """An order of the comparisons, cut into optimizer steps of full micro-batches.
+
+    A step holds the same comparisons for any number of processes. The last step of an epoch is made full with `filler`,
+    the index after the last comparison: a row that counts for nothing. accelerate would fill it with comparisons from
+    the beginning of the epoch, which would be seen twice.
+
+    Arguments:
+        count: number of comparisons.
         batch_size: comparisons in a micro-batch.
         batches_per_step: micro-batches of all processes in one optimizer step.
+        loads: cost of each comparison, in tokens. Where given, the comparisons of a step are distributed so that its
+            micro-batches have near-equal loads; otherwise they stay in order.
+        drop_last: leave out the comparisons at the end of an epoch that do not fill a micro-batch.
     """
 
-    def __init__(self, loads: Sequence[int], batch_size: int, batches_per_step: int, seed: int):
-        self.loads, self.batch_size, self.batches_per_step, self.seed = loads, batch_size, batches_per_step, seed
+    def __init__(
+        self,
+        order: Order,
+        count: int,
+        batch_size: int,
+        batches_per_step: int,
+        *,
+        loads: Sequence[int] | None = None,
+        drop_last: bool = False,
+    ):
+        self.order, self.loads = order, loads
+        self.batch_size, self.batches_per_step = batch_size, batches_per_step
         self.step = batch_size * batches_per_step
-        self.filler = len(loads)
+        self.kept = comparisons_kept(count, batch_size, drop_last)
+        self.filler = count
         self.epoch = 0
 
     def __len__(self) -> int:
-        return -(-len(self.loads) // self.step) * self.step
-
-    def filled_up(self, global_step: int) -> float:
-        """Rows for each comparison in the optimizer step that follows `global_step` steps: 1, but more in the last step
-        of an epoch, where the mean over its rows is too small by this factor."""
-        steps = len(self) // self.step
-        members = len(self.loads) - (steps - 1) * self.step
-        return self.step / members if global_step % steps == steps - 1 else 1.0
+        return -(-self.kept // self.step) * self.step
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the data loader at the start of every epoch, also when a resumed run has skipped some."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        order = torch.randperm(len(self.loads), generator=generator).tolist()
+        order = self.order(self.epoch)[: self.kept]
         for start in range(0, len(order), self.step):
-            yield from self._evened(order[start : start + self.step])
+            members = order[start : start + self.step]
+            for batch in self._in_order(members) if self.loads is None else self._evened(members, self.loads):
+                yield from batch + [self.filler] * (self.batch_size - len(batch))
 
-    def _evened(self, members: list[int]) -> Iterator[int]:
+    def _in_order(self, members: list[int]) -> list[list[int]]:
+        return [members[start : start + self.batch_size] for start in range(0, self.step, self.batch_size)]
+
+    def _evened(self, members: list[int], loads: Sequence[int]) -> list[list[int]]:
         """Heaviest first, each to the lightest micro-batch that has room (longest processing time first)."""
         batches: list[list[int]] = [[] for _ in range(self.batches_per_step)]
         load = [0] * self.batches_per_step
-        for member in sorted(members, key=lambda i: -self.loads[i]):
+        for member in sorted(members, key=lambda i: -loads[i]):
             lightest = min((b for b, batch in enumerate(batches) if len(batch) < self.batch_size), key=load.__getitem__)
             batches[lightest].append(member)
-            load[lightest] += self.loads[member]
-        for batch in batches:
-            yield from batch + [self.filler] * (self.batch_size - len(batch))
+            load[lightest] += loads[member]
+        return batches

@@ -21,6 +21,7 @@ from qlora_rm.config import require
 from qlora_rm.errors import UserError
 from qlora_rm.training.arguments import Options
 from qlora_rm.training.engine import asked_engine
+from qlora_rm.training.sampling import comparisons_kept
 
 FILE_NAME = "run_terms.json"
 
@@ -141,17 +142,6 @@ def reconcile(before: Terms, now: Terms, args: Any, folder: Path) -> list[str]:
         was = before.options.get(name, is_now)
         require(was == is_now, f"--{name} was {was} in the run of {folder} and is {is_now} now. {_way_out(name, was)}")
     require(
-        now.options["train_sampling_strategy"] == "random",
-        f"--train_sampling_strategy {now.options['train_sampling_strategy']} draws its order from what went before: a "
-        "resumed run would see some pairs twice and others never. Only random can be resumed.",
-    )
-    for name in ("ignore_data_skip", "auto_find_batch_size"):
-        require(
-            not getattr(args, name),
-            f"--{name} changes which pairs an optimizer step holds: some would be seen twice and others never. Take it "
-            "away to resume.",
-        )
-    require(
         (folder / SCHEDULER_NAME).exists(),
         f"{folder} was saved with --save_only_model: the optimizer's state is not in it, and a run cannot go on without.",
     )
@@ -191,6 +181,12 @@ def _same_batch(before: Terms, now: Terms, args: Any) -> list[str]:
             f"order goes by them. {_way_out('gradient_accumulation_steps', before.accumulation)}"
         )
     at_once = now.micro_batch * now.world_size
+    require(
+        not args.dataloader_drop_last or before.micro_batch == now.micro_batch,
+        f"--dataloader_drop_last leaves out what does not fill a micro-batch, and --per_device_train_batch_size was "
+        f"{before.micro_batch} and is {now.micro_batch} now: other comparisons would be left out. "
+        f"{_way_out('per_device_train_batch_size', before.micro_batch)}",
+    )
     if before.batch % at_once or args.deepspeed:
         fitting = [n for n in range(1, before.batch + 1) if before.batch % (n * now.world_size) == 0]
         ways = ", ".join(f"{n} with {before.batch // (n * now.world_size)}" for n in fitting[-4:])
@@ -242,5 +238,6 @@ def finished_steps(args: Any, comparisons: int) -> int | None:
         planned = int(args.max_steps)
     else:
         batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        planned = math.ceil(args.num_train_epochs * max(math.ceil(comparisons / batch), 1))
+        kept = comparisons_kept(comparisons, args.per_device_train_batch_size, args.dataloader_drop_last)
+        planned = math.ceil(args.num_train_epochs * max(math.ceil(kept / batch), 1))
     return training.steps if training is not None and training.steps >= planned else None

@@ -17,7 +17,7 @@ from qlora_rm.training.arguments import TrainingConfig
 from qlora_rm.training.collate import Collator
 from qlora_rm.training.objective import EVALUATION, Objective, evaluate_batch, summarize
 from qlora_rm.training.resumable import ResumableTrainer
-from qlora_rm.training.sampling import EvenLoadSampler
+from qlora_rm.training.sampling import StepSampler, length_grouped_order, random_order, sequential_order
 
 COLUMNS = ["prompt_ids", "response_ids", "wins", "ties", "margins", "weight", "length", "tokens"]
 """Of the data set: what the collator reads, and the sizes that samplers read."""
@@ -27,7 +27,7 @@ class PreferenceTrainer(ResumableTrainer):
     """RewardTrainer over tokenized comparisons (the columns of `preferences.load_preferences`).
 
     What it overrides, and why: the loss (K responses, weights, ties, rankings), preparation of the data (done
-    before), the order (even micro-batches), the evaluation step (exact over uneven batches and ranks). What makes its
+    before), the order (whole steps, even micro-batches), the evaluation step (exact over uneven batches and ranks). What makes its
     checkpoints whole and its resume exact is `ResumableTrainer`'s.
 
     Arguments:
@@ -35,6 +35,7 @@ class PreferenceTrainer(ResumableTrainer):
     """
 
     objective: Objective
+    loss_is_scaled_for_ga = True  # type: ignore[assignment]  # `compute_loss` divides by the comparisons of the whole step
 
     def __init__(
         self,
@@ -49,6 +50,8 @@ class PreferenceTrainer(ResumableTrainer):
         self.objective = objective
         self.pad_token_id = tokenizer.pad_token_id
         self.comparisons = len(train)
+        self.drop_last = args.dataloader_drop_last
+        self._micro_batches: list[Tensor] = []  # logged sums of the optimizer step at work
         self.shares_prefix = sharing_model(model) is not None
         with keep_trainables(model):
             super().__init__(
@@ -68,50 +71,82 @@ class PreferenceTrainer(ResumableTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = COLUMNS  # type: ignore[assignment]
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
-        """The seeded random order with even micro-batches, unless another `train_sampling_strategy` is asked for."""
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """Like transformers', without its `drop_last`: the sampler obeys it, and evaluation reads every comparison."""
+        self.args.dataloader_drop_last = False
+        try:
+            return super()._get_dataloader(*args, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = self.drop_last
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
+        """The order that `--train_sampling_strategy` names, in whole optimizer steps."""
         args = self.args
         data: Any = train_dataset if train_dataset is not None else self.train_dataset
         data = data.select(range(self.comparisons))
-        if args.train_sampling_strategy != "random":
-            return super()._get_train_sampler(data)
         seed = args.data_seed if args.data_seed is not None else args.seed
         batches_per_step = args.world_size * args.gradient_accumulation_steps
-        if self.shares_prefix:
-            loads = list(data["tokens"])
+        loads = None
+        if args.train_sampling_strategy == "sequential":
+            order = sequential_order(len(data))
+        elif args.train_sampling_strategy == "group_by_length":
+            order = length_grouped_order(data["length"], self._train_batch_size * batches_per_step, seed)
         else:
-            loads = [
-                len(responses) * longest
-                for responses, longest in zip(data["response_ids"], data["length"], strict=True)
-            ]
-        self.order = EvenLoadSampler(loads, self._train_batch_size, batches_per_step, seed)
+            order, loads = random_order(len(data), seed), self._loads(data)
+        self.order = StepSampler(
+            order,
+            len(data),
+            self._train_batch_size,
+            batches_per_step,
+            loads=loads,
+            drop_last=self.drop_last,
+        )
         return self.order
+
+    def _loads(self, data: Dataset) -> list[int]:
+        """Tokens that each comparison adds to a micro-batch, as it is laid out."""
+        if self.shares_prefix:
+            return list(data["tokens"])
+        return [
+            len(responses) * longest for responses, longest in zip(data["response_ids"], data["length"], strict=True)
+        ]
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
+        """Comparisons in this optimizer step, over all its micro-batches and ranks."""
+        count = torch.stack([batch["counts"].sum() for batch in batch_samples]).sum()
+        return self.accelerator.gather(count.to(device)[None]).sum()
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        """The micro-batch's share in the mean loss of the optimizer step; in evaluation the mean over the batch.
+
+        The engines average gradients over the ranks, hence the factor.
+        """
         scores = score_batch(model, inputs)
         losses = self.objective.losses(scores, inputs)
         if return_outputs:
             return losses.mean(), evaluate_batch(scores, losses, inputs)
         self._log_batch(scores.detach(), losses.detach(), inputs)
-        return losses.mean() * (self.order.filled_up(self.state.global_step) if self.order is not None else 1.0)
+        return losses.sum() * self.accelerator.num_processes / num_items_in_batch
 
     def _log_batch(self, scores: Tensor, losses: Tensor, inputs: dict[str, Tensor]) -> None:
-        """Running means under TRL's names, over all ranks; one gather a step. Rows that only fill up are left out."""
-        counts = inputs["weight"] > 0
+        """Running means under TRL's names, over all comparisons of a step; one gather a step."""
+        counts = inputs["counts"]
         scored = counts[inputs["comparison"]]
         least, most = (torch.where(scored, scores, bound) for bound in (math.inf, -math.inf))
-        extremes = torch.stack([least.min(), most.max(), (inputs["input_ids"] != self.pad_token_id).sum().float()])
+        tokens = (inputs["input_ids"] != self.pad_token_id).sum().float()
         sums = evaluate_batch(scores, losses, inputs)[counts].sum(0)
-        gathered = self.accelerator.gather(torch.cat([sums, extremes])[None])
-        step = summarize(gathered[:, : len(sums)])
-        least, most, tokens = gathered[:, len(sums) :].unbind(-1)
+        self._micro_batches.append(torch.cat([sums, torch.stack([least.min(), most.max(), tokens])]))
+        if not self.accelerator.sync_gradients:
+            return
+        gathered = self.accelerator.gather(torch.stack(self._micro_batches))
+        self._micro_batches.clear()
+        step = summarize(gathered[:, : len(EVALUATION)])
+        least, most, tokens = gathered[:, len(EVALUATION) :].unbind(-1)
         self._total_train_tokens += int(tokens.sum())
         metrics = self._metrics["train"]
         metrics["num_tokens"] = [self._total_train_tokens]
-        if not gathered[:, EVALUATION.index("responses")].any():
-            return
         metrics["min_reward"].append(least.min().item())
         metrics["max_reward"].append(most.max().item())
         for name in ("accuracy", "margin", "mean_reward"):

@@ -99,6 +99,8 @@ def test_a_reward_model_keeps_its_head(folders, tokenizer, tmp_path, quantizatio
     tokenizer.save_pretrained(tmp_path)
     backbone = load(str(tmp_path), tokenizer, quantization=quantization)
     assert not backbone.has_new_head
+    with pytest.raises(UserError, match=r"--head_init_std has no effect.*whose head is kept"):
+        load(str(tmp_path), tokenizer, head_init_std=0.0)
     torch.testing.assert_close(backbone.model.score.weight, model.score.weight, rtol=0, atol=0)
 
 
@@ -160,7 +162,7 @@ def test_targets_layers_dora_and_rslora(folders, tokenizer):
     )
     adapted = {name for name, _ in model.named_parameters() if "lora_" in name}
     assert len(adapted) == 3 and all("layers.1.self_attn.q_proj" in name for name in adapted)
-    with pytest.raises(UserError, match="could not be attached"):
+    with pytest.raises(UserError, match="no layer of that name"):
         attach_adapter(load(folders("llama"), tokenizer), AdapterConfig(lora_target_modules=["no_such_layer"]))
 
 
