@@ -102,5 +102,5 @@ def test_any_moment(moment: datetime) -> None:
 
 def test_what_renders_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clock, "_prefix", lambda template, when: "wrong ")
-    with pytest.raises(UserError, match="cannot be fixed to one date.*--chat_template_path"):
+    with pytest.raises(UserError, match=r"cannot be fixed to one date.*--chat_template_path"):
         fixed(READS_CLOCK, DAY_OF_TRAINING)
