@@ -1,18 +1,23 @@
 """How the model of a manifest reads plain text: the one place that decides it, for every command."""
 
 from qlora_rm.artifacts.manifest import Manifest
-from qlora_rm.preferences.text_as import TextAs, TrainedText, kind_of_row, text_as_of
+from qlora_rm.preferences.text_as import TrainedText, kind_of_row
 from qlora_rm.preferences.tokenization import Tokenization
 
 
 def trained_text(manifest: Manifest | None, tokenization: Tokenization) -> TrainedText:
-    """The reading that training's rows ask for; a model whose rows are not known scores turns where it has a template."""
+    """The reading that the contract asks for.
+
+    A file of an earlier version has none: text becomes turns where a golden item is turns, as these versions served it.
+    Where there are no golden items either, text becomes turns where the tokenizer has a template.
+    """
     kinds = trained_kinds(manifest) if manifest else set()
-    text_as: TextAs = "turns" if tokenization.tokenizer.chat_template else "text"
-    if kinds:
-        recorded = manifest.contract.text_as if manifest else None
-        text_as = text_as_of(kinds) if recorded is None else "turns" if recorded == "turns" else "text"
-    return TrainedText(tokenization, text_as, kinds)
+    recorded = manifest.contract.text_as if manifest else None
+    if recorded is not None:
+        as_turns = recorded == "turns"
+    else:
+        as_turns = "turns" in kinds if kinds else bool(tokenization.tokenizer.chat_template)
+    return TrainedText(tokenization, "turns" if as_turns else "text", kinds)
 
 
 def trained_kinds(manifest: Manifest) -> set[str]:

@@ -125,7 +125,7 @@ class TrainedText:
             elif "turns" in self.trained_on:
                 self._say_once(MIXED)
         elif is_hh_text(whole):
-            self._say_once(RAW_HH.format(reason=self._reason))
+            self._warn_of_text(RAW_HH)
         elif self._is_rendered(whole):
             self._say_once(FROM_TEMPLATE)
             return [], [self.decoded.candidates(prompt + text).responses[0] for text in responses]
@@ -133,8 +133,12 @@ class TrainedText:
             self._say_once(TO_TURNS.format(reason=self._reason))
             return join([{"role": "user", "content": prompt}], [*responses])
         else:
-            self._say_once(NO_PROMPT.format(reason=self._reason))
+            self._warn_of_text(NO_PROMPT)
         return prompt, [*responses]
+
+    def _warn_of_text(self, line: str) -> None:
+        if "text" not in self.trained_on:
+            self._say_once(line.format(reason=self._reason))
 
     def _say_once(self, line: str) -> None:
         if line not in self._told:

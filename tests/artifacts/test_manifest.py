@@ -17,6 +17,9 @@ from tests.models_for_tests import save_backbone
 from tests.reward_models_for_tests import HELD_OUT, HELD_OUT_TEXT, llama_adapter
 from tests.tokenizers_for_tests import small_tokenizer
 
+SINCE_VERSION_3 = ("date", "trained_on", "text_as")
+"""Keys of the contract."""
+
 
 def lengths(sequences: list[list[int]]) -> torch.Tensor:
     return torch.tensor([float(len(ids)) for ids in sequences])
@@ -35,6 +38,7 @@ def test_version_1_is_read(tmp_path: Path) -> None:
     merge = {"method": "by hand", "dtype": "bf16", "compared_in": "fp32", "drift": 0.25}
     old = {key: value for key, value in content.items() if key not in ("history", "files", "noise")}
     old |= {"schema_version": 1}
+    old["contract"] = {key: old["contract"][key] for key in content["contract"] if key not in SINCE_VERSION_3}
     old |= {"merge": merge, "base": {k: v for k, v in content["base"].items() if k != "weights_fingerprint"}}
     (tmp_path / FILE_NAME).write_text(json.dumps(old), encoding="utf-8")
     manifest = Manifest.load(tmp_path)
@@ -48,9 +52,11 @@ def test_version_2_is_read(tmp_path: Path) -> None:
     """Nothing had measured how far rounding moves the scores."""
     content = json.loads((llama_adapter() / FILE_NAME).read_text(encoding="utf-8"))
     old = {key: value for key, value in content.items() if key != "noise"} | {"schema_version": 2}
+    old["contract"] = {key: old["contract"][key] for key in content["contract"] if key not in SINCE_VERSION_3}
     (tmp_path / FILE_NAME).write_text(json.dumps(old), encoding="utf-8")
     manifest = Manifest.load(tmp_path)
     assert (manifest.schema_version, manifest.noise) == (3, {})
+    assert [getattr(manifest.contract, key) for key in SINCE_VERSION_3] == [None] * 3
     assert manifest.golden == Manifest.load(llama_adapter()).golden
 
 
