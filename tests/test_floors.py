@@ -10,7 +10,21 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "qlora_rm"
 FLOORS = {
-    **dict.fromkeys(["__init__", "bearer", "config", "console", "errors", "launchers", "options"], 0),
+    **dict.fromkeys(
+        [
+            "__init__",
+            "bearer",
+            "config",
+            "console",
+            "errors",
+            "intervals",
+            "launchers",
+            "libraries",
+            "options",
+            "progress",
+        ],
+        0,
+    ),
     "preferences": 1,
     "backbone": 2,
     "plan": 3,
@@ -25,9 +39,12 @@ LIGHT = {
     "config",
     "console",
     "errors",
+    "intervals",
     "launchers",
+    "libraries",
     "options",
     "preferences",
+    "progress",
     "cli",
     "doors",
 }  # what `qlora-rm --help` may load

@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from qlora_rm.artifacts.arithmetic import compute_dtype, compute_in_fp32, lacks_16_bit_units, to_accelerator
 from qlora_rm.artifacts.manifest import FILE_NAME, Manifest, hash_of_config
 from qlora_rm.backbone.adapter import load_adapter
-from qlora_rm.backbone.load import Backbone, load_backbone, read_model_config
+from qlora_rm.backbone.load import Backbone, load_backbone, quiet_transformers, read_model_config
 from qlora_rm.backbone.paths import is_local
 from qlora_rm.backbone.precision import DTYPES, NAMES, Precision
 from qlora_rm.backbone.scoring import TOKENS_PER_BATCH, Layout, score_sequences
@@ -23,6 +23,7 @@ from qlora_rm.errors import UserError, first_line
 from qlora_rm.preferences.comparison import Candidates
 from qlora_rm.preferences.faults import RowFault
 from qlora_rm.preferences.tokenization import Tokenization
+from qlora_rm.progress import Phase
 
 Kind = Literal["adapter", "model"]
 
@@ -186,9 +187,10 @@ def load_stock(folder: str, trust_remote_code: bool = False) -> tuple[PreTrained
     """
     dtype = torch.float32 if lacks_16_bit_units() else "auto"
     try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code
-        )
+        with Phase("loading"), quiet_transformers():
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                folder, dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code
+            )
     except Exception as error:  # safetensors raises its own error type for a truncated file
         raise UserError(f"The model in {folder} could not be loaded: {first_line(error)}") from error
     if dtype is torch.float32:

@@ -1,9 +1,10 @@
 """Loading a backbone with a score head: in 4 bit, counted, and with nothing initialized behind the user's back."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any
 
 import bitsandbytes as bnb
 import torch
@@ -30,6 +31,7 @@ from qlora_rm.backbone.shards import make_whole, shard_like
 from qlora_rm.config import BackboneConfig
 from qlora_rm.console import say
 from qlora_rm.errors import UserError, first_line
+from qlora_rm.progress import Phase, counted
 
 WORTH_SAYING = 0.1
 """Share of unquantized weights above which a load that allows it says so; routers and small gates stay below."""
@@ -75,6 +77,19 @@ def load_backbone(
         UserError: no model there, not one label, weights missing from the checkpoint, or more weights left
             unquantized than `config.max_unquantized` allows.
     """
+    with Phase("loading" if config.quantization == "none" else "loading and quantizing"):
+        return _load_backbone(config, tokenizer, dtype, seed, trust_remote_code, full_fine_tuning, loading)
+
+
+def _load_backbone(
+    config: BackboneConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype,
+    seed: int,
+    trust_remote_code: bool,
+    full_fine_tuning: bool,
+    loading: Loading | None,
+) -> Backbone:
     name = config.model_name_or_path
     if not name:
         raise UserError("No backbone given: pass --model_name_or_path FOLDER_OR_HUB_ID.")
@@ -154,7 +169,7 @@ def _load_model(
         how["quantization_config"] = quantization  # a checkpoint saved in 4 bit brings its own, which None would hide
     in_4_bit = config.quantization == "4bit" if saved is None else bool(saved.get("load_in_4bit"))
     sharding = loading(head) if loading and in_4_bit else nullcontext()
-    with _quiet_transformers(), quantized_experts(), sharding:
+    with quiet_transformers(), quantized_experts(), sharding:
         try:
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 name,
@@ -194,7 +209,7 @@ def skeleton(
     config.num_labels = 1
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    with torch.device("meta"), no_init_weights(), set_zero3_state(), _quiet_transformers():
+    with torch.device("meta"), no_init_weights(), set_zero3_state(), quiet_transformers():
         return AutoModelForSequenceClassification.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
@@ -271,11 +286,21 @@ def _require_quantized(model: PreTrainedModel, config: BackboneConfig) -> None:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Silence the loading report: what is new and what is missing is checked and said by this module."""
+def quiet_transformers() -> Iterator[None]:
+    """Silence the loading report (what is new and what is missing is checked and said by this module), and count the
+    weights that are read in a phase of ours instead of transformers' bar."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
+    hook = transformers_logging.set_tqdm_hook(_counted)
     try:
         yield
     finally:
         transformers_logging.set_verbosity(verbosity)
+        transformers_logging.set_tqdm_hook(hook)
+
+
+def _counted(factory: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """In place of a bar of transformers': its items, counted; without items, a bar that is not drawn."""
+    if not args or not isinstance(args[0], Iterable):
+        return factory(*args, **kwargs | {"disable": True})
+    return counted(args[0], Phase("loading", kwargs.get("total") or len(args[0]), "weights"))  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from qlora_rm.backbone.packed import forest_batch, row_multiple, sharing_model
+from qlora_rm.progress import Phase
 
 Layout = Literal["forest", "right", "left"]
 
@@ -50,7 +51,7 @@ def score_sequences(
     device = _device(model)
     context = torch.autocast(device.type, autocast) if autocast not in (None, torch.float32) else nullcontext()
     layout = layout or ("forest" if sharing_model(model) is not None else "right")
-    with torch.no_grad(), context:
+    with torch.no_grad(), context, Phase("scoring", len(sequences), "sequences") as phase:
         for indices in batches(sequences, tokens_per_batch, in_order=layout == "forest"):
             members = [sequences[i] for i in indices]
             if layout == "forest":
@@ -59,6 +60,7 @@ def score_sequences(
                 batch = pad_batch(members, pad_token_id, layout)
             logits = model(**{name: tensor.to(device) for name, tensor in batch.items()}).logits
             scores[indices] = logits[:, 0].float().cpu()
+            phase.advance(len(indices))
     model.train(was_training)
     return scores
 

@@ -13,7 +13,7 @@ import yaml
 from trl import RewardConfig, TrlParser
 
 from qlora_rm.backbone.precision import best_dtype
-from qlora_rm.config import AdapterConfig, BackboneConfig, DataConfig, ObjectiveConfig
+from qlora_rm.config import AdapterConfig, BackboneConfig, DataConfig, ObjectiveConfig, OutputConfig
 from qlora_rm.errors import UserError
 
 
@@ -77,6 +77,8 @@ class TrainingConfig(RewardConfig):
     )
 
     def __post_init__(self) -> None:
+        # else transformers 5.23 takes it from the level of its log, which libraries.py sets
+        self.disable_tqdm = bool(self.disable_tqdm)
         if self.bf16 is None and not self.fp16:
             best = torch.float32 if self._deepspeed_autocasts() else best_dtype()[0]
             self.bf16, self.fp16 = best is torch.bfloat16, best is torch.float16
@@ -146,6 +148,7 @@ class Options:
     adapter: AdapterConfig
     objective: ObjectiveConfig
     training: TrainingConfig
+    output: OutputConfig = field(default_factory=OutputConfig)
 
 
 class Parser(TrlParser):
@@ -212,7 +215,7 @@ def parse(argv: list[str]) -> Options:
         UserError: an unknown option or key, or a value that cannot be.
     """
     argv = [word for item in argv for word in (item.split("=", 1) if item.startswith("--config=") else [item])]
-    kinds: list[Any] = [DataConfig, BackboneConfig, AdapterConfig, ObjectiveConfig, TrainingConfig]
+    kinds: list[Any] = [DataConfig, BackboneConfig, AdapterConfig, ObjectiveConfig, TrainingConfig, OutputConfig]
     parser = Parser(kinds, prog="qlora-rm train", allow_abbrev=False)
     if "--config" in argv:
         where = argv.index("--config")
