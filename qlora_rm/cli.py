@@ -6,12 +6,15 @@ import sys
 from typing import NoReturn
 
 from qlora_rm import __version__
-from qlora_rm.console import quiet_libraries, rank_prefix
+from qlora_rm.config import OutputConfig
+from qlora_rm.console import rank_prefix, speaking
 from qlora_rm.doors.artefacts import add_export, add_merge, add_verify
 from qlora_rm.doors.scoring import add_eval, add_score, add_serve
 from qlora_rm.doors.training import add_bench, add_demo, add_plan, add_recipes, add_train
 from qlora_rm.errors import Terminated, UserError
 from qlora_rm.launchers import torchrun_variables
+from qlora_rm.libraries import quiet_libraries
+from qlora_rm.options import add_options, output_asked
 from qlora_rm.surroundings import prepare_caches, prepare_streams, require_readable
 
 
@@ -27,7 +30,6 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns: 0, or 1 where a check of `verify` failed, 2 for a mistake of the user's, 130 after Ctrl-C, 143 after SIGTERM.
     """
-    quiet_libraries()
     prepare_streams()
     argv = sys.argv[1:] if argv is None else argv
     try:
@@ -35,8 +37,10 @@ def main(argv: list[str] | None = None) -> int:
         if argv[:1] == ["train"] and not {"-h", "--help"} & set(argv):
             return _train(argv[1:])
         options = _parser().parse_args(argv)
-        prepare_caches()
-        return options.run(options) or 0
+        with speaking(quiet=options.quiet, verbose=options.verbose):
+            prepare_caches()
+            quiet_libraries()
+            return options.run(options) or 0
     except UserError as error:
         print(f"{rank_prefix()}error: {error}", file=sys.stderr)
         return 2
@@ -51,10 +55,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def _train(argv: list[str]) -> int:
     os.environ.update(torchrun_variables(os.environ))
-    prepare_caches()
-    from qlora_rm.training.run import main as train
+    asked = output_asked(argv)
+    with speaking(quiet=asked.quiet, verbose=asked.verbose):
+        prepare_caches()
+        quiet_libraries()
+        from qlora_rm.training.run import main as train
 
-    train(["--help" if word == "--help_all" else word for word in argv])
+        train(["--help" if word == "--help_all" else word for word in argv])
     return 0
 
 
@@ -77,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(name, help=about, description=about, allow_abbrev=False)
         command.set_defaults(run=add(command))
+        add_options(command, OutputConfig)
     return parser
 
 

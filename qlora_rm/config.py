@@ -233,6 +233,16 @@ class ObjectiveConfig:
 
 
 @dataclass
+class OutputConfig:
+    """How much is printed."""
+
+    quiet: bool = option(False, "Print only warnings, errors and results: no progress, no notes.")
+    verbose: bool = option(
+        False, "Print the warnings and notes of the libraries underneath too, and every entry of the training log."
+    )
+
+
+@dataclass
 class PlanConfig:
     """What a plan is made for."""
 

@@ -1,10 +1,18 @@
-"""What a run says to the person who started it: once, from the first process of the job."""
+"""What a command says to the person who started it: once, from the first process of the job."""
 
-import logging
 import os
 import sys
-import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+from qlora_rm.errors import UserError
+
+VERBOSITY = "QLORA_RM_VERBOSITY"
+"""Environment variable: quiet, normal or verbose. Processes that a command starts inherit it."""
+LEVELS = ("quiet", "normal", "verbose")
+WARNING = "warning: "
+
+_write: Callable[[str], None] | None = None
 
 
 def is_main_process() -> bool:
@@ -17,10 +25,58 @@ def rank_prefix() -> str:
     return "" if is_main_process() else f"[rank {os.environ['RANK']}] "
 
 
+def verbosity() -> str:
+    """quiet, normal or verbose."""
+    level = os.environ.get(VERBOSITY, "normal")
+    return level if level in LEVELS else "normal"
+
+
+@contextmanager
+def speaking(*, quiet: bool, verbose: bool) -> Iterator[None]:
+    """Inside the block, and in processes started there, be quiet or verbose; with neither, as before.
+
+    Raises:
+        UserError: both are asked for.
+    """
+    if quiet and verbose:
+        raise UserError("Give --quiet or --verbose, not both.")
+    before = os.environ.get(VERBOSITY)
+    if quiet or verbose:
+        os.environ[VERBOSITY] = "quiet" if quiet else "verbose"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(VERBOSITY, None)
+        else:
+            os.environ[VERBOSITY] = before
+
+
 def say(*lines: str) -> None:
-    """Print lines to standard error on the main process; standard output is kept for results."""
+    """Print lines to standard error on the main process; under --quiet only those that begin with `warning: `.
+
+    Standard output is kept for results.
+    """
+    told = [line for line in lines if verbosity() != "quiet" or line.startswith(WARNING)]
+    if told:
+        say_result(*told)
+
+
+def say_result(*lines: str) -> None:
+    """Print lines to standard error on the main process, under --quiet too."""
     if is_main_process():
-        print(*lines, sep="\n", file=sys.stderr, flush=True)
+        (_write or _print)("\n".join(lines))
+
+
+def write_by(write: Callable[[str], None] | None) -> None:
+    """Let `write` print what is said, for as long as something else stands on the terminal's last line; None: as usual."""
+    global _write
+    _write = write
+
+
+def _print(text: str) -> None:
+    sys.stderr.write(f"{text}\n")  # in one piece: several threads may have something to say
+    sys.stderr.flush()
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -34,18 +90,3 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
         )
 
     return [line(cells[0]), "  ".join("-" * w for w in widths), *(line(row) for row in cells[1:])]
-
-
-def quiet_libraries() -> None:
-    """Silence notices of libraries that ask nothing of the user; to be called before the libraries are imported.
-
-    Each goes when its library stops saying it: PEFT and TRL calling what transformers 5 has renamed, DeepSpeed
-    calling what torch 2.13 has, and bitsandbytes missing a package of kernels that only a model hub can give.
-    """
-    for renamed in (
-        "`is_gradient_checkpointing` is deprecated",
-        "`torch.distributed.all_gather_into_tensor`",
-        "`torch.distributed.reduce_scatter_tensor`",
-    ):
-        warnings.filterwarnings("ignore", message=renamed, category=FutureWarning)
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

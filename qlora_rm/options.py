@@ -2,9 +2,14 @@
 
 import argparse
 import types
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import MISSING, Field, fields
+from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from qlora_rm.config import OutputConfig
 
 T = TypeVar("T")
 
@@ -25,6 +30,24 @@ def read_options(namespace: argparse.Namespace, config: type[T]) -> T:
     """An instance of `config` from what was given; fields that were no options keep their defaults."""
     given = vars(namespace)
     return config(**{item.name: given[item.name] for item in fields(config) if item.name in given})  # type: ignore[arg-type]
+
+
+def output_asked(words: Sequence[str]) -> OutputConfig:
+    """`--quiet` and `--verbose` among the words of `train`, or else in its YAML file.
+
+    They are needed before the libraries are loaded that make the parser of all its options, which also names mistakes.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in ("config", "quiet", "verbose"):
+        parser.add_argument(f"--{name}", nargs="?", const="true")
+    try:
+        given = {name: value for name, value in vars(parser.parse_known_args(words)[0]).items() if value is not None}
+        file = yaml.safe_load(Path(given.pop("config")).read_text(encoding="utf-8")) if "config" in given else None
+    except (argparse.ArgumentError, OSError, ValueError, yaml.YAMLError):
+        return OutputConfig()
+    told = (file if isinstance(file, dict) else {}) | given
+    on = {name: str(told.get(name)).lower() in ("true", "yes", "1", "t", "y") for name in ("quiet", "verbose")}
+    return OutputConfig(**on)
 
 
 def _title(config: type) -> str:

@@ -11,7 +11,21 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "qlora_rm"
 FLOORS = {
     **dict.fromkeys(
-        ["__init__", "bearer", "config", "console", "errors", "launchers", "options", "shipped", "surroundings"], 0
+        [
+            "__init__",
+            "bearer",
+            "config",
+            "console",
+            "errors",
+            "intervals",
+            "launchers",
+            "libraries",
+            "options",
+            "progress",
+            "shipped",
+            "surroundings",
+        ],
+        0,
     ),
     "preferences": 1,
     "backbone": 2,
@@ -27,11 +41,14 @@ LIGHT = {
     "config",
     "console",
     "errors",
+    "intervals",
     "launchers",
+    "libraries",
     "options",
     "shipped",
     "surroundings",
     "preferences",
+    "progress",
     "cli",
     "doors",
 }  # what `qlora-rm --help` may load

@@ -16,7 +16,7 @@ from qlora_rm.artifacts.trained_text import trained_text
 from qlora_rm.artifacts.training_date import fix_to_training
 from qlora_rm.backbone.adapter import load_adapter
 from qlora_rm.backbone.in_force import compute_quantized_layers_in
-from qlora_rm.backbone.load import Backbone, embedding_rows, load_backbone, read_model_config
+from qlora_rm.backbone.load import Backbone, embedding_rows, load_backbone, quiet_transformers, read_model_config
 from qlora_rm.backbone.paths import is_local
 from qlora_rm.backbone.positions import inner_model, usable_positions
 from qlora_rm.backbone.precision import DTYPES, NAMES, Precision
@@ -30,6 +30,7 @@ from qlora_rm.preferences.comparison import Candidates
 from qlora_rm.preferences.faults import RowFault
 from qlora_rm.preferences.text_as import TrainedText
 from qlora_rm.preferences.tokenization import Tokenization
+from qlora_rm.progress import Phase
 
 Kind = Literal["adapter", "model"]
 
@@ -205,9 +206,10 @@ def load_stock(folder: str, trust_remote_code: bool = False) -> tuple[PreTrained
     """
     dtype = torch.float32 if lacks_16_bit_units() else "auto"
     try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code
-        )
+        with Phase("loading"), quiet_transformers():
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                folder, dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code
+            )
     except Exception as error:  # safetensors raises its own error type for a truncated file
         raise UserError(f"The model in {folder} could not be loaded: {first_line(error)}") from error
     if dtype is torch.float32:

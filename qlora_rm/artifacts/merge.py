@@ -23,6 +23,7 @@ from qlora_rm.backbone.saved_quantization import saved_quantization
 from qlora_rm.config import Quantization
 from qlora_rm.console import say
 from qlora_rm.errors import UserError
+from qlora_rm.progress import Phase
 
 MergeDtype = Literal["bf16", "fp32"]
 MergeBase = Literal["dequantized", "original"]
@@ -94,7 +95,8 @@ class _Job:
             )
         sealed = self._write()
         self.tokenizer.save_pretrained(self.beside)
-        record, step = self._prove(golden)
+        with Phase("verifying"):
+            record, step = self._prove(golden)
         manifest = replace(self.manifest, golden=golden)
         manifest.after(step, merge=record).save(self.beside, sealed)
         return record
@@ -184,7 +186,8 @@ class _Job:
         if self.stream is not None:
             return self.stream.run(self.beside)
         adapted = self._load(None if self.base == "dequantized" else "none")
-        merge_in_memory(adapted, self.folder, self.beside, DTYPES[self.dtype])
+        with Phase("merging"):
+            merge_in_memory(adapted, self.folder, self.beside, DTYPES[self.dtype])
         return {}
 
     def _prove(self, golden: list[GoldenItem]) -> tuple[Merge, Step]:

@@ -12,9 +12,10 @@ from qlora_rm.artifacts.load import RewardModel, artefact_kind, read_tokenizer
 from qlora_rm.artifacts.manifest import Manifest, Step
 from qlora_rm.backbone.experts import fused_experts
 from qlora_rm.backbone.head import head_modules
-from qlora_rm.backbone.load import quantization_config, read_model_config, skeleton
+from qlora_rm.backbone.load import quantization_config, quiet_transformers, read_model_config, skeleton
 from qlora_rm.backbone.precision import DTYPES
 from qlora_rm.errors import UserError, first_line
+from qlora_rm.progress import Phase
 
 EVERY_PAIR = Tolerance(absolute=0.1, relative=0.02, flip_margin=0.0)
 """Any change of order counts, between responses however close."""
@@ -86,9 +87,11 @@ def _save(folder: str, output: str, manifest: Manifest, trust_remote_code: bool)
         )
     settings.llm_int8_skip_modules = head_modules(bones)
     try:
-        model = AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=dtype, quantization_config=settings, trust_remote_code=trust_remote_code
-        )
+        with Phase("loading and quantizing"), quiet_transformers():
+            model = AutoModelForSequenceClassification.from_pretrained(
+                folder, dtype=dtype, quantization_config=settings, trust_remote_code=trust_remote_code
+            )
     except (OSError, ValueError) as error:
         raise UserError(f"The model in {folder} could not be loaded in 4 bit: {first_line(error)}") from error
-    model.save_pretrained(output)
+    with Phase("saving"), quiet_transformers():
+        model.save_pretrained(output)

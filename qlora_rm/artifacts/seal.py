@@ -8,6 +8,7 @@ from pathlib import Path
 
 from qlora_rm.artifacts.merging.checkpoint import model_files
 from qlora_rm.errors import UserError
+from qlora_rm.progress import Phase, counted
 
 SEALED = (
     "*.safetensors",
@@ -35,13 +36,14 @@ def hash_files(folder: Path, known: dict[str, str] | None = None) -> dict[str, s
     """File name -> sha256 of a model folder's weights and tokenizer; `known` hashes are not computed again."""
     known = known or {}
     names = sorted(p.name for p in folder.iterdir() if p.is_file() and any(fnmatch(p.name, s) for s in SEALED))
-    return {name: known.get(name) or hash_file(folder / name) for name in names}
+    hashing = Phase("hashing", len(names), "files")
+    return {name: known.get(name) or hash_file(folder / name) for name in counted(names, hashing)}
 
 
 def changed_files(folder: str, sealed: dict[str, str]) -> list[str]:
     """What happened to the files of `folder` since they were sealed, one line each."""
     lines = []
-    for name, sha256 in sealed.items():
+    for name, sha256 in counted(sealed.items(), Phase("hashing", len(sealed), "files")):
         path = Path(folder) / name
         if not path.is_file():
             lines.append(f"{name} is gone")

@@ -26,6 +26,7 @@ from qlora_rm.artifacts.merging.checkpoint import Checkpoint
 from qlora_rm.backbone.head import head_modules, is_in_head
 from qlora_rm.backbone.precision import NAMES
 from qlora_rm.errors import UserError, first_line
+from qlora_rm.progress import Phase
 
 T = TypeVar("T")
 
@@ -38,6 +39,11 @@ def verify(folder: str, *, base: str | None = None, trust_remote_code: bool = Fa
     Raises:
         UserError: there is nothing of a model in `folder`.
     """
+    with Phase("verifying"):
+        return _verify(folder, base, trust_remote_code)
+
+
+def _verify(folder: str, base: str | None, trust_remote_code: bool) -> list[Check]:
     kind = artefact_kind(folder)
     checks: list[Check] = []
     manifest = _part(checks, "manifest is readable", lambda: Manifest.load(folder))

@@ -1,6 +1,6 @@
 """Loading a backbone with a score head: in 4 bit, counted, and with nothing initialized behind the user's back."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
@@ -40,6 +40,7 @@ from qlora_rm.backbone.shards import make_whole, shard_like
 from qlora_rm.config import BackboneConfig
 from qlora_rm.console import say
 from qlora_rm.errors import UserError, first_line
+from qlora_rm.progress import Phase, counted
 
 WORTH_SAYING = 0.1
 """Share of unquantized weights above which a load that allows it says so; routers and small gates stay below."""
@@ -86,8 +87,8 @@ def load_backbone(
         as_saved: a checkpoint that is saved quantized is loaded as it is, whatever `config.quantization` says.
 
     Raises:
-        UserError: no model there, saved in another quantization, not one label, weights missing from the checkpoint, or more weights left
-            unquantized than `config.max_unquantized` allows.
+        UserError: no model there, saved in another quantization, not one label, weights missing from the checkpoint, or
+            more weights left unquantized than `config.max_unquantized` allows.
     """
     name = config.model_name_or_path
     if not name:
@@ -99,13 +100,14 @@ def load_backbone(
         say(f"quantization: {name} is saved in 4 bit with {words}; it is loaded as it is")
     if config.head_init_std is not None and _is_classifier(model_config):
         raise _head_is_kept(name)
-    model, fresh = _load_model(
-        config,
-        model_config,
-        torch.float32 if full_fine_tuning else dtype,
-        trust_remote_code=trust_remote_code,
-        loading=loading,
-    )
+    with Phase("loading" if config.quantization == "none" else "loading and quantizing"):
+        model, fresh = _load_model(
+            config,
+            model_config,
+            torch.float32 if full_fine_tuning else dtype,
+            trust_remote_code=trust_remote_code,
+            loading=loading,
+        )
     head = head_modules(model)
     _require_whole(name, model, fresh, head)
     has_new_head = bool(fresh)
@@ -180,7 +182,7 @@ def _load_model(
         how["quantization_config"] = quantization  # a checkpoint saved in 4 bit brings its own, which None would hide
     in_4_bit = "4bit" in (saved if saved != "none" else config.quantization)
     sharding = loading(head) if loading and in_4_bit else nullcontext()
-    with _quiet_transformers(), quantized_experts(), sharding:
+    with quiet_transformers(), quantized_experts(), sharding:
         try:
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 name,
@@ -220,7 +222,7 @@ def skeleton(
     config.num_labels = 1
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    with torch.device("meta"), no_init_weights(), set_zero3_state(), _quiet_transformers():
+    with torch.device("meta"), no_init_weights(), set_zero3_state(), quiet_transformers():
         return AutoModelForSequenceClassification.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
@@ -292,11 +294,21 @@ def _require_quantized(model: PreTrainedModel, config: BackboneConfig, was_saved
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Silence the loading report: what is new and what is missing is checked and said by this module."""
+def quiet_transformers() -> Iterator[None]:
+    """Silence the loading report (what is new and what is missing is checked and said by this module), and count the
+    weights that are read in a phase of ours instead of transformers' bar."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
+    hook = transformers_logging.set_tqdm_hook(_counted)
     try:
         yield
     finally:
         transformers_logging.set_verbosity(verbosity)
+        transformers_logging.set_tqdm_hook(hook)
+
+
+def _counted(factory: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """In place of a bar of transformers': its items, counted; without items, a bar that is not drawn."""
+    if not args or not isinstance(args[0], Iterable):
+        return factory(*args, **kwargs | {"disable": True})
+    return counted(args[0], Phase("loading", kwargs.get("total") or len(args[0]), "weights"))  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from qlora_rm.backbone.packed import forest_batch, row_multiple, sharing_model
 from qlora_rm.backbone.rotary import forget_lengths, rotation_of
+from qlora_rm.progress import Phase
 
 Layout = Literal["forest", "right", "left"]
 
@@ -52,7 +53,7 @@ def score_sequences(
     context = torch.autocast(device.type, autocast) if autocast not in (None, torch.float32) else nullcontext()
     layout = layout or ("forest" if sharing_model(model) is not None else "right")
     rotation = rotation_of(model)
-    with torch.no_grad(), context:
+    with torch.no_grad(), context, Phase("scoring", len(sequences), "sequences") as phase:
         for indices in batches(sequences, tokens_per_batch, in_order=layout == "forest", rotation=rotation):
             if rotation is not None:
                 forget_lengths(model)
@@ -63,6 +64,7 @@ def score_sequences(
                 batch = pad_batch(members, pad_token_id, layout)
             logits = model(**{name: tensor.to(device) for name, tensor in batch.items()}).logits
             scores[indices] = logits[:, 0].float().cpu()
+            phase.advance(len(indices))
     model.train(was_training)
     return scores
 

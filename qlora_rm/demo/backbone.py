@@ -3,7 +3,6 @@
 What lies in the folder afterwards is a plain `LlamaForCausalLM` directory, as a user would have it from a hub.
 """
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from qlora_rm.console import say
 from qlora_rm.preferences.comparison import Message
+from qlora_rm.progress import Phase
 
 BOS, TURN, EOS, RESERVED = "<|begin|>", "<|turn|>", "<|end|>", "<|reserved_0|>"
 CHAT_TEMPLATE = (
@@ -24,7 +25,6 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|turn|>assistant\n' }}{% endif %}"
 )
-SECONDS_BETWEEN_LINES = 5.0
 POOL = 8  # batches drawn at once, to sort their conversations by length
 IGNORED = -100  # label of the padding in transformers' loss
 
@@ -62,9 +62,7 @@ def write_backbone(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(_config(tokenizer, recipe))
-        print(
-            f"backbone: {model.num_parameters():,} parameters, {len(tokenizer):,} tokens, {len(texts):,} conversations"
-        )
+        say(f"backbone: {model.num_parameters():,} parameters, {len(tokenizer):,} tokens, {len(texts):,} conversations")
         pretrain(model, sequences, recipe)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -109,20 +107,19 @@ def pretrain(model: LlamaForCausalLM, sequences: list[list[int]], recipe: Recipe
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warm_up, (recipe.steps - step) / (recipe.steps - warm_up + 1))
     )
-    began = told = time.monotonic()
     model.train()
     data = batches(sequences, recipe.conversations_per_step)
-    for step in range(1, recipe.steps + 1):
-        input_ids, labels = next(data)
-        loss = model(input_ids=input_ids, labels=labels, use_cache=False).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        if step in (1, recipe.steps) or time.monotonic() - told > SECONDS_BETWEEN_LINES:
-            told = time.monotonic()
-            print(f"backbone: step {step}/{recipe.steps}, loss {loss.item():.3f}, {told - began:.0f} s", flush=True)
+    with Phase("training the demo's backbone", recipe.steps, "steps") as phase:
+        for _ in range(recipe.steps):
+            input_ids, labels = next(data)
+            loss = model(input_ids=input_ids, labels=labels, use_cache=False).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            phase.advance()
+            phase.note = f"loss {loss.item():.3f}"
     model.eval()
 
 

@@ -2,12 +2,14 @@
 
 import argparse
 from collections import Counter
+from pathlib import Path
 
 from qlora_rm.config import DataConfig, ScoringConfig, ServeConfig
 from qlora_rm.console import say, table
 from qlora_rm.doors.common import EVALUATED, Run, load_model
 from qlora_rm.errors import UserError
 from qlora_rm.options import add_options, read_options
+from qlora_rm.progress import Phase
 
 
 def add_eval(command: argparse.ArgumentParser) -> Run:
@@ -70,22 +72,26 @@ def _score(options: argparse.Namespace) -> None:
 
 
 def _score_file(options: argparse.Namespace) -> None:
+    from qlora_rm.preferences.readers import count_rows
     from qlora_rm.report.files import json_line, reading, writing
     from qlora_rm.report.scored_rows import score_rows
 
+    rows = count_rows([Path(options.input)]) if Path(options.input).is_file() else None
     with reading(options.input) as lines, writing(options.output) as file:
-        model, skipped, count = load_model(options), Counter[str](), 0
-        for row in score_rows(
-            model,
-            lines,
-            options.input,
-            on_bad_row=options.on_bad_row,
-            column=options.score_column,
-            hh_turns=options.hh_turns,
-            skipped=skipped,
-        ):
-            file.write(json_line(row))
-            count += 1
+        model, skipped = load_model(options), Counter[str]()
+        with Phase("scoring", rows, "rows") as phase:
+            for row in score_rows(
+                model,
+                lines,
+                options.input,
+                on_bad_row=options.on_bad_row,
+                column=options.score_column,
+                hh_turns=options.hh_turns,
+                skipped=skipped,
+            ):
+                file.write(json_line(row))
+                phase.advance()
+    count = int(phase.done)
     say(
         f"{count - skipped.total():,} of {count:,} rows scored",
         *(f"skipped {n} x {kind}" for kind, n in skipped.items()),

@@ -10,6 +10,7 @@ from qlora_rm.config import AdapterConfig, BackboneConfig, DataConfig, Objective
 from qlora_rm.doors.common import EVALUATED, Run
 from qlora_rm.errors import UserError
 from qlora_rm.options import add_options, read_options
+from qlora_rm.progress import Phase
 
 TRAIN_HELP = (
     "The training loop's own options (output_dir, learning_rate, max_steps, per_device_train_batch_size, ...) are those "
@@ -42,13 +43,14 @@ def _plan(options: argparse.Namespace) -> None:
     from qlora_rm.plan.report import make_plan
     from qlora_rm.report.files import as_json
 
-    plan = make_plan(
-        options.model,
-        asked,
-        read_options(options, BackboneConfig),
-        read_options(options, AdapterConfig),
-        read_options(options, DataConfig),
-    )
+    with Phase("planning"):
+        plan = make_plan(
+            options.model,
+            asked,
+            read_options(options, BackboneConfig),
+            read_options(options, AdapterConfig),
+            read_options(options, DataConfig),
+        )
     print(as_json(plan.as_dict()) if options.json else "\n".join(plan.lines()), end="" if options.json else "\n")
 
 

@@ -18,6 +18,7 @@ from qlora_rm.preferences.split import digest, hold_out, lowest, repeat
 from qlora_rm.preferences.table import Table
 from qlora_rm.preferences.text_as import Kind, TrainedText
 from qlora_rm.preferences.tokenization import Tokenization, check_wins
+from qlora_rm.progress import Phase
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -122,21 +123,34 @@ def _read(
     table, ledger = Table(), Ledger(config.on_bad_row, tokenization.over_long)
     for entry, source in enumerate(of):
         comparisons = _comparisons(source, config, ledger, text)
-        while batch := list(islice(comparisons, TOKENIZED_AT_ONCE)):
-            results = tokenization.tokenize_each([comparison.candidates for comparison in batch])
-            for comparison, result in zip(batch, results, strict=True):
-                try:
-                    if isinstance(result, RowFault):
-                        raise result
-                    check_wins(result.tokens, comparison.preferences.wins)
-                except RowFault as fault:
-                    ledger.fault(comparison.origin, fault)
-                    continue
-                table.append(comparison, result, entry)
-                ledger.kept[source.name] += 1
+        unit = "rows" if len(of) == 1 else f"rows of {source.name}"
+        with Phase("reading", unit=unit) as reading:  # a download, a JSON file, or rows to be counted
+            first = list(islice(comparisons, 1))
+        with Phase("tokenizing", reading.total, unit) as phase:
+            comparisons = chain(first, comparisons)
+            while batch := list(islice(comparisons, TOKENIZED_AT_ONCE)):
+                _add(table, ledger, batch, tokenization, source, entry)
+                phase.done = ledger.rows[source.name]
     if not table.facts:
         raise UserError(f"No comparison is left of {sum(ledger.rows.values())} rows. " + ". ".join(ledger.lines()))
     return table, ledger
+
+
+def _add(
+    table: Table, ledger: Ledger, batch: list[Comparison], tokenization: Tokenization, source: Source, entry: int
+) -> None:
+    """Tokenize a batch; its good rows go to the table, the others to the ledger."""
+    results = tokenization.tokenize_each([comparison.candidates for comparison in batch])
+    for comparison, result in zip(batch, results, strict=True):
+        try:
+            if isinstance(result, RowFault):
+                raise result
+            check_wins(result.tokens, comparison.preferences.wins)
+        except RowFault as fault:
+            ledger.fault(comparison.origin, fault)
+            continue
+        table.append(comparison, result, entry)
+        ledger.kept[source.name] += 1
 
 
 def _comparisons(source: Source, config: DataConfig, ledger: Ledger, text: TrainedText | None) -> Iterator[Comparison]:

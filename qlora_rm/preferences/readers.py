@@ -6,7 +6,7 @@ import csv
 import gzip
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,6 +23,8 @@ JSON_CELLS = frozenset(
     | {"input_ids_chosen", "input_ids_rejected", "attention_mask_chosen", "attention_mask_rejected"}
 )
 """Fields that are no text; in a CSV, whose cells all are, they are written as JSON."""
+
+ONE_A_LINE = (".jsonl", ".ndjson")
 
 csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is shorter than a long prompt
 
@@ -44,6 +46,30 @@ def read_file(path: Path) -> Numbered:
         raise UserError(f"{path} cannot be read behind row {number}: {error}. Is the file whole?") from error
     if number == 0:
         raise UserError(f"{path} is empty: it holds no rows. Remove it from the data, or write it anew.")
+
+
+def count_rows(files: Iterable[Path]) -> int | None:
+    """How many rows the files hold, to show how far reading is; None where finding out would mean parsing them."""
+    count = 0
+    for path in files:
+        kind = ending(path).removesuffix(".gz")
+        try:
+            if kind in ONE_A_LINE:
+                with _open(path) as lines:
+                    count += sum(not line.isspace() for line in lines)
+            elif kind == ".parquet":
+                count += _parquet_rows(path)
+            else:
+                return None
+        except (OSError, EOFError, ValueError, zlib.error):
+            return None  # read_file says what is wrong
+    return count
+
+
+def _parquet_rows(path: Path) -> int:
+    from pyarrow import parquet
+
+    return parquet.read_metadata(path).num_rows
 
 
 def ending(path: Path) -> str:

@@ -13,7 +13,8 @@ from qlora_rm.errors import UserError
 from qlora_rm.preferences.comparison import Origin
 from qlora_rm.preferences.contents import Row
 from qlora_rm.preferences.faults import RowFault
-from qlora_rm.preferences.readers import READERS, decode_cells, ending, read_file
+from qlora_rm.preferences.readers import READERS, count_rows, decode_cells, ending, read_file
+from qlora_rm.progress import expect
 
 Entry = str | Mapping[str, Any]
 """One data set as the user names it: a path or hub id, or a mapping with the keys of `Source` but `name`."""
@@ -131,6 +132,8 @@ def _raw_rows(source: Source, default_split: str) -> Rows:
     else:
         if source.split is not None:
             raise UserError(f"{source.path} is read from files, which have no split {source.split!r}.")
+        if (rows := count_rows(files)) is not None:
+            expect(rows)
         for file in files:
             for number, row in read_file(file):
                 yield Origin(str(file), number), row
@@ -205,5 +208,6 @@ def _hub_rows(source: Source, default_split: str) -> Rows:
 def _of_dataset(label: str, rows: Any, first: int) -> Rows:
     if len(rows) == 0:
         raise UserError(f"{label} is empty: it holds no rows.")
+    expect(len(rows))
     for number, row in enumerate(rows, start=first):
         yield Origin(label, number), row

@@ -12,9 +12,8 @@ from torch.nn.functional import softplus
 
 from qlora_rm.artifacts.load import RewardModel
 from qlora_rm.console import table
-
-Z95 = 1.959963984540054
-"""97.5 % point of the standard normal distribution."""
+from qlora_rm.intervals import wilson_interval
+from qlora_rm.progress import Phase
 
 
 @dataclass(frozen=True)
@@ -114,33 +113,13 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
-    """95 % score interval of a proportion, which always holds `successes / trials`; (0, 1) without trials.
-
-    Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference", JASA 22.
-    """
-    if trials == 0:
-        return 0.0, 1.0
-    share = successes / trials
-    low, high = _wilson_lower(successes, trials), 1 - _wilson_lower(trials - successes, trials)
-    return min(low, share), max(high, share)
-
-
-def _wilson_lower(successes: int, trials: int) -> float:
-    """The lower end: the smaller root of Wilson's quadratic equation, as the product of both roots over the larger.
-
-    Computed as centre - half it loses its digits near 0, and 0 of 7 gave 2.8e-17.
-    """
-    share, spread = successes / trials, Z95**2 / trials
-    larger = share + spread / 2 + Z95 * math.sqrt(share * (1 - share) / trials + spread / (4 * trials))
-    return share * share / larger
-
-
 def evaluate(model: RewardModel, dataset: Dataset) -> Evaluation:
     """Score every response of `dataset` (columns of `preferences.table.SCHEMA`) once, and compare."""
     sequences = sequences_of(dataset)
     lengths = torch.tensor([len(ids) for ids in sequences])
-    return agreement_with(model.score_token_ids(sequences), lengths, dataset)
+    with Phase("evaluating"):
+        scores = model.score_token_ids(sequences)
+    return agreement_with(scores, lengths, dataset)
 
 
 def sequences_of(dataset: Dataset) -> list[list[int]]:

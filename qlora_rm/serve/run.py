@@ -23,8 +23,9 @@ from qlora_rm.backbone.load import embedding_rows
 from qlora_rm.backbone.packed import sharing_model
 from qlora_rm.bearer import TOKEN_VARIABLE, read_token
 from qlora_rm.config import ScoringConfig, ServeConfig
-from qlora_rm.console import say
+from qlora_rm.console import say, say_result
 from qlora_rm.errors import UserError
+from qlora_rm.progress import Phase
 from qlora_rm.serve.app import Service
 from qlora_rm.serve.batcher import Batcher
 from qlora_rm.serve.metrics import Metrics
@@ -56,9 +57,9 @@ def serve(folder: str, config: ServeConfig, scoring: ScoringConfig) -> int:
     finished = service.batcher.close(timeout=0 if server.cut_off else config.stop_timeout)
     if service.batcher.death is not None:
         traceback.print_exception(service.batcher.death)
-        say("stopped: the model thread died")
+        say("warning: stopped, since the model thread died")
     elif server.cut_off or not finished:
-        say(f"stopped with work unfinished after {config.stop_timeout:g} s")
+        say(f"warning: stopped with work unfinished after {config.stop_timeout:g} s")
         sys.stderr.flush()
         os._exit(
             1
@@ -78,11 +79,12 @@ def make_service(model: RewardModel, folder: str, config: ServeConfig, token: st
         "shares_prompts": sharing_model(model.model) is not None,
     }
     if config.skip_golden:
-        say("the golden scores are not checked (--skip_golden): nothing proves the scores that are served")
+        say("warning: the golden scores are not checked (--skip_golden): nothing proves the scores that are served")
     else:
         try:
-            proof = prove(model, folder)
-            prove_decoded(model, decoded, folder)
+            with Phase("golden scores"):
+                proof = prove(model, folder)
+                prove_decoded(model, decoded, folder)
         except UserError as error:
             raise UserError(f"{error} To serve it all the same, pass --skip_golden.") from error
         say(f"golden scores of {proof.items} items: {proof.drift}")
@@ -187,7 +189,7 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         assert sockets is not None
         host, port = sockets[0].getsockname()[:2]
-        say(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}")
+        say_result(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}")
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         say("stopping: no more requests are taken, those that wait are answered")

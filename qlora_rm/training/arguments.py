@@ -14,7 +14,7 @@ from transformers.trainer_utils import HubStrategy
 from trl import RewardConfig, TrlParser
 
 from qlora_rm.backbone.precision import best_dtype
-from qlora_rm.config import AdapterConfig, BackboneConfig, DataConfig, ObjectiveConfig
+from qlora_rm.config import AdapterConfig, BackboneConfig, DataConfig, ObjectiveConfig, OutputConfig
 from qlora_rm.console import say
 from qlora_rm.errors import UserError
 from qlora_rm.shipped import here_or_shipped
@@ -99,6 +99,8 @@ class TrainingConfig(RewardConfig):
     )
 
     def __post_init__(self) -> None:
+        # else transformers 5.23 takes it from the level of its log, which libraries.py sets
+        self.disable_tqdm = bool(self.disable_tqdm)
         if self.bf16 is None and not self.fp16:
             best = torch.float32 if self._deepspeed_autocasts() else best_dtype()[0]
             self.bf16, self.fp16 = best is torch.bfloat16, best is torch.float16
@@ -161,7 +163,7 @@ def asks_for_deepspeed(args: TrainingConfig) -> bool:
     return bool(args.deepspeed) or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
 
 
-KINDS: list[Any] = [DataConfig, BackboneConfig, AdapterConfig, ObjectiveConfig, TrainingConfig]
+KINDS: list[Any] = [DataConfig, BackboneConfig, AdapterConfig, ObjectiveConfig, TrainingConfig, OutputConfig]
 DEFAULTS = {
     item.name: item.default if item.default_factory is MISSING else item.default_factory()
     for kind in KINDS
@@ -183,6 +185,7 @@ class Options:
     adapter: AdapterConfig
     objective: ObjectiveConfig
     training: TrainingConfig
+    output: OutputConfig = field(default_factory=OutputConfig)
     max_length_given: bool = True
 
 

@@ -10,9 +10,18 @@ from accelerate.utils import DistributedType
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
-from qlora_rm.console import say
+from qlora_rm.console import say, verbosity
 from qlora_rm.errors import UserError
 from qlora_rm.training.arguments import TrainingConfig, asks_for_deepspeed
+
+
+def quiet_deepspeed() -> None:
+    """DeepSpeed 0.19 prints on every CPU rank that it has built its collectives; shown under --verbose only.
+
+    Goes when DeepSpeed logs it (`build_shm_op` in deepspeed/comm/torch.py).
+    """
+    if verbosity() != "verbose":
+        vars(deepspeed.comm.torch)["print"] = lambda *_, **__: None
 
 
 @dataclass(frozen=True)

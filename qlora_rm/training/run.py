@@ -1,6 +1,7 @@
 """A training run from its options to a reward model on disk."""
 
 import os
+import time
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ from datasets import Dataset
 from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
@@ -28,20 +29,23 @@ from qlora_rm.backbone.scoring import score_sequences
 from qlora_rm.backbone.tokenizer import load_tokenizer
 from qlora_rm.backbone.zero3 import sharded_loading
 from qlora_rm.config import BackboneConfig, require
-from qlora_rm.console import is_main_process, say
+from qlora_rm.console import is_main_process, say, say_result
 from qlora_rm.errors import Terminated, UserError
 from qlora_rm.preferences import PreferenceData, Tokenization, load_preferences
+from qlora_rm.progress import Phase
 from qlora_rm.training.arguments import Options, TrainingConfig, parse
 from qlora_rm.training.checkpoints import flush, last_whole, resume_point, written_whole
 from qlora_rm.training.clock import fix_training_date
 from qlora_rm.training.curves import draw_curves
-from qlora_rm.training.engine import EngineCheck
+from qlora_rm.training.engine import EngineCheck, quiet_deepspeed
 from qlora_rm.training.failures import ending_together, leave_process_group
 from qlora_rm.training.hub import Hub
 from qlora_rm.training.limits import Limits, fit_max_length, require_positions
+from qlora_rm.training.live import Live
 from qlora_rm.training.objective import Objective
 from qlora_rm.training.preflight import preflight
 from qlora_rm.training.sampling import comparisons_kept
+from qlora_rm.training.summary import summary
 from qlora_rm.training.terms import Terms, finished_steps, reconcile
 from qlora_rm.training.trainer import PreferenceTrainer
 from qlora_rm.training.universal import take_share
@@ -55,7 +59,9 @@ def main(argv: list[str]) -> None:
     hub = None
     try:
         with ending_together():
-            options = parse(argv)
+            quiet_deepspeed()
+            with Phase("starting"):  # ranks meet, and DeepSpeed compiles what it lacks
+                options = parse(argv)
             hub = Hub.of(options.training)
             run(options)
     finally:
@@ -84,7 +90,7 @@ def train(options: Options) -> dict[str, float]:
 
     Returns the last evaluation's metrics (empty without held-out comparisons).
     """
-    args = options.training
+    began, args = time.monotonic(), options.training
     _require_names(options)
     _require_writable(str(args.output_dir))
     resume = resume_point(str(args.output_dir), args.resume_from_checkpoint)
@@ -128,12 +134,14 @@ def train(options: Options) -> dict[str, float]:
     say(*inventory(model))
     trainer = _make_trainer(options, model, tokenizer, train_set, held_out)
     trainer.checkpoint_files = [manifest.save, replace(terms, accumulation=args.gradient_accumulation_steps).save]
-    with trainer.termination.watch():
+    with trainer.termination.watch(), Live.of(trainer):
         say(f"going on from {resume}" if resume else f"training on {len(train_set):,} comparisons")
         if resume is not None and terms.is_sharded:
             take_share(resume, trainer.accelerator)
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-        return _finish(trainer, manifest, data, tokenization)
+        metrics = _finish(trainer, manifest, data, tokenization)
+    say_result(*summary(options, metrics, held_out, trainer.state.global_step, time.monotonic() - began))
+    return metrics
 
 
 def load_model(options: Options, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> PreTrainedModel | PeftModel:
@@ -284,9 +292,6 @@ def _make_trainer(
         callbacks=[check],
     )
     check.trainer = trainer
-    if not is_main_process():  # transformers prints from the first rank of every host
-        for printer in (PrinterCallback, ProgressCallback):
-            trainer.remove_callback(printer)
     return trainer
 
 
@@ -313,7 +318,7 @@ def _describe(options: Options, tokenization: Tokenization, data: PreferenceData
 def _finish(
     trainer: PreferenceTrainer, manifest: Manifest, data: PreferenceData, tokenization: Tokenization
 ) -> dict[str, float]:
-    """Evaluate once more, save model, tokenizer, manifest and curves, and say where they are.
+    """Evaluate once more, and save model, tokenizer, manifest and curves.
 
     The manifest comes last: where it stands, everything else does. Without it the run is not complete, and resuming it
     comes here again from its last checkpoint.
@@ -339,10 +344,6 @@ def _finish(
             after_training(manifest, trainer.state.global_step, golden, noise, metrics, data).save(output)
             flush(output, below=False)
     trainer.accelerator.wait_for_everyone()
-    if metrics:
-        n = len(data.held_out) if data.held_out is not None else 0
-        say(f"held-out accuracy {metrics['eval_accuracy']:.4f}, loss {metrics['eval_loss']:.4f}, {n:,} comparisons")
-    say(f"reward model, manifest and curves: {output}")
     return metrics
 
 
@@ -367,7 +368,8 @@ def _require_weights(output: Path) -> None:
 
 def _score(trainer: PreferenceTrainer, sequences: list[list[int]]) -> torch.Tensor:
     """Scores as training computed them: through the engine's own forward pass and autocast."""
-    return score_sequences(trainer.model_wrapped, sequences, pad_token_id=trainer.pad_token_id)
+    with Phase("golden scores"):
+        return score_sequences(trainer.model_wrapped, sequences, pad_token_id=trainer.pad_token_id)
 
 
 def _noise(trainer: PreferenceTrainer, golden: list[GoldenItem], trained_in: torch.dtype) -> dict[str, Noise]:
@@ -376,7 +378,8 @@ def _noise(trainer: PreferenceTrainer, golden: list[GoldenItem], trained_in: tor
         say("noise of the golden scores: not measured on sharded weights; fixed tolerances apply")
         return {}
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-    noise = measure_noise(model, golden, trainer.pad_token_id, trained_in)
+    with Phase("noise of the golden scores"):
+        noise = measure_noise(model, golden, trainer.pad_token_id, trained_in)
     if noise:
         spread = ", ".join(f"{one.largest:.2g} in {name}" for name, one in noise.items())
         say(f"noise of the golden scores: at most {spread}")

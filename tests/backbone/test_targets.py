@@ -73,7 +73,11 @@ def test_an_adapter_on_the_embedding_is_verified_merged_and_served(tmp_path, arc
             AdapterConfig(lora_target_modules=["q_proj", "fc1"]),
             "fc1: .*vision_tower, which text never",
         ),
-        ("gemma3_images", AdapterConfig(lora_target_modules=["patch_embedding"]), "is a Conv2d, which LoRA cannot adapt"),
+        (
+            "gemma3_images",
+            AdapterConfig(lora_target_modules=["patch_embedding"]),
+            "is a Conv2d, which LoRA cannot adapt",
+        ),
     ],
 )
 def test_targets_that_cannot_be_are_refused(tmp_path, architecture, config, message):

@@ -17,6 +17,7 @@ from qlora_rm.artifacts.manifest import Manifest, Step
 from qlora_rm.artifacts.verify import load_whole, verify
 from qlora_rm.config import ExportConfig
 from qlora_rm.errors import UserError
+from qlora_rm.progress import Phase
 
 RECORD = "rm_export.json"
 
@@ -79,7 +80,7 @@ def export(
     manifest = manifest.after(Step.of("export", {"readers": [reader.name for reader in readers]}, None))
     untouched = list(check_files(folder, manifest))
     try:
-        with new_folder(output) as beside:
+        with Phase("exporting"), new_folder(output) as beside:
             if kind == "adapter":
                 notes = write_adapter(Path(folder), beside, manifest, base, config.copy_weights, trust_remote_code)
                 checks = [*untouched, *_check_adapter(beside, manifest, base, trust_remote_code)]

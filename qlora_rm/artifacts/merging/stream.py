@@ -24,6 +24,7 @@ from qlora_rm.backbone.skeleton import Skeleton
 from qlora_rm.config import Quantization
 from qlora_rm.console import say
 from qlora_rm.errors import UserError
+from qlora_rm.progress import Phase
 
 
 @dataclass(frozen=True)
@@ -104,9 +105,11 @@ class Stream:
                 "nf4.c was not built when this package was installed: quantizing takes some fifty times as long. With a C "
                 "compiler on PATH run `pip install -e .` again."
             )
-        with Workers() as workers, Shards(output, wanted) as shards:
+        merging = Phase("merging", sum(tensor.nbytes for tensor in wanted) / 1e6, "MB")
+        with merging, Workers() as workers, Shards(output, wanted) as shards:
             for group in self.groups:
                 self._write(group, shards, workers)
+                merging.advance(sum(tensor.nbytes for tensor in group.saved) / 1e6)
         self._save_config(output)
         return shards.sha256
 

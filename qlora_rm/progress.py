@@ -1,0 +1,218 @@
+"""How far a phase of a command is: a bar on a terminal, one line every few seconds in a file or a pipe.
+
+A phase that ends within two seconds shows nothing. Phases are shown by the main process, and not under --quiet.
+"""
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from tqdm import tqdm
+
+from qlora_rm import console
+
+SHOWN_AFTER = 2.0
+"""Seconds that a phase lasts before anything is shown of it."""
+LINE_EVERY, LINE_EVERY_AT_MOST = 5.0, 30.0
+"""Seconds between two lines; in phases of more than eight minutes a hundredth of the time so far, up to the second number."""
+LOOK_EVERY = 0.2
+
+T = TypeVar("T")
+
+
+class Phase:
+    """One part of a command that may take long, open while its `with` block runs.
+
+    Phases may be nested. One without a unit shows the counts of the phase inside it under its own name. One with a unit,
+    such as training, gives way to the phase inside it, such as an evaluation, while that lasts, unless both have one name.
+
+    Attributes:
+        total: units to do; None where that is unknown.
+        done: units done.
+        note: what is shown behind the counts, such as the loss.
+        shown: whether anything was shown of it.
+    """
+
+    def __init__(self, name: str, total: float | None = None, unit: str = "", *, done: float = 0, ends: bool = True):
+        """A phase of `total` units, `done` of them before it begins; `ends`: its end is told, if the phase was shown."""
+        self.name, self.total, self.unit, self.done, self.ends = name, total, unit, done, ends
+        self.note, self.shown = "", False
+        self.began = time.monotonic()
+        self._done_before = done
+
+    def __enter__(self) -> Self:
+        self.began = time.monotonic()
+        display.open(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        display.close(self, finished=kind is None)
+
+    @property
+    def age(self) -> float:
+        """Seconds since it began."""
+        return time.monotonic() - self.began
+
+    def advance(self, count: float = 1) -> None:
+        self.done += count
+
+    def counts(self) -> str:
+        """`12,000 of 40,000 rows, 30 %, 8 s left`, as far as it is known."""
+        if self.total is None:
+            parts = [f"{self.done:,.0f} {self.unit}"] if self.unit and self.done else []
+            return ", ".join([*parts, f"{duration(self.age)} so far"])
+        share = min(1.0, self.done / self.total) if self.total else 1.0
+        parts = [f"{self.done:,.0f} of {self.total:,.0f} {self.unit}", f"{share:.0%}".replace("%", " %")]
+        if (fresh := self.done - self._done_before) > 0:
+            parts.append(f"{duration(self.age / fresh * max(0, self.total - self.done))} left")
+        return ", ".join(parts)
+
+    def summary(self) -> str:
+        """What it was, how much, and how long it took."""
+        amount = f"{self.done:,.0f} {self.unit} in " if self.unit and self.done else ""
+        return f"{self.name}: {amount}{duration(self.age)}"
+
+
+def duration(seconds: float) -> str:
+    """`8 s`, `3 min 20 s` or `2 h 5 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def counted(items: Iterable[T], phase: Phase) -> Iterator[T]:
+    """The items, each counted by `phase` once it has been worked on."""
+    with phase:
+        for item in items:
+            yield item
+            phase.advance()
+
+
+def expect(more: float) -> None:
+    """Add to what the innermost open phase has to do: for code that finds out how much there is."""
+    display.expect(more)
+
+
+class _Bar(tqdm):
+    monitor_interval = 0  # no thread beside ours
+
+
+_Bar.set_lock(threading.RLock())  # tqdm's own is shared between processes, and starts one
+
+
+class Display:
+    """The open phases, innermost last, and the thread that looks at them.
+
+    Attributes:
+        may_draw: whether a terminal gets bars; lines otherwise (`--disable_tqdm`).
+    """
+
+    def __init__(self) -> None:
+        self.may_draw = True
+        self._open: list[Phase] = []
+        self._lock = threading.RLock()
+        self._bar: Any = None
+        self._line_of: Phase | None = None
+        self._line_at = 0.0
+        self._stop = threading.Event()
+
+    def open(self, phase: Phase) -> None:
+        if not console.is_main_process() or console.verbosity() == "quiet":
+            return
+        with self._lock:
+            self._open.append(phase)
+            if len(self._open) == 1:
+                self._stop = threading.Event()
+                threading.Thread(target=self._watch, args=(self._stop,), name="progress", daemon=True).start()
+
+    def close(self, phase: Phase, finished: bool) -> None:
+        with self._lock:
+            if phase not in self._open:
+                return
+            self._open.remove(phase)
+            if not self._open:
+                self._stop.set()
+            self._erase()
+        if phase.shown and finished and phase.ends:
+            console.say(phase.summary())
+
+    def expect(self, more: float) -> None:
+        with self._lock:
+            if self._open:
+                self._open[-1].total = (self._open[-1].total or 0) + more
+
+    def look(self) -> None:
+        """Draw or write what is due."""
+        with self._lock:
+            phase = self._due()
+            if phase is None:
+                return
+            phase.shown = True
+            counting = self._counting(phase)
+            text = f"{phase.name}: {counting.counts()}" + (f"; {phase.note}" if phase.note else "")
+            if self.may_draw and sys.stderr.isatty():
+                self._draw(counting, text)
+            else:
+                self._write(phase, text)
+
+    def _due(self) -> Phase | None:
+        """The outermost phase that has lasted, or one inside it where all around that one count by themselves."""
+        due = outer = None
+        for phase in self._open:
+            if outer is not None and (not outer.unit or outer.name == phase.name):
+                break
+            if phase.age >= SHOWN_AFTER:
+                due = phase
+            outer = phase
+        return due
+
+    def _counting(self, phase: Phase) -> Phase:
+        """The phase whose counts are shown for `phase`."""
+        inside = self._open[self._open.index(phase) :]
+        return phase if phase.unit else next((inner for inner in inside if inner.unit), phase)
+
+    def _draw(self, phase: Phase, text: str) -> None:
+        if self._bar is None:
+            self._bar = _Bar(file=sys.stderr, leave=False, disable=False, bar_format="{desc}")
+            console.write_by(lambda words: _Bar.write(words, file=sys.stderr))
+        self._bar.bar_format = "{bar:20} {desc}" if phase.total else "{desc}"
+        self._bar.ncols = _columns()
+        self._bar.total, self._bar.n = phase.total, min(phase.done, phase.total or phase.done)
+        self._bar.set_description_str(text)
+
+    def _erase(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+            console.write_by(None)
+
+    def _write(self, phase: Phase, text: str) -> None:
+        now = time.monotonic()
+        pause = min(LINE_EVERY_AT_MOST, max(LINE_EVERY, phase.age / 100))
+        if phase is not self._line_of or now - self._line_at >= pause:
+            self._line_of, self._line_at = phase, now
+            console.say(text)
+
+    def _watch(self, stop: threading.Event) -> None:
+        while not stop.wait(LOOK_EVERY):
+            self.look()
+
+
+def _columns() -> int:
+    """The terminal's width now; 80 where it has none, as under some launchers, for which tqdm would draw nothing."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    except (OSError, ValueError):
+        return 80
+
+
+display = Display()
