@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from qlora_rm.artifacts.load import RewardModel
 from qlora_rm.artifacts.manifest import Manifest
 from qlora_rm.errors import UserError
+from qlora_rm.training.arguments import TrainingConfig
 from qlora_rm.training.run import main
 from qlora_rm.training.trainer import PreferenceTrainer
 from tests.models_for_tests import save_backbone
@@ -272,7 +273,8 @@ def test_an_output_that_cannot_be_written_stops_before_anything_is_loaded(flags,
 @pytest.mark.slow
 def test_one_process_trains_on_one_of_several_cards(flags, tmp_path, monkeypatch, capfd):
     """transformers 5.23 would spread it over all by nn.DataParallel, which TRL refuses once the weights are loaded."""
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)  # all that decides it; the process is on the CPU
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)  # all that decides it; the process is on the CPU,
+    monkeypatch.setattr(TrainingConfig, "_settle_on_cpu", lambda args: None)  # where `use_cpu` would say so
     main(flags(max_steps=1))
     assert Manifest.load(tmp_path / "out").training.steps == 1
     said = capfd.readouterr().err
