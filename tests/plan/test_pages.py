@@ -24,6 +24,7 @@ def test_the_page_is_what_the_results_say() -> None:
     assert scale_page.PAGE.read_text(encoding="utf-8") == scale_page.render(SCALE, MEASURED)
 
 
+@pytest.mark.slow
 def test_the_results_are_what_the_planner_says() -> None:
     assert json.loads(json.dumps(scale_page.plan("8x7B"))) == SCALE["8x7B"]
 
@@ -58,6 +59,7 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 class TestCommand:
     def test_json(self, folder: Path, capsys) -> None:
         assert (

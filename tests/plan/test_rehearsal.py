@@ -35,6 +35,7 @@ def rehearsal(
 LLAMA = rehearsal("llama")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "dtype", "kernel"),
     [("llama", torch.bfloat16, "flex_attention"), ("gemma3", torch.float32, "sdpa"), ("mixtral", torch.bfloat16, "sdpa"), ("gpt2", torch.float32, "sdpa")],
@@ -80,6 +81,7 @@ def test_nothing_is_left_over() -> None:
     assert isinstance(first, Step) and first.kept > 0
 
 
+@pytest.mark.slow
 def test_adapters_rank_and_experts_per_token_count() -> None:
     batch = Batch(1, 64, 2)
     thin, thick = (rehearsal("llama", lora_r=r).step(batch, checkpointing=False).kept for r in (8, 72))
@@ -91,6 +93,7 @@ def test_adapters_rank_and_experts_per_token_count() -> None:
     assert two - one == pytest.approx(5 * 64 * (3 * 512 + 256) * 4, rel=0.01)
 
 
+@pytest.mark.slow
 def test_flex_attention_keeps_no_mask() -> None:
     growth = {}
     for kernel in ("sdpa", "flex_attention"):

@@ -131,6 +131,7 @@ def test_a_candidate_makes_the_very_step_that_was_asked_for(pairs_per_step: int,
     assert len(found) == sum(pairs_per_step % (n * ranks) == 0 for n in range(1, MOST_PAIRS + 1))
 
 
+@pytest.mark.slow
 def test_several_machines_are_planned_as_the_launch_configuration_has_them() -> None:
     """DeepSpeed shares the second copy out among 8 ranks, and stops where they do not make whole groups."""
     assert [Engines().of(n) for n in (9, 12, 16, 24)] == [[], [], ["zero3"], ["zero3"]]
@@ -152,6 +153,7 @@ def test_machines_of_a_run_are_those_it_was_launched_on() -> None:
     assert {(s.hpz, s.nodes) for s in fours.candidates(SMALL, 8)} == {(4, 2)}
 
 
+@pytest.mark.slow
 def test_8_bit_weights_are_planned_for_engines_that_leave_them_whole() -> None:
     """ZeRO-3 does not shard them: what it would be said to save is not saved."""
     eight = planner(quantization="8bit")
@@ -206,6 +208,7 @@ class TestWarning:
     def test_none_where_it_fits(self, backbone: BackboneConfig) -> None:
         assert self.warn(backbone, Setting("single", 1, 2, 1, False), None) is None
 
+    @pytest.mark.slow
     def test_what_it_proposes_fits(self, backbone: BackboneConfig) -> None:
         asked = Setting("single", 1, 32, 1, False)
         card = replace(processors(30e6), context=1e6)

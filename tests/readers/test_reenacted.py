@@ -78,6 +78,7 @@ def check_critic(folder: str) -> None:
     assert not model.dropout.p, "a critic in training mode would read through dropout"
 
 
+@pytest.mark.slow
 def test_openrlhf_and_verl_s_critic_give_the_golden_scores(world):
     check_openrlhf(str(world.exported))
     check_critic(str(world.exported))

@@ -184,6 +184,7 @@ bodies = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow])
 @given(path=st.sampled_from(["/score", "/get_reward", "/classify"]), body=bodies | st.lists(bodies, max_size=2) | json_values)  # fmt: skip
 def test_any_json_gets_scores_or_a_reason(client: TestClient, path: str, body: Any) -> None:

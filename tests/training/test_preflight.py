@@ -133,6 +133,7 @@ def size_of(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "choice", [{"lora_r": 256}, {"lora_r": 64, "use_dora": True}, {"quantization": "none", "use_lora": False}], ids=str
 )
@@ -146,6 +147,7 @@ def test_a_checkpoint_is_as_large_as_counted(flags, tmp_path, choice, backbone_f
     assert counted > 1_000_000
 
 
+@pytest.mark.slow
 def test_an_adapter_that_is_gone_on_with_is_counted_too(flags, tmp_path, backbone_folder):
     main(flags(max_steps=1))
     new = trained_weights(parse(flags()), read_model_config(backbone_folder))

@@ -181,6 +181,7 @@ class TestRefuses:
         names = self.refused(source, ["transformers", "trl", "trl-ppo", "openrlhf", "verl-critic"], tmp_path)
         assert set(names) == {f"{name}: texts are scored as trained" for name in ("trl-ppo", "openrlhf", "verl-critic")}
 
+    @pytest.mark.slow
     def test_a_bos_that_is_added_twice_or_lost(self, tmp_path):
         with_bos = f"{BOS}{ENDS_WITH_EOS}"
         twice = merged_model(tmp_path / "twice", tokenizer=small_tokenizer(bos=True, chat_template=with_bos))
