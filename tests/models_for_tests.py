@@ -131,6 +131,8 @@ EXPERTS = ("mixtral", "qwen3_moe")
 UNCOVERED = ("jetmoe",)  # expert weights of a form that stays in 16 bit
 IMAGES = ("gemma3_images",)  # text never passes through its tower
 ENCODERS = ("distilbert", "roberta", "bert")
+VERIFIED = ("xlm_roberta", "electra", "deberta_v3", "modernbert", "modernbert_mean", "opt")  # test_score_position.py
+SWITCHING = ("phi3_long", "llama_dynamic")  # rotary scaling by length
 EXPORTED = ("llama_far", "qwen3", "mistral", "gemma", "gemma2", "phi3", "gemma3_far")  # for the readers' tests alone
 
 

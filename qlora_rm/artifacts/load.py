@@ -53,6 +53,11 @@ class RewardModel:
     autocast: torch.dtype | None
     tokens_per_batch: int = TOKENS_PER_BATCH
 
+    def __post_init__(self) -> None:
+        """What the loaded model has no embedding for is a fault of its row."""
+        self.tokenization.vocabulary = embedding_rows(inner_model(self.model))
+        self.tokenization.positions = usable_positions(self.model)
+
     @classmethod
     def load(
         cls,
@@ -101,8 +106,6 @@ class RewardModel:
         else:
             compute_quantized_layers_in(model, compute)
         model.requires_grad_(False)
-        tokenization.vocabulary = embedding_rows(inner_model(model))
-        tokenization.positions = usable_positions(model)
         autocast = None if compute is torch.float32 else compute
         return cls(to_accelerator(model).eval(), tokenization, manifest, autocast, tokens_per_batch)
 

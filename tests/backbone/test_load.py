@@ -13,7 +13,18 @@ from qlora_rm.backbone.load import load_backbone
 from qlora_rm.backbone.scoring import score_sequences
 from qlora_rm.config import AdapterConfig, BackboneConfig
 from qlora_rm.errors import UserError
-from tests.models_for_tests import BACKBONES, CAUSAL, ENCODERS, EXPERTS, EXPORTED, IMAGES, UNCOVERED, save_backbone
+from tests.models_for_tests import (
+    BACKBONES,
+    CAUSAL,
+    ENCODERS,
+    EXPERTS,
+    EXPORTED,
+    IMAGES,
+    SWITCHING,
+    UNCOVERED,
+    VERIFIED,
+    save_backbone,
+)
 from tests.tokenizers_for_tests import small_tokenizer
 
 SEQUENCES = [[7, 8, 9, 10], [11, 12], [13] * 9]
@@ -187,9 +198,18 @@ def test_scores_do_not_depend_on_the_batch(folders, tokenizer):
 
 
 def test_every_architecture_here_is_tested():
-    assert {*CAUSAL, *EXPERTS, *IMAGES, *UNCOVERED, *ENCODERS, *EXPORTED, "bart"} == set(
-        BACKBONES
-    )  # bart in test_zero3.py
+    tested = {
+        *CAUSAL,
+        *EXPERTS,
+        *UNCOVERED,
+        *ENCODERS,
+        *EXPORTED,
+        *IMAGES,
+        *VERIFIED,
+        *SWITCHING,
+        "bart",
+    }  # bart in test_zero3.py
+    assert tested == set(BACKBONES)
 
 
 def test_an_evaluation_changes_no_gradient(folders, tokenizer):
