@@ -234,6 +234,11 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["score", "ADAPTER"], "--input FILE"),
     (["score", "ADAPTER", "--input", "ROWS", "--prompt", "x"], "one of the two"),
     (["score", "ADAPTER", "--prompt", "x"], "--responses"),
+    (
+        ["score", "ADAPTER", "--prompt", "x", "--responses", "a", "--output", "OUT"],
+        "--output has no effect with --prompt",
+    ),
+    (["score", "ADAPTER", "--input", "ROWS", "--json"], "--json has no effect with --input"),
     (["score", "ADAPTER", "--input", "MISSING.jsonl"], "MISSING.jsonl cannot be read"),
     (["score", "ADAPTER", "--input", "ROWS", "--output", "."], "is a folder"),
     (["score", "ADAPTER", "--input", "ROWS", "--on_bad_row", "ignore"], "invalid choice: 'ignore'"),

@@ -22,7 +22,7 @@ from qlora_rm.backbone.positions import inner_model, usable_positions
 from qlora_rm.backbone.precision import DTYPES, NAMES, Precision
 from qlora_rm.backbone.scoring import TOKENS_PER_BATCH, Layout, score_sequences
 from qlora_rm.backbone.tokenizer import load_tokenizer
-from qlora_rm.config import BackboneConfig, Quantization, SharePrefix
+from qlora_rm.config import BackboneConfig, Quantization, SharePrefix, require
 from qlora_rm.console import say
 from qlora_rm.errors import UserError, first_line
 from qlora_rm.preferences.clock import fix_date, now
@@ -100,6 +100,7 @@ class RewardModel:
             assert manifest is not None
             model = _load_adapter(folder, manifest, tokenizer, base, quantization, share_prefix, trust_remote_code)
         else:
+            require(not base, f"--base has no effect: {folder} is a whole model, which has no base. Leave it out.")
             model = _load_model(folder, manifest, tokenizer, compute, quantization, share_prefix, trust_remote_code)
         if compute is torch.float32:
             compute_in_fp32(model)

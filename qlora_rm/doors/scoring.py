@@ -4,7 +4,7 @@ import argparse
 from collections import Counter
 from pathlib import Path
 
-from qlora_rm.config import DataConfig, ScoringConfig, ServeConfig
+from qlora_rm.config import DataConfig, ScoringConfig, ServeConfig, require
 from qlora_rm.console import say, table
 from qlora_rm.doors.common import EVALUATED, Run, load_model
 from qlora_rm.errors import UserError
@@ -63,6 +63,12 @@ def add_score(command: argparse.ArgumentParser) -> Run:
 def _score(options: argparse.Namespace) -> None:
     if (options.input is None) == (options.prompt is None):
         raise UserError("Give --input FILE, or --prompt TEXT with --responses TEXT ...: one of the two.")
+    of_rows, of_prompt = ("output", "score_column", "on_bad_row"), ("responses", "json")
+    for name in of_rows if options.input is None else of_prompt:
+        require(
+            getattr(options, name) in (None, False, "-", "error"),
+            f"--{name} has no effect with {'--prompt' if options.input is None else '--input'}. Leave it out.",
+        )
     if options.prompt is None:
         _score_file(options)
     elif not options.responses:

@@ -4,9 +4,10 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
+from qlora_rm.backbone.paths import is_local
 from qlora_rm.backbone.precision import DTYPES
 from qlora_rm.backbone.tokenizer import load_tokenizer
-from qlora_rm.config import AdapterConfig, BackboneConfig, DataConfig, PlanConfig
+from qlora_rm.config import AdapterConfig, BackboneConfig, DataConfig, PlanConfig, require
 from qlora_rm.console import say, table
 from qlora_rm.errors import UserError
 from qlora_rm.plan.cards import GB, Card, card_named
@@ -144,6 +145,7 @@ def make_plan(
     """
     if (model is None) == (options.params is None):
         raise UserError("Give a MODEL (folder, hub id or config.json) or --params SIZE: one of the two.")
+    _require_effect(model, options, backbone, data)
     cards = [card_named(word) for word in options.card]
     cuda = cards[0].is_cuda
     if any(card.is_cuda != cuda for card in cards):
@@ -171,6 +173,23 @@ def make_plan(
     line = door_words(model, options, backbone, adapter, data, precision)
     answers = [answer(planner, card, options.cards, engine, line) for card in cards]
     return Plan(model or str(options.params), planner, options.cards, answers)
+
+
+def _require_effect(model: str | None, options: PlanConfig, backbone: BackboneConfig, data: DataConfig) -> None:
+    """Raise a `UserError` for an option that this plan does not read."""
+    if data.dataset:
+        idle: dict[str, tuple[Any, ...]] = {"--dataset is measured": (options, PlanConfig(), "share", "responses")}
+    else:
+        rows = ("dataset_config", "dataset_split", "columns", "hh_turns", "on_bad_row", "over_long")
+        idle = {"there is no --dataset": (data, DataConfig(), *rows)}
+    if model is None:
+        idle["--params is a published shape"] = (backbone, BackboneConfig(), "model_revision")
+    elif is_local(model):
+        idle[f"{model} is a folder or file, which has no revisions"] = (backbone, BackboneConfig(), "model_revision")
+    for reason, (given, default, *names) in idle.items():
+        for name in names:
+            value = getattr(given, name)
+            require(value == getattr(default, name), f"--{name} {value} has no effect: {reason}. Leave it out.")
 
 
 def workload_of(model: str | None, options: PlanConfig, data: DataConfig, layout: Layout) -> Workload:

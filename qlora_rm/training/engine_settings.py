@@ -93,6 +93,11 @@ def unsound_settings(
             f"zero_hpz_partition_size {zero['zero_hpz_partition_size']} does not divide the {ranks_here} processes of a machine, "
             f"within which the second copy of the shards is to stay: set it to {ranks_here}"
         )
+    optim = str(getattr(args.optim, "value", args.optim))
+    if "optimizer" in engine and optim != type(args).__dataclass_fields__["optim"].default:
+        found.append(f"optimizer takes the place of --optim {optim}: take it out")
+    if "scheduler" in engine:
+        found.append("scheduler takes the place of --lr_scheduler_type and --warmup_steps: take it out")
     clip = engine.get("gradient_clipping", "nothing")
     if clip not in ("auto", args.max_grad_norm):
         found.append(f'gradient_clipping says {clip}, --max_grad_norm {args.max_grad_norm}: set it to "auto"')

@@ -112,7 +112,7 @@ def train(options: Options) -> dict[str, float]:
     vocabulary = max(limits.vocabulary, len(tokenizer)) if limits.vocabulary else None
     fix_training_date(tokenizer, args, resume)
     tokenization = Tokenization(tokenizer, args.max_length, options.data.over_long, vocabulary, limits.positions)
-    data = load_preferences(options.data, tokenization, need_eval=args.eval_strategy != "no")
+    data = load_preferences(options.data, tokenization, need_eval=args.eval_strategy != "no" or args.eval_on_start)
     say(*data.report.lines())
     _require_same_data(data.fingerprint, resume)
     if options.objective.objective == "plackett_luce" and any(any(margins) for margins in data.train["margins"]):

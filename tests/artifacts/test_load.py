@@ -51,6 +51,8 @@ def test_a_model_trained_whole_gives_its_golden_scores(tmp_path: Path) -> None:
     assert loaded.manifest is not None
     for item in loaded.manifest.golden:
         assert loaded.score([item.candidates()])[0] == pytest.approx(item.scores, abs=1e-5)
+    with pytest.raises(UserError, match="--base has no effect"):
+        RewardModel.load(str(folder), base=str(tmp_path))
 
 
 def test_a_foreign_reward_model_loads_without_a_manifest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -122,6 +122,14 @@ class TestCommand:
             ),
             (["--params", "7B", "--cards", "12"], "give 8 or 16"),
             (["no/such/folder"], "There is no folder"),
+            (["--params", "7B", "--lora_target_modules", "q_proj", "v_porj"], "Did you mean v_proj?"),
+            (["--params", "7B", "--lora_target_modules", "all-linear", "q_proj"], "all-linear takes all linear layers"),
+            (["--params", "7B", "--lora_layers", "99"], "has layers 0 to 31"),
+            (
+                ["--params", "7B", "--columns", "prompt=question"],
+                "--columns ['prompt=question'] has no effect: there is no",
+            ),
+            (["--params", "7B", "--model_revision", "main"], "--model_revision main has no effect"),
         ],
     )
     def test_mistakes(self, words: list[str], message: str, capsys) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, fields, make_dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from qlora_rm.training import option_conditions
 from qlora_rm.training.arguments import DEFAULTS, TrainingConfig, parse
 from qlora_rm.training.library_options import LIBRARY
 from qlora_rm.training.option_rules import check_options
+from qlora_rm.training.options_page import page
 from qlora_rm.training.project_options import PROJECT
 
 RULES = LIBRARY | PROJECT
@@ -43,6 +45,11 @@ def test_every_option_of_the_libraries_and_of_this_project_has_one_rule():
     assert not LIBRARY.keys() & PROJECT.keys()
     newer = make_dataclass("Newer", [("brand_new_option", bool, False)], bases=(trl.RewardConfig,))
     assert unclassified(dataclass(newer)) == {"brand_new_option"}
+
+
+def test_the_page_is_what_the_tables_say():
+    written = (Path(__file__).parents[2] / "docs/options.md").read_text(encoding="utf-8")
+    assert written == page(), "run python -m qlora_rm.training.options_page > docs/options.md"
 
 
 def test_the_defaults_pass_without_a_word():

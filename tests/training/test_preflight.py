@@ -50,6 +50,7 @@ def test_the_projects_own_settings_are_sound(flags, twin):
         (SOUND | {"bf16": {"enabled": True}}, "bf16.enabled"),
         (SOUND | {"fp16": {"enabled": True}}, "fp16.enabled"),
         (SOUND | {"gradient_clipping": 0.5}, "--max_grad_norm 1.0"),
+        (SOUND | {"scheduler": {"type": "WarmupLR"}}, "--lr_scheduler_type"),
         ({name: value for name, value in SOUND.items() if name != "gradient_clipping"}, '"auto"'),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -57,6 +58,13 @@ def test_the_projects_own_settings_are_sound(flags, twin):
 def test_a_setting_that_spoils_weights_is_named_with_the_way_out(flags, engine, named):
     (told,) = unsound(flags, engine)
     assert named in told and ":" in told
+
+
+def test_the_engines_own_optimizer_takes_the_place_of_the_default_one_alone(flags):
+    own = SOUND | {"optimizer": {"type": "AdamW"}}
+    assert unsound(flags, own) == []
+    (told,) = unsound(flags, own, changes={"optim": "sgd"})
+    assert "--optim sgd" in told
 
 
 def test_settings_are_refused_only_where_they_do_harm(flags):

@@ -15,7 +15,7 @@ from qlora_rm.artifacts.folders import new_folder
 from qlora_rm.artifacts.load import artefact_kind, read_tokenizer
 from qlora_rm.artifacts.manifest import Manifest, Step
 from qlora_rm.artifacts.verify import load_whole, verify
-from qlora_rm.config import ExportConfig
+from qlora_rm.config import ExportConfig, require
 from qlora_rm.errors import UserError
 from qlora_rm.progress import Phase
 
@@ -76,6 +76,7 @@ def export(
     readers = [reader_named(name) for name in dict.fromkeys(names)]
     kind = artefact_kind(folder)
     require_readable(readers, folder, kind, trust_remote_code)
+    _require_effect(kind, readers, config, base)
     manifest, evaluation = Manifest.load(folder), _read_evaluation(config.evaluation)
     manifest = manifest.after(Step.of("export", {"readers": [reader.name for reader in readers]}, None))
     untouched = list(check_files(folder, manifest))
@@ -99,6 +100,19 @@ def export(
     except _Refused:
         pass
     return exported
+
+
+def _require_effect(kind: str, readers: list[Reader], config: ExportConfig, base: str | None) -> None:
+    """Raise a `UserError` for an option that nothing of this export reads."""
+    if kind == "adapter":
+        for name, given in (("adapter", config.adapter), ("normalize", config.normalize), ("policy", config.policy)):
+            require(not given, f"--{name} has no effect: an exported adapter is compared as it is. Leave it out.")
+        return
+    require(not base, "--base has no effect: the folder is a whole model, which has no base. Leave it out.")
+    require(
+        not config.policy or any(reader.shares_vocabulary for reader in readers),
+        f"--policy has no effect: none of {', '.join(reader.name for reader in readers)} hands on its token ids. Leave it out.",
+    )
 
 
 def _check_adapter(folder: Path, manifest: Manifest, base: str | None, trust_remote_code: bool) -> list[Check]:

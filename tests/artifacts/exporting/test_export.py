@@ -200,6 +200,10 @@ class TestRefuses:
         names = self.refused(source, ["transformers", "trl", "rewardbench"], tmp_path)
         assert set(names) == {"trl: texts are scored as trained", "rewardbench: chat template is there"}
 
+    def test_a_policy_that_no_reader_hands_ids_on_from(self, llama, tmp_path):
+        with pytest.raises(UserError, match="--policy has no effect: none of vllm"):
+            export(str(llama), str(tmp_path / "out"), ["vllm"], ExportConfig(policy=str(llama)))
+
     def test_a_policy_with_another_vocabulary(self, llama, tmp_path):
         other = tmp_path / "policy"
         small_tokenizer(vocab_size=300).save_pretrained(other)
