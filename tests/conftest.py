@@ -9,12 +9,14 @@ import pytest
 from hypothesis import settings
 
 from tests.deep import SEED
+from tests.devices import asks_for_gpu, hide_gpu, show_gpu, why_no_gpu
 
 # Set before any test imports torch or transformers, and inherited by the processes that tests start.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+hide_gpu()
 # torch looks up ninja on PATH when DeepSpeed compiles for the CPU; it stands beside the interpreter, activated or not.
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 
@@ -22,6 +24,17 @@ os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.envir
 settings.register_profile("gate", deadline=None, derandomize=True)
 settings.register_profile("deep", deadline=None, max_examples=1000, print_blob=True)
 settings.load_profile("deep" if SEED else "gate")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if asks_for_gpu(config.option.markexpr):
+        show_gpu()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and (reason := why_no_gpu()):
+        pytest.skip(reason)
+
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -41,3 +54,16 @@ def _random_numbers_of_its_own() -> None:
     random.seed(0)
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture
+def pretend_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code that asks for a GPU is told of one with bf16 units; what computes on it still fails."""
+    import torch
+
+    answers = {
+        "is_available": True, "device_count": 1, "current_device": 0, "get_device_name": "pretended GPU",
+        "is_bf16_supported": True, "mem_get_info": (20_000_000_000, 24_000_000_000),
+    }  # fmt: skip
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)

@@ -1,0 +1,36 @@
+"""Which device tests see: the suite tests the CPU, and is the same on a host with a GPU; `-m gpu` tests the GPU."""
+
+import os
+import re
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+_before = os.environ.get(VISIBLE)
+
+
+def asks_for_gpu(expression: str | None) -> bool:
+    """Whether pytest's `-m` expression selects the tests marked `gpu`, rather than leaving them out."""
+    return bool(re.search(r"(?<!\bnot )\bgpu\b", expression or ""))
+
+
+def hide_gpu() -> None:
+    """From this process and those it starts; to be called before anything asks CUDA for its devices."""
+    os.environ[VISIBLE] = ""
+
+
+def show_gpu() -> None:
+    """What was visible before."""
+    if _before is None:
+        os.environ.pop(VISIBLE, None)
+    else:
+        os.environ[VISIBLE] = _before
+
+
+def why_no_gpu() -> str | None:
+    """Why a GPU test cannot run here, or None."""
+    import torch
+
+    if torch.cuda.is_available():
+        return None
+    return (
+        "no GPU here" if os.environ.get(VISIBLE) != "" else "the GPU is hidden from this run; `make test-gpu` shows it"
+    )
