@@ -33,6 +33,7 @@ def test_fp32_is_the_default_on_every_cpu(units: tuple[bool, bool]) -> None:
     assert "CPU" in reason
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("units", [UNITS[0], UNITS[-1]], ids=str, indirect=True)
 @pytest.mark.parametrize("asked", [None, True], ids=["default", "bf16"])
 def test_the_way_from_rows_to_scores(units: tuple[bool, bool], asked: bool | None, flags, tmp_path, capsys) -> None:
@@ -56,6 +57,7 @@ def test_the_way_from_rows_to_scores(units: tuple[bool, bool], asked: bool | Non
     assert qlora_rm(["score", model, "--prompt", "1: name the cat. ", "--responses", "a cat", "a dog, no"]) == 0
 
 
+@pytest.mark.slow
 def test_trainable_weights_stay_fp32_in_bf16(flags, tmp_path: Path) -> None:
     assert qlora_rm(["train", *flags(bf16=True, max_steps=2)]) == 0
     from safetensors.torch import load_file
@@ -63,6 +65,7 @@ def test_trainable_weights_stay_fp32_in_bf16(flags, tmp_path: Path) -> None:
     assert {w.dtype for w in load_file(tmp_path / "out/adapter_model.safetensors").values()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_a_merged_model_read_in_bf16_stays_within_what_training_measured(flags, tmp_path: Path) -> None:
     """As a GPU's consumer reads it: in bf16 weights and arithmetic, which this project never chooses on a CPU."""
     from qlora_rm.artifacts.golden import drift, scores_of
