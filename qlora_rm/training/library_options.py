@@ -181,14 +181,14 @@ LIBRARY: dict[str, Rule] = {
     ),
     "load_best_model_at_end": obeyed("transformers: Trainer._finalize_training", check=best_needs_evaluations),
     "metric_for_best_model": obeyed_if(
-        chooses_best,
-        "Nothing is chosen by it: add --load_best_model_at_end true or --save_strategy best.",
+        evaluates,
+        "--eval_strategy no measures nothing: give steps or epoch, or leave it out.",
         "transformers: Trainer._determine_best_metric",
         check=known_metric,
     ),
     "greater_is_better": obeyed_if(
         chooses_best,
-        "Nothing is chosen by it: add --load_best_model_at_end true or --save_strategy best.",
+        "Nothing is compared: add --metric_for_best_model, or leave it out.",
         "transformers: Trainer._determine_best_metric",
     ),
     "resume_from_checkpoint": obeyed("training/checkpoints.py"),

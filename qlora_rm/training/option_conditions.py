@@ -52,11 +52,9 @@ def to_trackio(values: Values) -> bool:
 
 
 def chooses_best(values: Values) -> bool:
-    return (
-        bool(values["load_best_model_at_end"])
-        or word_of(values, "save_strategy") == "best"
-        or word_of(values, "lr_scheduler_type") in SCHEDULES_BY_METRIC
-    )
+    """Whether evaluations name a best checkpoint, which is kept beside the latest ones."""
+    by_metric = values["load_best_model_at_end"] or word_of(values, "lr_scheduler_type") in SCHEDULES_BY_METRIC
+    return evaluates(values) and bool(by_metric or values["metric_for_best_model"])
 
 
 def several_ranks(_: Values) -> bool:

@@ -115,7 +115,10 @@ REFUSED = {
         {"load_best_model_at_end": True, "eval_strategy": "no"}, r"--load_best_model_at_end needs evaluations"
     ),
     "unknown metric": ({"metric_for_best_model": "acuracy", "load_best_model_at_end": True}, r"acuracy is not measured"),
-    "metric alone": ({"metric_for_best_model": "accuracy"}, r"--metric_for_best_model accuracy has no effect here"),
+    "metric of nothing": (
+        {"metric_for_best_model": "accuracy", "eval_strategy": "no"}, r"--metric_for_best_model accuracy has no effect here"
+    ),
+    "comparison of nothing": ({"greater_is_better": True}, r"--greater_is_better true has no effect here"),
     "workers": ({"dataloader_persistent_workers": True}, r"--dataloader_persistent_workers true .*num_workers"),
     "context": ({"dataloader_multiprocessing_context": "spawn"}, r"--dataloader_multiprocessing_context .*num_workers"),
     "prefetch": ({"dataloader_prefetch_factor": 2}, r"--dataloader_prefetch_factor 2 .*num_workers"),

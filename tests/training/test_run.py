@@ -66,16 +66,17 @@ def test_what_it_learned_holds_on_unseen_prompts(flags, tmp_path):
 
 
 @pytest.mark.slow
-def test_resume_ends_with_the_very_adapter_of_the_uninterrupted_run(flags, tmp_path):
+@pytest.mark.parametrize("order", ["random", "group_by_length"])
+def test_resume_ends_with_the_very_adapter_of_the_uninterrupted_run(flags, tmp_path, order):
     through, resumed = tmp_path / "through", tmp_path / "resumed"
-    main(flags(output_dir=str(through)))
+    main(flags(output_dir=str(through), train_sampling_strategy=order))
     resumed.mkdir()
     shutil.copytree(through / "checkpoint-4", resumed / "checkpoint-4")
     # a later checkpoint that was cut off while it was saved must not be taken
     shutil.copytree(
         through / "checkpoint-8", resumed / "checkpoint-6", ignore=shutil.ignore_patterns("COMPLETE", "optimizer.pt")
     )
-    main(flags(output_dir=str(resumed), resume_from_checkpoint="auto"))
+    main(flags(output_dir=str(resumed), resume_from_checkpoint="auto", train_sampling_strategy=order))
     assert_equal_adapters(weights(through), weights(resumed))
     assert [e["loss"] for e in log(through) if "loss" in e] == [e["loss"] for e in log(resumed) if "loss" in e]
 
