@@ -30,10 +30,10 @@ def require_readable(words: Sequence[str]) -> None:
     """Refuse file names and texts that this locale cannot decode; libraries would fail on them one after the other.
 
     Raises:
-        UserError: a word or the working directory holds such bytes.
+        UserError: a word, the working directory, or the folder of this installation holds such bytes.
     """
     encoding = codecs.lookup(sys.getfilesystemencoding()).name
-    for word in (*words, os.getcwd()):
+    for word in (*words, os.getcwd(), __file__):
         if encoding != "utf-8" and any("\ud800" <= character <= "\udfff" for character in word):
             shown = os.fsencode(word).decode("utf-8", "backslashreplace")
             raise UserError(f"This locale's encoding is {encoding}, which cannot hold {shown!r}. Set PYTHONUTF8=1.")

@@ -102,8 +102,8 @@ class Stream:
         require_room(output, sum(tensor.nbytes for tensor in wanted))
         if self.quantized and is_slow():
             say(
-                "nf4.c was not built when this package was installed: quantizing takes some fifty times as long. With a C "
-                "compiler on PATH run `pip install -e .` again."
+                "nf4.c was not built when this package was installed: quantizing takes some fifty times as long. To build it, "
+                "install qlora_rm again from its checkout or sdist with a C compiler on PATH."
             )
         merging = Phase("merging", sum(tensor.nbytes for tensor in wanted) / 1e6, "MB")
         with merging, Workers() as workers, Shards(output, wanted) as shards:
