@@ -1,9 +1,12 @@
 """A plan, for people and as JSON: what the backbone weighs, what a step takes, what fits, and the line to type."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
+from transformers import PretrainedConfig
+
+from qlora_rm.backbone.limits import positions_of_config
 from qlora_rm.backbone.precision import DTYPES
 from qlora_rm.backbone.tokenizer import load_tokenizer
 from qlora_rm.config import AdapterConfig, BackboneConfig, DataConfig, PlanConfig
@@ -156,6 +159,7 @@ def make_plan(
         config = published(str(options.params))
     else:
         config = read_shape(model, backbone.model_revision, options.trust_remote_code)
+    options = _within_positions(options, config, model or str(options.params))
     precision = options.precision or ("bf16" if cuda else "fp32")
     planner = Planner(
         config,
@@ -171,6 +175,24 @@ def make_plan(
     line = door_words(model, options, backbone, adapter, data, precision)
     answers = [answer(planner, card, options.cards, engine, line) for card in cards]
     return Plan(model or str(options.params), planner, options.cards, answers)
+
+
+def _within_positions(options: PlanConfig, config: PretrainedConfig, name: str) -> PlanConfig:
+    """The options with a default `--max_length` lowered to the backbone's positions, as training lowers it.
+
+    Raises:
+        UserError: another length than the default is more than there are positions.
+    """
+    positions, default = positions_of_config(config, options.trust_remote_code), PlanConfig().max_length
+    if positions is None or options.max_length <= positions:
+        return options
+    if options.max_length != default:
+        raise UserError(
+            f"--max_length {options.max_length} is more than the {positions} positions of the backbone {name}. Pass "
+            f"--max_length {positions}."
+        )
+    say(f"max_length: {positions}, since {name} has no more positions; the default is {default}")
+    return replace(options, max_length=positions)
 
 
 def workload_of(model: str | None, options: PlanConfig, data: DataConfig, layout: Layout) -> Workload:
