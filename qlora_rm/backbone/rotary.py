@@ -2,7 +2,7 @@
 
 longrope (Phi-3) and dynamic NTK choose the rotation of every sequence of a batch by its longest one (transformers 5.23,
 `modeling_rope_utils.dynamic_rope_update`), so that a long neighbour changes the scores of short ones; dynamic NTK also
-keeps the longest length it has seen. vLLM chooses once, at its start. A reward model is therefore given the rotation of its
+keeps the longest length it has seen (Qwen #401). vLLM chooses once, at its start. A reward model is therefore given the rotation of its
 longest sequence for all sequences, and its configuration says so in a form in which nothing is left to choose: longrope
 with twice the same factors, dynamic NTK as plain rotation with the theta it comes to. Every consumer then agrees.
 """
@@ -48,11 +48,15 @@ def pinned(config: PretrainedConfig, length: int | None) -> PretrainedConfig:
         return config
     config = deepcopy(config)
     text = config.get_text_config()
+    made_for = text.max_position_embeddings
     for parameters in _parameters(text):
         if _is_longrope(parameters):
-            _pin_longrope(parameters, length, text.max_position_embeddings)
+            _pin_longrope(parameters, length, made_for)
         elif _is_dynamic(parameters):
             _pin_dynamic(parameters, length, text)
+            # plain rotation promises no more positions than this, where dynamic NTK promised a multiple (vLLM)
+            made_for = max(made_for, length)
+    text.max_position_embeddings = made_for
     return config
 
 
@@ -85,7 +89,7 @@ def rotation_of(model: nn.Module) -> Callable[[int], int] | None:
 
 def forget_lengths(model: nn.Module) -> None:
     """Put dynamic NTK back to where it starts: transformers 5.23 keeps the frequencies of the longest sequence so far, for
-    shorter ones above the original length too. Remove once it computes them for each batch."""
+    shorter ones above the original length too (transformers #25306). Remove once it computes them for each batch."""
     for module in model.modules():
         for name, original in [(n, b) for n, b in module.named_buffers(recurse=False) if n.endswith(ORIGINAL)]:
             kind = name.removesuffix(ORIGINAL)  # empty, or the kind of layer

@@ -1,9 +1,12 @@
 """A plan, for people and as JSON: what the backbone weighs, what a step takes, what fits, and the line to type."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
+from transformers import PretrainedConfig
+
+from qlora_rm.backbone.limits import positions_of_config
 from qlora_rm.backbone.paths import is_local
 from qlora_rm.backbone.precision import DTYPES
 from qlora_rm.backbone.tokenizer import load_tokenizer
@@ -158,6 +161,7 @@ def make_plan(
         config = published(str(options.params))
     else:
         config = read_shape(model, backbone.model_revision, options.trust_remote_code)
+    options = _within_positions(options, config, model or str(options.params))
     precision = options.precision or ("bf16" if cuda else "fp32")
     planner = Planner(
         config,
@@ -190,6 +194,24 @@ def _require_effect(model: str | None, options: PlanConfig, backbone: BackboneCo
         for name in names:
             value = getattr(given, name)
             require(value == getattr(default, name), f"--{name} {value} has no effect: {reason}. Leave it out.")
+
+
+def _within_positions(options: PlanConfig, config: PretrainedConfig, name: str) -> PlanConfig:
+    """The options with a default `--max_length` lowered to the backbone's positions, as training lowers it.
+
+    Raises:
+        UserError: another length than the default is more than there are positions.
+    """
+    positions, default = positions_of_config(config, options.trust_remote_code), PlanConfig().max_length
+    if positions is None or options.max_length <= positions:
+        return options
+    if options.max_length != default:
+        raise UserError(
+            f"--max_length {options.max_length} is more than the {positions} positions of the backbone {name}. Pass "
+            f"--max_length {positions}."
+        )
+    say(f"max_length: {positions}, since {name} has no more positions; the default is {default}")
+    return replace(options, max_length=positions)
 
 
 def workload_of(model: str | None, options: PlanConfig, data: DataConfig, layout: Layout) -> Workload:

@@ -82,6 +82,7 @@ def test_a_saved_configuration_carries_the_rule_to_stock_readers(kind: str, tmp_
     assert not depends_on_length(config)
     config.save_pretrained(tmp_path)
     read = AutoConfig.from_pretrained(tmp_path)
+    assert read.max_position_embeddings >= LONGEST, "engines take no longer sequences than this"
     read.num_labels = 1
     ours = scored(build(config), SEQUENCES)
     assert [fresh_alone(read, sequence) for sequence in SEQUENCES] == pytest.approx(ours.tolist(), abs=1e-5)
