@@ -54,8 +54,8 @@ def modernbert_config(pooling: str, **ids: int | None) -> t.ModernBertConfig:
 
 
 VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 128,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "image_size": 28,

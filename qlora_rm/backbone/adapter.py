@@ -42,7 +42,8 @@ def attach_adapter(backbone: Backbone, config: AdapterConfig) -> PeftModel:
         modules_to_save=[name for name in backbone.head if name not in ("score", "classifier")] or None,
     )
     lora._register_custom_module(lora_modules(backbone.model))  # type: ignore[arg-type]
-    targets.narrow_to_text(backbone.model, backbone.head, lora)
+    expression = " ".join(config.lora_target_modules or []) if is_expression(config.lora_target_modules) else None
+    targets.narrow_to_text(backbone.model, backbone.head, lora, expression)
     try:
         model = get_peft_model(backbone.model, lora)
     except ValueError as error:

@@ -28,7 +28,7 @@ from qlora_rm.backbone.in_force import compute_quantized_layers_in, dequantize_t
 from qlora_rm.backbone.inventory import unquantized_share
 from qlora_rm.backbone.packed import share_prefixes
 from qlora_rm.backbone.paths import require_model
-from qlora_rm.backbone.reach import unreached
+from qlora_rm.backbone.reach import freeze_unreached
 from qlora_rm.backbone.rotary import pinned
 from qlora_rm.backbone.saved_quantization import (
     config_of_run,
@@ -118,8 +118,7 @@ def load_backbone(
     compute_quantized_layers_in(model, dtype)
     dequantize_to(model, dtype)
     _to_device(model, config)
-    for tower in unreached(model):
-        model.get_submodule(tower).requires_grad_(False)
+    freeze_unreached(model)
     if config.quantization != "none":
         _require_quantized(model, config, saved_quantization(model_config) != "none")
     share_prefixes(model, config.share_prefix, config.attn_implementation)

@@ -30,6 +30,12 @@ def unreached(model: PreTrainedModel) -> list[str]:
     return known
 
 
+def freeze_unreached(model: PreTrainedModel) -> None:
+    """Train nothing that text never passes through: it would get no gradient, for which DDP waits."""
+    for tower in unreached(model):
+        model.get_submodule(tower).requires_grad_(False)
+
+
 def is_below(name: str, modules: Sequence[str]) -> bool:
     """Whether a module or parameter is one of `modules` or inside one."""
     return is_in_head(name, list(modules))

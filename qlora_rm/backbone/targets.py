@@ -18,8 +18,11 @@ from qlora_rm.errors import UserError
 LINEAR = (nn.Linear, Conv1D, bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
 
 
-def narrow_to_text(model: PreTrainedModel, head: list[str], lora: LoraConfig) -> None:
+def narrow_to_text(model: PreTrainedModel, head: list[str], lora: LoraConfig, expression: str | None = None) -> None:
     """Leave out of `lora` the targets that text never passes through, and check the others.
+
+    Arguments:
+        expression: the regular expression, if any, whose matches the targets are.
 
     Raises:
         UserError: a target is of a kind that has no adapter here, or out of the reach of text.
@@ -30,8 +33,8 @@ def narrow_to_text(model: PreTrainedModel, head: list[str], lora: LoraConfig) ->
     towers = unreached(model)
     heads = {name for name in matched if is_in_head(name, head)}
     far = [name for name in matched if is_below(name, towers)]
-    for target in _each(asked):
-        of_target = [name for name in matched if _is_target(asked, name, target)]
+    for target in _each(asked) if expression is None else [expression]:
+        of_target = [name for name in matched if expression is not None or _is_target(asked, name, target)]
         if of_target and {*heads, *far}.issuperset(of_target):
             tower = next(tower for tower in towers if is_below(of_target[0], [tower]))
             raise UserError(

@@ -21,7 +21,7 @@ from qlora_rm.backbone.in_force import disable_dropout
 from qlora_rm.backbone.load import Backbone, quantization_config, skeleton
 from qlora_rm.backbone.packed import PrefixSharing
 from qlora_rm.backbone.precision import BLOCK, NESTED_BLOCK
-from qlora_rm.backbone.reach import unreached
+from qlora_rm.backbone.reach import freeze_unreached
 from qlora_rm.config import AdapterConfig, BackboneConfig
 
 CODE_BYTES = (16 + 256) * 4
@@ -77,8 +77,7 @@ def build(
     whole = not adapter.use_lora
     model: Any = skeleton(config, trust_remote_code, torch.float32 if whole else dtype)
     head = head_modules(model)
-    for tower in unreached(model):  # asked while its layers are plain, which run on the meta device
-        model.get_submodule(tower).requires_grad_(False)
+    freeze_unreached(model)  # while its layers are plain, which run on the meta device
     for name in head:
         compute_in_own_precision(model.get_submodule(name).to(torch.float32))
     disable_dropout(model)  # as the train door does, before LoRA brings its own

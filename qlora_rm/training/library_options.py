@@ -200,15 +200,15 @@ LIBRARY: dict[str, Rule] = {
         "would take up decisions of the step that was saved, which --resume makes anew", "Leave it out."
     ),
     # pushing to the hub
-    "push_to_hub": obeyed("transformers: Trainer.init_hf_repo and push_to_hub"),
-    "hub_token": obeyed_unless(lambda o: not pushes(o), HUB, "transformers: Trainer.init_hf_repo"),
-    "hub_private_repo": obeyed_unless(
-        lambda o: not pushes(o) and not to_trackio(o), HUB, "transformers: Trainer.init_hf_repo"
+    "push_to_hub": obeyed("training/hub.py"),
+    "hub_token": obeyed_unless(lambda o: not pushes(o), HUB, "training/hub.py"),
+    "hub_private_repo": obeyed_unless(lambda o: not pushes(o) and not to_trackio(o), HUB, "training/hub.py"),
+    "hub_model_id": obeyed_unless(lambda o: not pushes(o), HUB, "training/hub.py"),
+    "hub_strategy": obeyed_unless(lambda o: not pushes(o), HUB, "training/hub.py, which takes end alone"),
+    "hub_always_push": refused(
+        "would push while an earlier push goes on; here a run is pushed once, when it is complete", "Leave it out."
     ),
-    "hub_model_id": obeyed_unless(lambda o: not pushes(o), HUB, "transformers: Trainer.init_hf_repo"),
-    "hub_strategy": obeyed_unless(lambda o: not pushes(o), HUB, "transformers: Trainer._push_from_checkpoint"),
-    "hub_always_push": obeyed_unless(lambda o: not pushes(o), HUB, "transformers: Trainer._push_from_checkpoint"),
-    "hub_revision": obeyed_unless(lambda o: not pushes(o), HUB, "transformers: Trainer._push_from_checkpoint"),
+    "hub_revision": obeyed_unless(lambda o: not pushes(o), HUB, "training/hub.py"),
     # seeds
     "seed": obeyed("training/run.py"),
     "data_seed": obeyed("training/trainer.py"),

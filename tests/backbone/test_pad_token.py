@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 from tokenizers import AddedToken
-from transformers import AutoTokenizer
+from torch import nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from qlora_rm.artifacts.load import RewardModel
 from qlora_rm.artifacts.manifest import Manifest
@@ -16,6 +17,7 @@ from qlora_rm.errors import UserError
 from qlora_rm.preferences import Candidates, Tokenization
 from qlora_rm.training.run import main
 from tests.models_for_tests import save_backbone
+from tests.reward_models_for_tests import make_reward_model
 from tests.tokenizers_for_tests import ENDS_WITH_EOS, small_tokenizer, word_piece_tokenizer
 
 TURNS = [{"role": "user", "content": "Hi"}]
@@ -100,6 +102,32 @@ def test_a_new_token_has_a_name_that_is_free(tmp_path):
 def test_a_pad_token_that_cannot_be_is_refused(tmp_path, asked, message):
     with pytest.raises(UserError, match=message):
         load_tokenizer(saved(tmp_path), pad_token=asked)
+
+
+def test_a_foreign_reward_model_that_pads_with_bos_is_scored_at_its_last_token(tmp_path, capsys):
+    base = save_backbone(tmp_path / "base", "llama", small_tokenizer())
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+    nn.init.normal_(model.score.weight)
+    model.config.pad_token_id = small_tokenizer().bos_token_id
+    model.save_pretrained(tmp_path / "foreign")
+    loaded = RewardModel.load(saved(tmp_path / "foreign", pad_token="<s>"))
+    assert "which texts contain (its bos token)" in capsys.readouterr().err
+    asked = [Candidates("Name it. ", ("a cat", "a dog, no, a very long one"))]
+    together = loaded.score(asked)[0]
+    alone = [loaded.score([Candidates("Name it. ", (answer,))])[0][0] for answer in asked[0].responses]
+    assert together == pytest.approx(alone, abs=1e-5)
+
+
+def test_a_model_that_was_trained_with_such_a_pad_token_keeps_its_contract(tmp_path):
+    """Older versions took bos where no text began with it."""
+    tokenizer = small_tokenizer(bos=False)
+    tokenizer.bos_token = tokenizer.pad_token = "<s>"
+    folder = make_reward_model(tmp_path, tokenizer=tokenizer)
+    contract = Manifest.load(folder).contract
+    assert RewardModel.load(str(folder)).tokenizer.pad_token == "<s>"
+    assert [check.name for check in verify(str(folder)) if not check.ok] == []
+    assert load_tokenizer(str(folder), trained_pad=contract.pad_token_id).pad_token == "<s>"
+    assert load_tokenizer(str(folder)).pad_token == "<pad>"
 
 
 def rows(folder: Path) -> str:

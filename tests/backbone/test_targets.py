@@ -124,8 +124,9 @@ def test_only_layers_that_text_passes_through_are_adapted(tmp_path, capsys):
     torch.testing.assert_close(score_sequences(again, sequences, pad_token_id=2), scores, rtol=0, atol=0)
 
 
-def test_a_name_that_stands_on_both_sides_means_the_language_model(tmp_path):
-    model = attach_adapter(load(tmp_path, "gemma3_images"), AdapterConfig(lora_target_modules=["q_proj"]))
+@pytest.mark.parametrize("name", ["q_proj", r".*\.q_proj"])
+def test_a_name_that_stands_on_both_sides_means_the_language_model(tmp_path, name):
+    model = attach_adapter(load(tmp_path, "gemma3_images"), AdapterConfig(lora_target_modules=[name]))
     assert len(adapted(model)) == 2 and all(".language_model." in name for name in adapted(model))
 
 

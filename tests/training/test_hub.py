@@ -92,7 +92,7 @@ def pushing(flags: Any, **more: Any) -> list[str]:
         ({"hub_model_id": "me/a b"}, r"is no name of a repository"),
         ({"hub_strategy": "every_save"}, r"--hub_strategy every_save: .* Use --hub_strategy end"),
         ({"hub_strategy": "all_checkpoints"}, r"--hub_strategy all_checkpoints"),
-        ({"hub_always_push": True}, r"--hub_always_push: "),
+        ({"hub_always_push": True}, r"--hub_always_push"),
         ({}, r"needs a token .*`hf auth login`"),
         ({"hub_token": "t", "hub_model_id": "someone/x"}, r"me is not someone .* --hub_model_id me/NAME"),
         ({"hub_token": "t", "hub_model_id": "theirs/x"}, r"me in theirs may only read"),

@@ -4,12 +4,10 @@ import importlib
 import json
 import logging
 from datetime import timedelta
-from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
-from huggingface_hub import HfApi
 from torch import nn
 from transformers import TrainingArguments
 from trl.trainer import reward_trainer
@@ -340,27 +338,6 @@ def test_tf32_and_fp16_are_set(tmp_path, monkeypatch, on):
     assert TrainingConfig(str(tmp_path), fp16=True).compute_dtype == torch.float16
 
 
-def test_the_hub_is_asked_for_the_repository(ready, tmp_path, monkeypatch):
-    asked = []
-
-    def create_repo(api, name, **how):
-        asked.append((name, how["token"], how["private"]))
-        return SimpleNamespace(repo_id=name)
-
-    monkeypatch.setattr(HfApi, "create_repo", create_repo)
-    trainer = ready(
-        tmp_path / "out",
-        push_to_hub=True,
-        hub_model_id="me/it",
-        hub_token="secret",
-        hub_private_repo=True,
-        hub_strategy="end",
-    )
-    if not asked:  # transformers asks when the trainer is made; this project may ask elsewhere
-        trainer.init_hf_repo()
-    assert asked == [("me/it", "secret", True)]
-
-
 def test_dropout_of_the_backbone(tmp_path):
     folder = save_backbone(tmp_path / "gpt2", "gpt2", small_tokenizer())
     for disabled in (True, False):
@@ -430,8 +407,8 @@ ELSEWHERE = {
     ),
     **dict.fromkeys(["tf32", "fp16"], "tests.training.test_options_obeyed:test_tf32_and_fp16_are_set"),
     **dict.fromkeys(
-        ["push_to_hub", "hub_model_id", "hub_token", "hub_private_repo"],
-        "tests.training.test_options_obeyed:test_the_hub_is_asked_for_the_repository",
+        ["push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "hub_revision"],
+        "tests.training.test_hub:test_what_is_pushed_is_complete_and_nothing_else",
     ),
     "disable_dropout": "tests.training.test_options_obeyed:test_dropout_of_the_backbone",
     **dict.fromkeys(
@@ -443,6 +420,7 @@ ELSEWHERE = {
     "deepspeed": "tests.training.test_launch:test_two_ranks_end_where_one_process_ends",
     "chat_template_path": "tests.backbone.test_tokenizer:test_chat_template_from_a_file_and_a_folder",
     "eos_token": "tests.backbone.test_tokenizer:test_unknown_eos_token",
+    "pad_token": "tests.backbone.test_pad_token:test_the_option_works_through_training_and_what_comes_after",
 }  # fmt: skip
 """Options whose effect a test of its own shows: module and test."""
 
@@ -452,11 +430,8 @@ NOT_SHOWN = {
     "trackio_space_id": "trackio is not installed",
     "trackio_bucket_id": "trackio is not installed",
     "trackio_static_space_id": "trackio is not installed",
-    "hub_strategy": "transformers reads it when it pushes to the hub",
-    "hub_always_push": "transformers reads it when it pushes to the hub",
-    "hub_revision": "transformers reads it when it pushes to the hub",
+    "hub_strategy": "end alone is taken (tests/training/test_hub.py)",
     "trust_remote_code": "no code of others is in the tests",
-    "pad_token": "shown by the tests of the tokenizer",
 }
 """Options of which transformers' or TRL's own code is trusted, and why."""
 
