@@ -150,7 +150,7 @@ def tolerance(items: Sequence[GoldenItem], noise: Mapping[str, Noise], *precisio
     if not rounding:
         absolute = max(SAME.absolute, LARGEST * exact.largest if exact else 0.0)
         return _no_wider(SAME, absolute, FP32_WIDEST)
-    known = [noise.get(name) or noise.get("bf16") for name in rounding]  # fp16 has more digits than bf16
+    known = [noise.get(name) or noise.get("bf16") for name in rounding - {"8bit"}]  # fp16 has more digits than bf16
     measured = [one for one in (*known, exact) if one is not None]
     widest = max(ROUNDED.absolute, WIDEST * _spread(items))
     largest = LARGEST * max((one.largest for one in measured), default=0.0)

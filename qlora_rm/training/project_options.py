@@ -130,9 +130,9 @@ PROJECT: dict[str, Rule] = {
     "lora_r": _of_new_adapter("backbone/adapter.py"),
     "lora_alpha": _of_new_adapter("backbone/adapter.py"),
     "lora_dropout": _of_new_adapter("backbone/adapter.py"),
-    "lora_target_modules": _of_new_adapter("backbone/targets.py"),
+    "lora_target_modules": _of_new_adapter("backbone/target_names.py"),
     "lora_experts": _of_new_adapter("backbone/adapter.py"),
-    "lora_layers": _of_new_adapter("backbone/targets.py"),
+    "lora_layers": _of_new_adapter("backbone/target_names.py"),
     "use_rslora": _of_new_adapter("backbone/adapter.py"),
     "use_dora": _of_new_adapter("backbone/adapter.py"),
     # objective
@@ -144,6 +144,9 @@ PROJECT: dict[str, Rule] = {
         "training/objective.py",
     ),
     "label_smoothing": obeyed("training/objective.py"),
+    # what is printed
+    "quiet": obeyed("console.py"),
+    "verbose": obeyed("console.py"),
     # the launch
     "engine": obeyed("training/engine.py"),
 }

@@ -17,6 +17,7 @@ from qlora_rm.config import BackboneConfig
 from qlora_rm.preferences import Tokenization, load_preferences
 from qlora_rm.training.arguments import TrainingConfig, parse
 from qlora_rm.training.library_options import LIBRARY
+from qlora_rm.training.limits import fit_max_length
 from qlora_rm.training.run import _make_trainer, load_model, main
 from tests.models_for_tests import save_backbone
 from tests.tokenizers_for_tests import small_tokenizer
@@ -29,7 +30,7 @@ def ready(backbone_folder, rows_file):
     options = parse([*words, "--quantization", "none", "--lora_r", "2", "--bf16", "false"])
     tokenizer = load_tokenizer(backbone_folder)
     data = load_preferences(options.data, Tokenization(tokenizer, 1024, "error"), need_eval=True)
-    model = load_model(options, tokenizer)
+    model = load_model(options, tokenizer, fit_max_length(options))
     start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
     def trainer(folder, **changes):
@@ -353,7 +354,7 @@ def test_dropout_of_the_backbone(tmp_path):
                 "false",
             ]
         )
-        model = load_model(options, load_tokenizer(folder))
+        model = load_model(options, load_tokenizer(folder), fit_max_length(options))
         rates_of = {module.p for module in model.modules() if isinstance(module, nn.Dropout)}
         assert rates_of == ({0.0} if disabled else {0.1})
     assert BackboneConfig().quantization == "4bit"

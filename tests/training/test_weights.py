@@ -12,6 +12,7 @@ from qlora_rm.backbone.tokenizer import load_tokenizer
 from qlora_rm.errors import UserError
 from qlora_rm.preferences import Tokenization, load_preferences
 from qlora_rm.training.arguments import parse
+from qlora_rm.training.limits import fit_max_length
 from qlora_rm.training.run import _make_trainer, load_model, main
 from tests.launching import launch
 from tests.training.conftest import ANIMALS, preference_rows, write_rows
@@ -50,7 +51,9 @@ def trained(flags):
     options = parse(flags)
     tokenizer = load_tokenizer(options.backbone.model_name_or_path)
     data = load_preferences(options.data, Tokenization(tokenizer, 1024, "error"), need_eval=False)
-    trainer = _make_trainer(options, load_model(options, tokenizer), tokenizer, data.train, None)
+    trainer = _make_trainer(
+        options, load_model(options, tokenizer, fit_max_length(options)), tokenizer, data.train, None
+    )
     before = adapter(trainer.model)
     batches, collate = [], trainer.data_collator
 
