@@ -20,6 +20,8 @@ SHOWN_AFTER = 2.0
 LINE_EVERY, LINE_EVERY_AT_MOST = 5.0, 30.0
 """Seconds between two lines; in phases of more than eight minutes a hundredth of the time so far, up to the second number."""
 LOOK_EVERY = 0.2
+COLUMNS, ROWS = 80, 24
+"""Of a terminal that says it has none, as under some launchers; tqdm would draw nothing."""
 
 T = TypeVar("T")
 
@@ -68,7 +70,7 @@ class Phase:
             parts = [f"{self.done:,.0f} {self.unit}"] if self.unit and self.done else []
             return ", ".join([*parts, f"{duration(self.age)} so far"])
         share = min(1.0, self.done / self.total) if self.total else 1.0
-        parts = [f"{self.done:,.0f} of {self.total:,.0f} {self.unit}", f"{share:.0%}".replace("%", " %")]
+        parts = [f"{self.done:,.0f} of {self.total:,.0f} {self.unit}", f"{int(100 * share)} %"]
         if (fresh := self.done - self._done_before) > 0:
             parts.append(f"{duration(self.age / fresh * max(0, self.total - self.done))} left")
         return ", ".join(parts)
@@ -182,7 +184,9 @@ class Display:
 
     def _draw(self, phase: Phase, text: str) -> None:
         if self._bar is None:
-            self._bar = _Bar(file=sys.stderr, leave=False, disable=False, bar_format="{desc}")
+            self._bar = _Bar(
+                file=sys.stderr, leave=False, disable=False, bar_format="{desc}", ncols=_columns(), nrows=ROWS
+            )
             console.write_by(lambda words: _Bar.write(words, file=sys.stderr))
         self._bar.bar_format = "{bar:20} {desc}" if phase.total else "{desc}"
         self._bar.ncols = _columns()
@@ -208,11 +212,11 @@ class Display:
 
 
 def _columns() -> int:
-    """The terminal's width now; 80 where it has none, as under some launchers, for which tqdm would draw nothing."""
+    """The terminal's width now."""
     try:
-        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+        return os.get_terminal_size(sys.stderr.fileno()).columns or COLUMNS
     except (OSError, ValueError):
-        return 80
+        return COLUMNS
 
 
 display = Display()
