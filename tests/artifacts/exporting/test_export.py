@@ -202,7 +202,7 @@ class TestRefuses:
 
     def test_a_policy_that_no_reader_hands_ids_on_from(self, llama, tmp_path):
         with pytest.raises(UserError, match="--policy has no effect: none of vllm"):
-            export(str(llama), str(tmp_path / "out"), ["vllm"], ExportConfig(policy=str(llama)))
+            export(str(llama), ["vllm"], str(tmp_path / "out"), ExportConfig(policy=str(llama)))
 
     def test_a_policy_with_another_vocabulary(self, llama, tmp_path):
         other = tmp_path / "policy"
