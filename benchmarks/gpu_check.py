@@ -22,6 +22,7 @@ from benchmarks.gpu.memory import memory
 from benchmarks.gpu.packed import packed
 from benchmarks.gpu.resume import resume
 from benchmarks.gpu.suite import ROOT, Part, Setting, Suite
+from qlora_rm.libraries import quiet_libraries
 
 RESULTS = ROOT / "benchmarks" / "results"
 BUDGET = 460.0
@@ -40,6 +41,7 @@ PARTS = [
 
 def main(argv: list[str] | None = None) -> int:
     """Returns 0 where every part that applies here passed, and where there is no GPU to check; 1 where one failed."""
+    quiet_libraries()
     disable_progress_bar()
     options = _options(argv)
     if not options.cpu and not torch.cuda.is_available():

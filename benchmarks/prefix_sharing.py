@@ -142,7 +142,7 @@ def bare(bench: Bench, rows: Dataset) -> Callable[[], None]:
     )  # fmt: skip
     pad = bench.tokenizer.pad_token_id
     sizes = [int((batch["input_ids"] != pad).sum()) for batch in trainer.get_train_dataloader()]
-    batches = [torch.randint(300, 30_000, (1, size)) for size in sizes]
+    batches = [torch.randint(300, 30_000, (1, size), device=model.device) for size in sizes]
 
     def run() -> None:
         for ids in batches:

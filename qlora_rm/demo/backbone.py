@@ -62,6 +62,7 @@ def write_backbone(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(_config(tokenizer, recipe))
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
         say(f"backbone: {model.num_parameters():,} parameters, {len(tokenizer):,} tokens, {len(texts):,} conversations")
         pretrain(model, sequences, recipe)
     model.save_pretrained(folder)
@@ -111,7 +112,7 @@ def pretrain(model: LlamaForCausalLM, sequences: list[list[int]], recipe: Recipe
     data = batches(sequences, recipe.conversations_per_step)
     with Phase("training the demo's backbone", recipe.steps, "steps") as phase:
         for _ in range(recipe.steps):
-            input_ids, labels = next(data)
+            input_ids, labels = (tensor.to(model.device) for tensor in next(data))
             loss = model(input_ids=input_ids, labels=labels, use_cache=False).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -126,9 +126,9 @@ def check_value_model(folder: Path, subject: Subject, manifest: Manifest) -> Ite
     if not whole:
         return
     value.set_submodule(value.base_model_prefix, stock.base_model)
-    value.load_state_dict({**stock.state_dict(), HEAD_BIAS: bias}, assign=True)
-    pad, sequences = manifest.contract.pad_token_id, [ids for item in manifest.golden for ids in item.token_ids]
     device = next(stock.parameters()).device
+    value.load_state_dict({**stock.state_dict(), HEAD_BIAS: bias.to(device)}, assign=True)
+    pad, sequences = manifest.contract.pad_token_id, [ids for item in manifest.golden for ids in item.token_ids]
     with torch.no_grad():
         last = torch.stack([value(torch.tensor([ids], device=device)).logits[0, -1, 0].cpu() for ids in sequences])
     apart = float((last.float() - subject.score(sequences, pad)).abs().max())
