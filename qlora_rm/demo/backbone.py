@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -62,7 +62,7 @@ def write_backbone(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(_config(tokenizer, recipe))
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
         say(f"backbone: {model.num_parameters():,} parameters, {len(tokenizer):,} tokens, {len(texts):,} conversations")
         pretrain(model, sequences, recipe)
     model.save_pretrained(folder)

@@ -123,7 +123,7 @@ def check_value_model(folder: Path, subject: Subject, manifest: Manifest) -> Ite
     bias, wanted = read_tensor(folder, HEAD_BIAS), set(value.state_dict())
     whole = wanted == held and bias is not None and not bias.any()
     yield Check("value model has its tensors and a bias of zeros", whole, ", ".join(sorted(wanted ^ held)))
-    if not whole:
+    if not whole or bias is None:
         return
     value.set_submodule(value.base_model_prefix, stock.base_model)
     device = next(stock.parameters()).device
