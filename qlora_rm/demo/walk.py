@@ -16,6 +16,7 @@ from qlora_rm.shipped import as_typed
 
 FOLDER = Path("runs/demo")
 RECIPE = "recipes/demo.yaml"
+LAUNCH = "accelerate_configs/single_gpu.yaml"
 MARK = FOLDER / ".made_by_qlora_rm_demo"
 
 PROMPT = "What do bees do in winter?"
@@ -61,7 +62,8 @@ def make() -> None:
 def walk() -> None:
     """The commands a user would type, one after the other."""
     model, merged, held_out = f"{FOLDER}/reward_model", f"{FOLDER}/merged", f"{FOLDER}/data/held_out.jsonl"
-    run("accelerate", "launch", "--quiet", "-m", "qlora_rm.train", "--config", as_typed(RECIPE))
+    launch = ("accelerate", "launch", "--quiet", "--config_file", as_typed(LAUNCH))
+    run(*launch, "-m", "qlora_rm.train", "--config", as_typed(RECIPE))
     run("qlora-rm", "eval", model, "--dataset", held_out)
     run("qlora-rm", "merge", model, "--output", merged, "--dtype", "fp32")
     run("qlora-rm", "verify", merged)
