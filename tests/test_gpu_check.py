@@ -86,7 +86,7 @@ def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_cpu_form_compares_forests_and_finds_a_wrong_one(tmp_path, monkeypatch):
-    """Of one architecture with a window: the comparison passes, and fails where forests are padded by another token."""
+    """Of one architecture with a window: the comparison passes, and fails where forests end in other tokens."""
     every = packed.configs
     monkeypatch.setattr(packed, "configs", lambda size: {"mistral": every(size)["mistral"]})
 
@@ -96,7 +96,11 @@ def test_the_cpu_form_compares_forests_and_finds_a_wrong_one(tmp_path, monkeypat
 
     assert status() == "passed"
     forest = packed.forest_batch
-    monkeypatch.setattr(packed, "forest_batch", lambda ids, pad, *more: forest([one[1:] for one in ids], pad, *more))
+
+    def wrong_ends(ids, *more):
+        return forest([[*one[:-1], one[0]] for one in ids], *more)
+
+    monkeypatch.setattr(packed, "forest_batch", wrong_ends)
     assert status() == "failed"
 
 

@@ -154,6 +154,10 @@ def tolerance(items: Sequence[GoldenItem], noise: Mapping[str, Noise], *precisio
     measured = [one for one in (*known, exact) if one is not None]
     widest = max(ROUNDED.absolute, WIDEST * _spread(items))
     largest = LARGEST * max((one.largest for one in measured), default=0.0)
+    if "8bit" in rounding:
+        largest = LARGEST * max(
+            (one.largest for one in known if one), default=0.0
+        )  # without that of fp32, its own rounding
     if None in known or "8bit" in rounding:
         return _no_wider(ROUNDED, max(ROUNDED.absolute, largest), widest)
     typical = min(max(SAME.absolute, TYPICAL * max(one.typical for one in measured)), widest)

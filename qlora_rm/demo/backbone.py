@@ -110,6 +110,7 @@ def pretrain(model: LlamaForCausalLM, sequences: list[list[int]], recipe: Recipe
     )
     model.train()
     data = batches(sequences, recipe.conversations_per_step)
+    losses: list[float] = []
     with Phase("training the demo's backbone", recipe.steps, "steps") as phase:
         for _ in range(recipe.steps):
             input_ids, labels = (tensor.to(model.device) for tensor in next(data))
@@ -120,7 +121,9 @@ def pretrain(model: LlamaForCausalLM, sequences: list[list[int]], recipe: Recipe
             schedule.step()
             optimizer.zero_grad()
             phase.advance()
-            phase.note = f"loss {loss.item():.3f}"
+            losses.append(loss.item())
+            phase.note = f"loss {losses[-1]:.3f}"
+    say(f"backbone: trained for {recipe.steps} steps, loss {losses[0]:.3f} at first, {losses[-1]:.3f} at the end")
     model.eval()
 
 

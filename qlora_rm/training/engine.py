@@ -1,5 +1,6 @@
 """The engine a run asked for, the engine it got, and an error when they differ."""
 
+import importlib
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,8 @@ def quiet_deepspeed() -> None:
     Goes when DeepSpeed logs it (`build_shm_op` in deepspeed/comm/torch.py).
     """
     if verbosity() != "verbose":
-        vars(deepspeed.comm.torch)["print"] = lambda *_, **__: None
+        module = importlib.import_module("deepspeed.comm.torch")  # as an attribute of deepspeed.comm it is torch itself
+        vars(module)["print"] = lambda *_, **__: None
 
 
 @dataclass(frozen=True)

@@ -120,6 +120,8 @@ class TestTolerance:
         assert layout_tolerance(ITEMS, noise, "fp32", "8bit") == ROUNDED
         noisy = {"fp32": Noise(1e-6, 1e-6, 1e-6), "bf16": Noise(0.2, 0.1, 0.2)}
         assert tolerance(ITEMS, noisy, "fp32", "8bit") == ROUNDED, "noise in bf16 is none of LLM.int8()'s in fp32"
+        its_own = {"fp32": Noise(0.2, 0.1, 0.2), "bf16": Noise(0.2, 0.1, 0.2)}
+        assert tolerance(ITEMS, its_own, "fp32", "8bit") == ROUNDED, "what LLM.int8() rounds, no merged model rounds"
 
     def test_batches_in_fp32_are_held_tight_after_training_in_bf16(self) -> None:
         noise = {"fp32": Noise(0.1, 0.05, 1e-6), "bf16": Noise(0.1, 0.05, 0.08)}

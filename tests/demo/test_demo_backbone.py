@@ -1,5 +1,6 @@
 """The demo's backbone: a plain causal LM folder, as a user would have it from a hub."""
 
+import re
 from itertools import islice
 from pathlib import Path
 
@@ -84,8 +85,9 @@ def test_pretraining_lowers_the_loss(
     corpus: list[list[Message]], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     write_backbone(tmp_path, corpus, recipe=Recipe(**{**vars(TINY), "steps": 40, "learning_rate": 1e-2}))
-    told = [line for line in capsys.readouterr().out.splitlines() if "loss" in line]
-    first, last = (float(line.split("loss ")[1].split(",")[0]) for line in (told[0], told[-1]))
+    told = re.search(r"loss (\S+) at first, (\S+) at the end", capsys.readouterr().err)
+    assert told
+    first, last = map(float, told.groups())
     assert last < first - 1
 
 
