@@ -13,6 +13,7 @@ from benchmarks import gpu_check
 from benchmarks.gpu import packed
 from benchmarks.gpu.suite import ROOT, Finding, Part, Setting, Skipped, Suite
 from tests import pretended_gpu
+from tests.deep import only_deep
 
 
 def sound(setting: Setting, finding: Finding) -> None:
@@ -104,6 +105,7 @@ def test_the_cpu_form_compares_forests_and_finds_a_wrong_one(tmp_path, monkeypat
     assert status() == "failed"
 
 
+@only_deep
 @pytest.mark.slow
 def test_on_a_pretended_gpu_every_tensor_follows_the_model(tmp_path):
     """Loading, FlexAttention (uncompiled), experts, training, resuming, merging and verifying, on a device that refuses tensors

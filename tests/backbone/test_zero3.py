@@ -15,6 +15,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from qlora_rm.backbone import zero3
 from qlora_rm.errors import UserError
+from tests.deep import only_deep
 from tests.launching import ROOT
 from tests.models_for_tests import CAUSAL, save_backbone
 from tests.tokenizers_for_tests import small_tokenizer, with_new_pad_token
@@ -88,7 +89,7 @@ def large(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=only_deep)])
 def test_each_rank_holds_its_share_of_a_large_backbone(large, small, tmp_path, count):
     """While loading from 16 and from 4 bit, at rest, and after a forward pass."""
     jobs = [{"name": "warm-up", "backbone": small, "steps": 1}]  # what the libraries load on first use is not counted
