@@ -39,7 +39,9 @@ ERRORS_ONLY = (
 FOR_DEVELOPERS = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
 """Categories of Python warnings that ask whoever calls a library to change the call."""
 
-HARMLESS: dict[str, str] = {}
+HARMLESS: dict[str, str] = {
+    "The PEFT config's `base_model_name_or_path` was renamed": "artifacts/load.py holds the base against the manifest's hashes",
+}
 """Beginnings (regular expressions) of other Python warnings that are silenced, each with its reason."""
 
 

@@ -20,7 +20,10 @@ LAUNCH = "accelerate_configs/single_gpu.yaml"
 MARK = FOLDER / ".made_by_qlora_rm_demo"
 
 PROMPT = "What do bees do in winter?"
-RESPONSES = ("They huddle around their queen and live on stored honey.", "Ask somebody else, I could not care less.")
+RESPONSES = (
+    "Thank you for asking. They huddle around their queen and live on stored honey.",
+    "What a stupid question. They huddle around their queen and",
+)
 
 NEXT = """
 With your own data (JSONL rows with prompt, chosen, rejected; text or turns) and your own backbone, or runs/demo/backbone:
