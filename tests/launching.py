@@ -42,6 +42,6 @@ def short_run(backbone: str, rows: str, out: Path, **changes) -> list[str]:
     options = {
         "model_name_or_path": backbone, "dataset": rows, "eval_fraction": 0.25, "output_dir": out, "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": 1, "learning_rate": 1e-3, "max_steps": 8, "eval_steps": 4, "save_steps": 4, "bf16": False,
-        "disable_tqdm": True, "logging_steps": 1, "max_length": 256,
+        "disable_tqdm": True, "logging_steps": 1,
     } | changes  # fmt: skip
     return [word for name, value in options.items() for word in (f"--{name}", str(value))]

@@ -57,7 +57,8 @@ def test_forests_end_where_padded_batches_end(one_process):
 def test_two_ranks_end_where_one_process_ends(one_process, backbone_folder, rows_file, tmp_path, config):
     out = tmp_path / "out"
     engine = config.removeprefix("cpu_")
-    done = launch(config, short_run(backbone_folder, rows_file, out, engine=engine, **STEPS), DS_ACCELERATOR="cpu")
+    flags = short_run(backbone_folder, rows_file, out, engine=engine, max_length=256, **STEPS)
+    done = launch(config, flags, DS_ACCELERATOR="cpu")
     assert done.returncode == 0, done.stderr[-5000:]
     assert (done.stdout, unknown(done.stderr)) == ("", []), "lines that are none of ours"
     assert f"engine: {engine}, 2 processes on cpu, fp32; forests" in done.stderr
