@@ -39,8 +39,8 @@ class Recipe:
     layers: int = 4
     heads: int = 4
     context: int = 1024
-    steps: int = 500
-    conversations_per_step: int = 32
+    steps: int = 700
+    conversations_per_step: int = 16
     learning_rate: float = 5e-3
 
 

@@ -22,7 +22,7 @@ MARK = FOLDER / ".made_by_qlora_rm_demo"
 PROMPT = "What do bees do in winter?"
 RESPONSES = (
     "Thank you for asking. They huddle around their queen and live on stored honey.",
-    "What a stupid question. They huddle around their queen and",
+    "What a stupid question. They huddle around their queen and live on stored honey. Do not waste my time again.",
 )
 
 NEXT = """
