@@ -9,33 +9,7 @@ from typing import NamedTuple
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "qlora_rm"
-FLOORS = {
-    **dict.fromkeys(
-        [
-            "__init__",
-            "bearer",
-            "config",
-            "console",
-            "errors",
-            "intervals",
-            "launchers",
-            "libraries",
-            "options",
-            "progress",
-            "shipped",
-            "surroundings",
-        ],
-        0,
-    ),
-    "preferences": 1,
-    "backbone": 2,
-    "plan": 3,
-    **dict.fromkeys(["training", "artifacts", "report", "serve", "demo"], 4),
-    **dict.fromkeys(["cli", "doors", "train", "__main__"], 5),
-}
-SHARED_FLOORS = (0, 5)  # the ground floor's nouns and the doors may name one another
-SIDEWAYS = {("training", "artifacts"), ("report", "artifacts"), ("serve", "artifacts")}  # public names only
-LIGHT = {
+GROUND = [
     "__init__",
     "bearer",
     "config",
@@ -45,13 +19,21 @@ LIGHT = {
     "launchers",
     "libraries",
     "options",
+    "progress",
     "shipped",
     "surroundings",
-    "preferences",
-    "progress",
-    "cli",
-    "doors",
-}  # what `qlora-rm --help` may load
+]
+FLOORS = {
+    **dict.fromkeys(GROUND, 0),
+    "preferences": 1,
+    "backbone": 2,
+    "plan": 3,
+    **dict.fromkeys(["training", "artifacts", "report", "serve", "demo"], 4),
+    **dict.fromkeys(["cli", "doors", "train", "__main__"], 5),
+}
+SHARED_FLOORS = (0, 5)  # the ground floor's nouns and the doors may name one another
+SIDEWAYS = {("training", "artifacts"), ("report", "artifacts"), ("serve", "artifacts")}  # public names only
+LIGHT = {*GROUND, "preferences", "cli", "doors"}  # what `qlora-rm --help` may load
 HEAVY = {
     "accelerate",
     "bitsandbytes",
