@@ -1,0 +1,50 @@
+"""Counts the attacks of this folder for docs/reliability.md.
+
+Each module names its `CATEGORY`. Each test case is one attack; a test that tries many inputs calls `tries(number)`.
+`python -m tests.attacks.page > docs/reliability.md` runs them all and writes the page.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+COUNTS = "QLORA_RM_ATTACK_COUNTS"
+"""Name of the environment variable that holds the file to write counts to, if any."""
+
+
+@pytest.fixture
+def tries(record_property: Callable[[str, object], None]) -> Callable[[int], None]:
+    """Report how many inputs this test tried; without a call it is one."""
+    return lambda number: record_property("tries", number)
+
+
+class Counter:
+    """Writes one JSON line for each attack that ran: category, test, inputs tried, and whether the project survived them."""
+
+    def __init__(self, file: Path):
+        self.file = file
+        self.categories: dict[str, str] = {}
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        self.categories = {item.nodeid: item.module.CATEGORY for item in items if hasattr(item, "module")}  # type: ignore[attr-defined]
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when != "call" and not report.failed:
+            return
+        number = next((value for name, value in report.user_properties if name == "tries"), 1)
+        row = {
+            "category": self.categories[report.nodeid],
+            "test": report.nodeid,
+            "tries": number,
+            "passed": report.passed,
+        }
+        with self.file.open("a", encoding="utf-8") as out:
+            out.write(json.dumps(row) + "\n")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if file := os.environ.get(COUNTS):
+        config.pluginmanager.register(Counter(Path(file)))
