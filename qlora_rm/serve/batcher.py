@@ -2,17 +2,15 @@
 
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import torch
 
+from qlora_rm.serve.fair import FairQueue
+from qlora_rm.serve.jobs import Ids, Job, Part
 from qlora_rm.serve.metrics import Metrics
-
-Ids = list[int]
 
 
 class QueueFull(Exception):
@@ -27,25 +25,15 @@ class ScoringFailed(Exception):
     """The model raised on this request's own sequences."""
 
 
-@dataclass
-class Job:
-    """A request's sequences, how many tokens they are, and where their scores go."""
-
-    sequences: list[Ids]
-    answer: "Future[list[float]]" = field(default_factory=Future)
-    arrived: float = field(default_factory=time.monotonic)
-
-    def __post_init__(self) -> None:
-        self.tokens = sum(map(len, self.sequences))
-
-
 class Batcher:
     """A bounded queue in front of `score`, which is only ever called from one thread.
 
     Arguments:
         score: from S token sequences to their S scores.
-        tokens_per_batch: jobs are taken from the queue, oldest first, up to this many tokens (one at least).
-        max_sequences, max_tokens: bounds of what may wait.
+        tokens_per_batch: sequences are taken from the queue up to this many tokens (one at least). A job of more tokens is
+            scored in parts, with the short jobs that arrive meanwhile between them.
+        max_sequences, max_tokens: bounds of what may wait. In a full queue a client that waits for less than another takes
+            the place of that other's last job.
         max_wait: seconds a job may wait, with the model idle, for requests that are just being read; 0 for none.
         on_death: called from the model thread when it ends by an error, after everything that waited was failed.
     """
@@ -64,7 +52,7 @@ class Batcher:
         self._score, self._metrics, self.on_death = score, metrics, on_death
         self._tokens_per_batch, self._max_wait = tokens_per_batch, max_wait
         self.max_sequences, self.max_tokens = max_sequences, max_tokens
-        self._waiting: deque[Job] = deque()
+        self._waiting = FairQueue[Job](tokens_per_batch)
         self._sequences = self._tokens = self._expected = 0
         self._changed = threading.Condition()
         self._closed = False
@@ -91,23 +79,55 @@ class Batcher:
                 self._expected -= 1
                 self._changed.notify()
 
-    def submit(self, sequences: list[Ids]) -> "Future[list[float]]":
-        """Queue sequences to be scored; the answer can be cancelled until they are begun.
+    def submit(self, sequences: list[Ids], client: str = "") -> "Future[list[float]]":
+        """Queue sequences to be scored. Once the answer is cancelled no further part of them is begun.
 
         Raises:
-            QueueFull: they would exceed what may wait.
+            QueueFull: they would exceed what may wait; the answer of a job that had to make room raises it too.
             Closed: there is nobody to score them.
         """
-        job = Job(sequences)
+        job = Job(sequences, client)
         with self._changed:
             if self._closed:
                 raise Closed
-            if self._sequences + len(sequences) > self.max_sequences or self._tokens + job.tokens > self.max_tokens:
-                raise QueueFull
-            self._waiting.append(job)
+            removed = self._make_room(job)
+            self._waiting.push(job, client, job.tokens)
             self._count(job, 1)
             self._changed.notify()
+        for other in removed:  # outside the lock: a future's callbacks run here
+            other.fail(QueueFull())
         return job.answer
+
+    def _make_room(self, job: Job) -> list[Job]:
+        """Take the last jobs of the client with the most waiting tokens out of a full queue, while it has more than `job`'s.
+
+        Raises:
+            QueueFull: there is no room even so.
+        """
+        sequences_over = self._sequences + len(job.sequences) - self.max_sequences
+        tokens_over = self._tokens + job.tokens - self.max_tokens
+        if sequences_over <= 0 and tokens_over <= 0:
+            return []
+        waiting = [other for other in self._waiting if not other.begun]
+        removed: list[Job] = []
+        tokens: dict[str, int] = {}
+        for other in waiting:
+            tokens[other.client] = tokens.get(other.client, 0) + other.tokens
+        own = tokens.get(job.client, 0) + job.tokens
+        while sequences_over > 0 or tokens_over > 0:
+            largest = max(tokens, key=tokens.__getitem__, default=job.client)
+            if largest == job.client or tokens[largest] <= own:
+                raise QueueFull
+            last = max((other for other in waiting if other.client == largest), key=lambda other: other.arrived)
+            waiting.remove(last)
+            removed.append(last)
+            tokens[largest] -= last.tokens
+            sequences_over -= len(last.sequences)
+            tokens_over -= last.tokens
+        for other in removed:
+            self._waiting.remove(other)
+            self._count(other, -1)
+        return removed
 
     def close(self, timeout: float) -> bool:
         """Take no more work, finish what is waiting, and say whether that was done in `timeout` seconds."""
@@ -120,53 +140,73 @@ class Batcher:
     # ---- the model thread ----------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        jobs: list[Job] = []
+        parts: list[Part] = []
         try:
-            while jobs := self._next():
-                self._answer(jobs)
+            while parts := self._next():
+                self._answer(parts)
         except BaseException as error:  # nobody else sees what ends a thread
-            self._die(error, jobs)
+            self._die(error, parts)
 
-    def _die(self, error: BaseException, begun: list[Job]) -> None:
+    def _die(self, error: BaseException, begun: list[Part]) -> None:
         """Leave nobody waiting, then tell."""
         with self._changed:
             self._closed, self.death = True, error
             waiting = list(self._waiting)
             self._waiting.clear()
-        begun = [job for job in begun if not job.answer.done()]
-        for job in begun + [job for job in waiting if job.answer.set_running_or_notify_cancel()]:
-            job.answer.set_exception(Closed())
+        for job in [part.job for part in begun] + waiting:
+            job.fail(Closed())
         self.on_death()
 
-    def _next(self) -> list[Job]:
-        """Jobs to score together; none when the queue is closed and empty."""
+    def _next(self) -> list[Part]:
+        """What to score together; nothing when the queue is closed and empty."""
         with self._changed:
             while True:
                 self._changed.wait_for(lambda: self._waiting or self._closed)
                 if not self._waiting:
                     return []
                 self._let_others_come()
-                if jobs := self._taken():  # none where all were cancelled
-                    return jobs
+                if parts := self._taken():  # none where all were cancelled
+                    return parts
 
     def _let_others_come(self) -> None:
-        end = self._waiting[0].arrived + self._max_wait  # long past for what came while the model was busy
+        end = self._waiting.peek().arrived + self._max_wait  # long past for what came while the model was busy
         while self._expected and not self._closed and self._tokens < self._tokens_per_batch:
             left = end - time.monotonic()
             if left <= 0:
                 return
             self._changed.wait(left)
 
-    def _taken(self) -> list[Job]:
-        jobs: list[Job] = []
-        tokens = 0
-        while self._waiting and (not jobs or tokens + self._waiting[0].tokens <= self._tokens_per_batch):
-            job = self._waiting.popleft()
-            self._count(job, -1)
-            if job.answer.set_running_or_notify_cancel():
-                jobs.append(job)
-                tokens += job.tokens
-        return jobs
+    def _taken(self) -> list[Part]:
+        parts: list[Part] = []
+        room = self._tokens_per_batch
+        while self._waiting:
+            job = self._waiting.peek()
+            if job.answer.done():  # cancelled, or one of its parts has failed
+                self._waiting.serve(0)
+            elif part := self._part_of(job, room, alone=not parts):
+                parts.append(part)
+                room -= part.tokens
+            else:
+                break
+            if not job.begun:
+                job.begun = True
+                self._count(job, -1)
+            if parts and parts[-1].job is job and len(job.scores) + len(parts[-1].sequences) < len(job.sequences):
+                break  # the batch is full
+        return parts
+
+    def _part_of(self, job: Job, room: int, alone: bool) -> Part | None:
+        """The job's next sequences for a batch with `room` for so many tokens; None where they must wait for another batch."""
+        first = len(job.scores)
+        rest = job.tokens if not first else sum(map(len, job.sequences[first:]))
+        if rest > room and not alone:
+            return None
+        end, tokens = first, 0
+        while end < len(job.sequences) and (end == first or tokens + len(job.sequences[end]) <= room):
+            tokens += len(job.sequences[end])
+            end += 1
+        self._waiting.serve(tokens, stays=end < len(job.sequences))
+        return Part(job, job.sequences[first:end], tokens)
 
     def _count(self, job: Job, sign: int) -> None:
         self._sequences += sign * len(job.sequences)
@@ -174,34 +214,34 @@ class Batcher:
         self._metrics.queued_sequences.set(self._sequences)
         self._metrics.queued_tokens.set(self._tokens)
 
-    def _answer(self, jobs: list[Job]) -> None:
-        """Score jobs together; an error is looked for by halves, so that it is told to none but the request it is of."""
+    def _answer(self, parts: list[Part]) -> None:
+        """Score parts together; an error is looked for by halves, so that it is told to none but the request it is of."""
         try:
-            scores = self._scored(jobs)
+            scores = self._scored(parts)
         except torch.AcceleratorError:  # a CUDA context that has failed once fails for ever: the thread ends
             raise
         except Exception as error:
             failure = ScoringFailed(f"{type(error).__name__}: {error}")
         else:
-            for job in jobs:
-                job.answer.set_result([next(scores) for _ in job.sequences])
+            for part in parts:
+                part.scored([next(scores) for _ in part.sequences])
             return
-        if len(jobs) == 1:
+        if len(parts) == 1:
             self._metrics.failures.labels(kind="scoring").inc()
-            jobs[0].answer.set_exception(failure)
+            parts[0].job.fail(failure)
             return
-        middle = len(jobs) // 2
-        self._answer(jobs[:middle])
-        self._answer(jobs[middle:])
+        middle = len(parts) // 2
+        self._answer(parts[:middle])
+        self._answer(parts[middle:])
 
-    def _scored(self, jobs: list[Job]) -> Iterator[float]:
-        sequences = [ids for job in jobs for ids in job.sequences]
+    def _scored(self, parts: list[Part]) -> Iterator[float]:
+        sequences = [ids for part in parts for ids in part.sequences]
         began = time.perf_counter()
         scores = self._in_memory(sequences)
         self._metrics.batch_seconds.observe(time.perf_counter() - began)
-        self._metrics.batch_requests.observe(len(jobs))
+        self._metrics.batch_requests.observe(len(parts))
         self._metrics.batch_sequences.observe(len(sequences))
-        self._metrics.asked.inc(sum(job.tokens for job in jobs))
+        self._metrics.asked.inc(sum(part.tokens for part in parts))
         return iter(scores)
 
     def _in_memory(self, sequences: Sequence[Ids]) -> list[float]:

@@ -75,7 +75,45 @@ def test_a_batch_ends_at_its_tokens_but_takes_one_job_at_least(model: Model) -> 
     answers = [batcher.submit([[1] * size]) for size in (6, 4, 5, 300, 2)]
     model.open.set()
     assert [answer.result(PATIENCE) for answer in answers] == [[6], [4], [5], [300], [2]]
-    assert [[len(ids) for ids in batch] for batch in model.batches[1:]] == [[6, 4], [5], [300], [2]]
+    assert [[len(ids) for ids in batch] for batch in model.batches[1:]] == [[6, 4], [5, 2], [300]]  # short ones first
+
+
+def test_a_job_of_many_tokens_is_scored_in_parts_with_short_ones_between(model: Model) -> None:
+    batcher = make(model, tokens_per_batch=10)
+    held(model, batcher)
+    long = batcher.submit([[i] * 4 for i in range(1, 8)])
+    model.open.set()
+    model.open.clear()
+    wait_until(lambda: len(model.batches) >= 2)
+    short = batcher.submit([[9]])
+    model.open.set()
+    assert short.result(PATIENCE) == [9]
+    assert long.result(PATIENCE) == [4 * i for i in range(1, 8)]
+    assert [len(ids) for batch in model.batches[1:] for ids in batch].index(1) <= 4
+    assert all(sum(map(len, batch)) <= 10 for batch in model.batches)
+
+
+def test_no_client_fills_the_queue_for_the_others(model: Model) -> None:
+    batcher = make(model, tokens_per_batch=10, max_tokens=100)
+    held(model, batcher)
+    flood = [batcher.submit([[1] * 20], "flood") for _ in range(5)]
+    with pytest.raises(QueueFull):
+        batcher.submit([[1] * 20], "flood")
+    other = batcher.submit([[1] * 30], "other")
+    model.open.set()
+    assert other.result(PATIENCE) == [30]
+    assert [answer.exception(PATIENCE).__class__ for answer in flood] == [type(None)] * 3 + [QueueFull] * 2
+
+
+def test_clients_get_equal_shares(model: Model) -> None:
+    batcher = make(model, tokens_per_batch=10)
+    held(model, batcher)
+    answers = [batcher.submit([[2] * 10], "flood") for _ in range(20)]
+    answers += [batcher.submit([[3] * 10], "other") for _ in range(3)]
+    model.open.set()
+    for answer in answers:
+        answer.result(PATIENCE)
+    assert [batch[0][0] for batch in model.batches[1:7]].count(3) == 3
 
 
 def test_an_idle_model_waits_for_what_is_being_read_and_not_else(model: Model) -> None:
