@@ -1,6 +1,8 @@
 """The token that a server and those who ask it share."""
 
+import hmac
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from qlora_rm.errors import UserError
@@ -32,3 +34,12 @@ def read_token(file: str | None) -> str | None:
 def authorization(token: str) -> str:
     """The value of the Authorization header."""
     return f"Bearer {token}"
+
+
+def is_authorized(given: Sequence[str], token: str) -> bool:
+    """Whether the values of the Authorization headers are one, of `token`; the scheme's case does not matter (RFC 9110)."""
+    if len(given) != 1:
+        return False
+    scheme, _, credentials = given[0].partition(" ")
+    matches = hmac.compare_digest(credentials.strip(" ").encode(), token.encode())
+    return matches and scheme.lower() == "bearer"

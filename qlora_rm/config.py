@@ -316,6 +316,12 @@ class ServeConfig:
         "environment variable QLORA_RM_TOKEN, if there is one.",
     )
     allow_anonymous: bool = option(False, "Serve addresses beyond this machine without a token.")
+    allowed_hosts: list[str] = option(
+        [],
+        "Names or addresses that requests may have in Host and Origin, beside localhost and --host; * allows any. With a "
+        "token they are looked at only where this is given; without one, always: pages of strangers could otherwise ask "
+        "the server through a browser.",
+    )
     max_wait_ms: float = option(
         5.0, "How long the model may wait for requests that are just being read, to score them together."
     )

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 OverLong = Literal["truncate_prompt", "drop", "error"]
 
+CHARACTERS_AT_ONCE = 2_000_000
+"""For the tokenizer, which keeps some hundred bytes for each token until all texts of a call are done."""
+
 LARGEST_ID = 2**31
 """Token ids are kept as int32."""
 
@@ -142,8 +145,9 @@ class Tokenization:
 
     def encode(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
         """Token ids of each text; special tokens spelled in it become themselves."""
-        if not texts:
-            return []
+        return [ids for some in _in_parts(texts) for ids in self._encode(some, add_special_tokens)]
+
+    def _encode(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
         return self.tokenizer(
             texts,
             add_special_tokens=add_special_tokens,
@@ -197,6 +201,20 @@ class Tokenization:
             what = f"the longest sequence has {length}, and the prompt that may be cut only {len(prompt) - kept}"
             return RowFault("response_too_long", what, way_out)
         return Tokenized(Tokens(prompt[:kept] + prompt[kept + over :], tokens.response_ids), cut=over)
+
+
+def _in_parts(texts: list[str]) -> Iterator[list[str]]:
+    """The texts in parts of some `CHARACTERS_AT_ONCE`, so that the tokenizer's own records of them stay small."""
+    part: list[str] = []
+    size = 0
+    for text in texts:
+        part.append(text)
+        size += len(text)
+        if size >= CHARACTERS_AT_ONCE:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
 
 
 def _named(responses: Sequence[Content]) -> Iterator[tuple[str, Content]]:

@@ -1,13 +1,13 @@
 """The HTTP application: paths, limits, the bearer token, and errors as JSON with a reason."""
 
 import asyncio
-import hmac
 import math
 import time
 from collections.abc import Awaitable, Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -16,11 +16,17 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from qlora_rm.bearer import authorization
+from qlora_rm.bearer import is_authorized
 from qlora_rm.config import ServeConfig
 from qlora_rm.serve.batcher import Batcher, Closed, QueueFull, ScoringFailed
+from qlora_rm.serve.bodies import Bodies, read_body
+from qlora_rm.serve.hosts import AllowedHosts
+from qlora_rm.serve.lanes import SHORT, Lanes
 from qlora_rm.serve.metrics import Metrics
-from qlora_rm.serve.protocols import Asked, Reader, Refused
+from qlora_rm.serve.protocols import Asked, Reader
+from qlora_rm.serve.sizes import Long, Refused
+
+T = TypeVar("T")
 
 RETRY_AFTER = {"Retry-After": "1"}
 CLIENT_CLOSED_REQUEST = 499
@@ -34,7 +40,9 @@ class Service:
     Attributes:
         about: what `/health` tells of the model.
         token: what requests must carry, None for none.
-        tokenizing: a single thread: tokenizers are not made for several, and the interpreter runs one at a time anyway.
+        lanes: the threads that parse and tokenize.
+        bodies: how much of large bodies is held in memory.
+        hosts: what Host and Origin may name; None where they are not looked at.
     """
 
     reader: Reader
@@ -42,8 +50,10 @@ class Service:
     metrics: Metrics
     config: ServeConfig
     about: dict[str, Any]
+    lanes: Lanes
+    bodies: Bodies
     token: str | None = None
-    tokenizing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tokenizer"))
+    hosts: AllowedHosts | None = None
 
     def app(self) -> ASGIApp:
         """The application, counting its answers."""
@@ -52,7 +62,8 @@ class Service:
         routes += [Route("/health", self._health), Route("/metrics", self._metrics_text)]
         handlers: dict[Any, Any] = {Refused: _refusal, HTTPException: _http_error, Exception: _defect}
         app = Starlette(routes=routes, exception_handlers=handlers)
-        return Measured(app, self.metrics, {*scored, "/health", "/metrics"})
+        guarded = app if self.hosts is None else self.hosts.guard(app)
+        return Measured(guarded, self.metrics, {*scored, "/health", "/metrics"})
 
     async def _health(self, request: Request) -> Response:
         """200 while requests are served. It needs no token, and is answered only after the golden scores were right."""
@@ -64,7 +75,7 @@ class Service:
         self._authorize(request)
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    def _scoring(self, read: Callable[[bytes], Asked]) -> Callable[[Request], Awaitable[Response]]:
+    def _scoring(self, read: Callable[[bytes, int | None], Asked]) -> Callable[[Request], Awaitable[Response]]:
         async def endpoint(request: Request) -> Response:
             self._authorize(request)
             try:
@@ -75,30 +86,35 @@ class Service:
             except ClientDisconnect:
                 self.metrics.abandoned.inc()
                 return Response(status_code=CLIENT_CLOSED_REQUEST)
+            except asyncio.CancelledError:  # the time to stop is over
+                return _error(503, "the server stopped before there was an answer", {"Connection": "close"})
 
         return endpoint
 
     def _authorize(self, request: Request) -> None:
-        given = request.headers.get("authorization", "")
-        if self.token and not hmac.compare_digest(given.encode(), authorization(self.token).encode()):
+        if self.token and not is_authorized(request.headers.getlist("authorization"), self.token):
             raise Refused(
                 401, "this server asks for a token: Authorization: Bearer TOKEN", {"WWW-Authenticate": "Bearer"}
             )
 
-    async def _answer(self, request: Request, read: Callable[[bytes], Asked]) -> dict[str, Any]:
-        with self.batcher.expecting():
-            body = await self._body(request)
-            asked = await asyncio.get_running_loop().run_in_executor(self.tokenizing, read, body)
+    async def _answer(self, request: Request, read: Callable[[bytes, int | None], Asked]) -> dict[str, Any]:
+        client = request.client.host if request.client else ""
+        with self.batcher.expecting(), self.bodies.of(client) as held:
+            body = await read_body(request, self.config.max_body_bytes, held)
+            asked = await self._read(request, read, body, client)
             try:
-                answer = self.batcher.submit(asked.sequences)
+                answer = self.batcher.submit(asked.sequences, client)
             except QueueFull:
-                raise Refused(503, "the queue is full; try again", RETRY_AFTER) from None
+                raise _queue_full() from None
             except Closed:
                 raise Refused(503, "the server is stopping") from None
+            del body
         try:
             scores = await _unless_gone(request, answer)
         except ScoringFailed as error:
             raise Refused(500, f"the model failed on this request: {error}") from error
+        except QueueFull:  # it made room for a client that waits for less
+            raise _queue_full() from None
         except Closed:
             raise Refused(503, "the model has failed and the server is stopping") from None
         if not all(map(math.isfinite, scores)):
@@ -107,37 +123,37 @@ class Service:
             self.metrics.scores.observe(score)
         return asked.answer(scores)
 
-    async def _body(self, request: Request) -> bytes:
-        """The body, no more of it read than is allowed."""
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":
-            raise Refused(415, f"the body is {kind or 'of no type'}; send JSON with Content-Type: application/json")
-        limit = self.config.max_body_bytes
-        body = bytearray()
-        async for part in request.stream():
-            body += part
-            if len(body) > limit:
-                raise Refused(413, f"the body is larger than {limit} bytes", {"Connection": "close"})
-        return bytes(body)
+    async def _read(
+        self, request: Request, read: Callable[[bytes, int | None], Asked], body: bytes, client: str
+    ) -> Asked:
+        """The sequences of a request. A short one is read at once; a long one in a lane of its own, by what it has to tokenize."""
+        try:
+            return await _unless_gone(request, self.lanes.submit(partial(read, body, SHORT), client, len(body)))
+        except Long as long:
+            return await _unless_gone(request, self.lanes.submit(partial(read, body, None), client, long.cost))
 
 
-async def _unless_gone(request: Request, answer: "Future[list[float]]") -> list[float]:
-    """The scores; work that is not begun is dropped when its client leaves, or waits too long.
+def _queue_full() -> Refused:
+    return Refused(503, "the queue is full; try again", RETRY_AFTER)
+
+
+async def _unless_gone(request: Request, answer: "Future[T]") -> T:
+    """The result of `answer`; work that is not begun is dropped when its client leaves, or waits too long.
 
     Raises:
         ClientDisconnect: nobody waits any more.
     """
-    scores = asyncio.wrap_future(answer)
+    result = asyncio.wrap_future(answer)
     left = asyncio.ensure_future(_departure(request))
-    either: set[asyncio.Future[Any]] = {scores, left}
+    either: set[asyncio.Future[Any]] = {result, left}
     try:
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        if not scores.done():
+        if not result.done():
             raise ClientDisconnect
-        return scores.result()
+        return result.result()
     finally:
         left.cancel()
-        scores.cancel()  # of a future that is done, or of work that is begun, this changes nothing
+        result.cancel()  # of a future that is done this changes nothing
 
 
 async def _departure(request: Request) -> None:

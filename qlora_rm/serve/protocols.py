@@ -18,6 +18,7 @@ from qlora_rm.preferences import Candidates, Content, RowFault, Tokenization
 from qlora_rm.preferences.contents import content, kind_of
 from qlora_rm.preferences.parts import join, with_system
 from qlora_rm.preferences.text_as import TrainedText
+from qlora_rm.serve.sizes import Refused, Sizes, size_of
 
 Ids = list[int]
 T = TypeVar("T", bound=BaseModel)
@@ -27,14 +28,6 @@ OF_THE_LIBRARY = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_
 
 
 ONLY_WITH_TURNS = {"system", "tools", "chat_template_kwargs"}
-
-
-class Refused(Exception):
-    """A request that is not scored: its status, and why, for whoever sent it."""
-
-    def __init__(self, status: int, reason: str, headers: dict[str, str] | None = None) -> None:
-        super().__init__(reason)
-        self.status, self.reason, self.headers = status, reason, headers
 
 
 @dataclass(frozen=True)
@@ -54,6 +47,9 @@ class Reader:
         vocabulary: rows of the model's embedding.
         longest: tokens the model has positions for, None where it has no limit.
         max_sequences, max_tokens: bounds of one request.
+        sizes: bounds of what is tokenized for one request.
+
+    Each reader takes `short`, characters to tokenize at most, None for no such bound, and raises `Long` beyond it.
     """
 
     name: str
@@ -62,6 +58,7 @@ class Reader:
     longest: int | None
     max_sequences: int
     max_tokens: int
+    sizes: Sizes
 
     @property
     def tokenization(self) -> Tokenization:
@@ -69,12 +66,20 @@ class Reader:
 
     # ---- POST /score -----------------------------------------------------------------------------------------------------
 
-    def score(self, body: bytes) -> Asked:
+    def score(self, body: bytes, short: int | None = None) -> Asked:
         """One prompt with N responses, or a list of such: `{"prompt": ..., "responses": [...]}`."""
         several = body.lstrip()[:1] == b"["
         items = _each_of(ScoreBody, body) if several else [_one(ScoreBody, body)]
         self._check_count(sum(len(item.responses) for item in items))
         places = [f"[{i}]." if several else "" for i in range(len(items))]
+        self.sizes.check(
+            (
+                (f"{place}responses[{i}] with its prompt", size)
+                for item, place in zip(items, places, strict=True)
+                for i, size in enumerate(_sizes_of(item))
+            ),
+            short,
+        )
         candidates = [self._candidates(item, place) for item, place in zip(items, places, strict=True)]
         tokenized = list(map(self._tokenized, candidates, places))
         cuts = [cut for _, cut in tokenized]
@@ -128,25 +133,25 @@ class Reader:
 
     # ---- POST /get_reward: OpenRLHF's protocol -------------------------------------------------------------------------
 
-    def get_reward(self, body: bytes) -> Asked:
+    def get_reward(self, body: bytes, short: int | None = None) -> Asked:
         """`query` holds decoded texts; `prompts` and `labels`, which rule-based rewards need, are not looked at.
 
         OpenRLHF 0.11 sends one query a request from up to 128 tasks at once, waits 180 s and tries 5 times.
         """
         texts = _one(RewardBody, body).query
         return self._asked(
-            self._decoded(texts, "query"), lambda scores: {"rewards": scores, "scores": scores, "extra_logs": {}}
+            self._decoded(texts, "query", short), lambda scores: {"rewards": scores, "scores": scores, "extra_logs": {}}
         )
 
     # ---- POST /classify: vLLM's protocol, as verl reads it -----------------------------------------------------------
 
-    def classify(self, body: bytes) -> Asked:
+    def classify(self, body: bytes, short: int | None = None) -> Asked:
         """`input` holds decoded texts. Scores are given as they are, which vLLM calls `use_activation: false`."""
         asked = _one(ClassifyBody, body)
         if asked.use_activation:
             raise Refused(422, "use_activation: this server gives raw scores only; send false")
         texts = [asked.input] if isinstance(asked.input, str) else asked.input
-        sequences = self._decoded(texts, "input")
+        sequences = self._decoded(texts, "input", short)
         tokens = sum(map(len, sequences))
 
         def answer(scores: list[float]) -> dict[str, Any]:
@@ -166,8 +171,9 @@ class Reader:
 
     # ---- of all ----------------------------------------------------------------------------------------------------------
 
-    def _decoded(self, texts: list[str], field: str) -> list[Ids]:
+    def _decoded(self, texts: list[str], field: str, short: int | None) -> list[Ids]:
         self._check_count(len(texts))
+        self.sizes.check(((f"{field}[{index}]", len(text)) for index, text in enumerate(texts)), short)
         candidates = []
         for index, text in enumerate(texts):
             try:
@@ -207,6 +213,12 @@ class ScoreBody(BaseModel):
     system: str | None = None
     tools: list[Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+
+
+def _sizes_of(item: ScoreBody) -> list[int]:
+    """Characters of each response with all that is rendered before it."""
+    before = size_of([item.prompt, item.system, item.tools, item.chat_template_kwargs])
+    return [before + size_of(response) for response in item.responses]
 
 
 class RewardBody(BaseModel):

@@ -1,6 +1,5 @@
 """Start a server: the model loaded and proved, then requests, until a signal ends it in order."""
 
-import ipaddress
 import math
 import os
 import signal
@@ -28,8 +27,12 @@ from qlora_rm.errors import UserError
 from qlora_rm.progress import Phase
 from qlora_rm.serve.app import Service
 from qlora_rm.serve.batcher import Batcher
+from qlora_rm.serve.bodies import Bodies
+from qlora_rm.serve.hosts import AllowedHosts, is_loopback
+from qlora_rm.serve.lanes import Lanes
 from qlora_rm.serve.metrics import Metrics
 from qlora_rm.serve.protocols import Reader
+from qlora_rm.serve.sizes import Sizes
 
 CONNECTIONS = 1024
 """Open at once; each may hold a body that is being read. Beyond it the framework answers 503."""
@@ -95,6 +98,18 @@ def make_service(model: RewardModel, folder: str, config: ServeConfig, token: st
     def score(sequences: Sequence[list[int]]) -> list[float]:
         return model.score_token_ids(sequences).tolist()
 
+    inner: Any = next(module for module in model.model.modules() if isinstance(module, PreTrainedModel))
+    longest = _longest(model, inner)
+    limits = (model.tokenization.max_length, model.tokenization.positions, longest)
+    reader = Reader(
+        name=about["model"],
+        text=model.text,
+        vocabulary=embedding_rows(inner),
+        longest=longest,
+        max_sequences=min(config.max_request_sequences, config.max_queue_sequences),
+        max_tokens=config.max_queue_tokens,
+        sizes=Sizes.of(model.tokenization, min(filter(None, limits), default=None), config.max_queue_tokens),
+    )
     batcher = Batcher(
         score,
         metrics,
@@ -103,16 +118,9 @@ def make_service(model: RewardModel, folder: str, config: ServeConfig, token: st
         max_tokens=config.max_queue_tokens,
         max_wait=config.max_wait_ms / 1000,
     )
-    inner: Any = next(module for module in model.model.modules() if isinstance(module, PreTrainedModel))
-    reader = Reader(
-        name=about["model"],
-        text=model.text,
-        vocabulary=embedding_rows(inner),
-        longest=_longest(model, inner),
-        max_sequences=min(config.max_request_sequences, config.max_queue_sequences),
-        max_tokens=config.max_queue_tokens,
-    )
-    return Service(reader, batcher, metrics, config, about, token)
+    lanes = Lanes(parallel=getattr(model.tokenizer, "is_fast", False))
+    hosts = AllowedHosts.of(config.host, config.allowed_hosts, has_token=token is not None)
+    return Service(reader, batcher, metrics, config, about, lanes, Bodies(config.max_body_bytes), token, hosts)
 
 
 def _longest(model: RewardModel, inner: PreTrainedModel) -> int | None:
@@ -130,19 +138,12 @@ def check_address(config: ServeConfig, token: str | None) -> None:
     Raises:
         UserError: the address is not a loopback one, and there is no token.
     """
-    if token or config.allow_anonymous or _is_loopback(config.host):
+    if token or config.allow_anonymous or is_loopback(config.host):
         return
     raise UserError(
         f"--host {config.host} can be reached from other machines, and no token is set: anybody there could use the "
         f"model. Set {TOKEN_VARIABLE} or --token_file FILE, or pass --allow_anonymous."
     )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _bound(config: ServeConfig) -> socket.socket:

@@ -8,7 +8,7 @@ from starlette.testclient import TestClient
 from qlora_rm.artifacts.load import RewardModel
 from qlora_rm.serve.app import Service
 from tests.reward_models_for_tests import llama_adapter
-from tests.serve.servers_for_tests import running, served
+from tests.serve.servers_for_tests import LOCAL, running, served
 
 
 @pytest.fixture(scope="session")
@@ -25,7 +25,7 @@ def service(model: RewardModel) -> Iterator[Service]:
 @pytest.fixture(scope="session")
 def client(service: Service) -> Iterator[TestClient]:
     """In process; what would be a defect is an answer with status 500, as for a real client."""
-    with TestClient(service.app(), raise_server_exceptions=False) as client:
+    with TestClient(service.app(), base_url=LOCAL, raise_server_exceptions=False) as client:
         yield client
 
 

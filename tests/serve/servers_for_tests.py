@@ -20,6 +20,7 @@ from qlora_rm.serve.app import Service
 from qlora_rm.serve.run import make_service
 
 ROOT = Path(__file__).resolve().parents[2]
+LOCAL = "http://localhost"
 PATIENCE = 120
 """Seconds for what takes a moment on an idle machine."""
 
@@ -48,7 +49,7 @@ def served(model: RewardModel, folder: Path, token: str | None = None, **setting
         yield service
     finally:
         service.batcher.close(PATIENCE)
-        service.tokenizing.shutdown()
+        service.lanes.close()
 
 
 class Door:

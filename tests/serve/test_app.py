@@ -18,7 +18,7 @@ from qlora_rm.preferences import Candidates, Tokenization
 from qlora_rm.report.scored_rows import rank
 from qlora_rm.serve.app import Service
 from tests.reward_models_for_tests import HELD_OUT, llama_adapter
-from tests.serve.servers_for_tests import PATIENCE, running, served, wait_until
+from tests.serve.servers_for_tests import LOCAL, PATIENCE, running, served, wait_until
 
 PROMPT, ANSWERS = "What is the capital of France?", ["Paris.", "I do not know.", ""]
 CLOSE = pytest.approx
@@ -66,7 +66,10 @@ class TestScore:
 
     def test_positions_are_limited_where_the_contract_has_no_limit(self, model: RewardModel) -> None:
         unlimited = RewardModel(model.model, Tokenization(model.tokenizer), None, None)
-        with served(unlimited, llama_adapter(), skip_golden=True) as service, TestClient(service.app()) as client:
+        with (
+            served(unlimited, llama_adapter(), skip_golden=True) as service,
+            TestClient(service.app(), base_url=LOCAL) as client,
+        ):
             answer = client.post("/score", json={"prompt": [5] * 600, "responses": [[6]]})
         assert (answer.status_code, answer.json()["error"]) == (422, "a sequence of 601 tokens; the model has positions for 512")  # fmt: skip
 
@@ -205,7 +208,10 @@ def test_any_bytes_get_a_reason(client: TestClient, content: bytes) -> None:
 
 class TestToken:
     def test_is_asked_for_everywhere_but_health(self, model: RewardModel) -> None:
-        with served(model, llama_adapter(), token="secret") as service, TestClient(service.app()) as client:
+        with (
+            served(model, llama_adapter(), token="secret") as service,
+            TestClient(service.app(), base_url=LOCAL) as client,
+        ):
             assert client.get("/health").status_code == 200
             for given_token in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer sécret".encode()}):
                 for answer in (
@@ -279,7 +285,7 @@ class TestUnderPressure:
                 wait_until(lambda: slow.sequences == 1)
                 body = json.dumps({"responses": ["b"] * 10}).encode()
                 with socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1]))) as leaver:
-                    head = f"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+                    head = f"POST /score HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
                     leaver.sendall(head.encode() + body)
                     wait_until(lambda: service.metrics.queued_sequences._value.get() == 10)
                 wait_until(lambda: metric(service, "abandoned_total") == 1)
@@ -299,7 +305,7 @@ class TestUnderPressure:
         with served(model, llama_adapter()) as service:
             service.reader.tokenization.tokenize_each = lambda batch: 1 / 0  # type: ignore[method-assign]
             try:
-                with TestClient(service.app(), raise_server_exceptions=False) as client:
+                with TestClient(service.app(), base_url=LOCAL, raise_server_exceptions=False) as client:
                     answer = client.post("/score", json={"responses": ["a"]})
             finally:
                 del service.reader.tokenization.tokenize_each
@@ -307,7 +313,7 @@ class TestUnderPressure:
         assert answer.json() == {"error": "a defect of the server; its log has the traceback"}
 
     def test_a_failing_model_is_500_for_that_request_and_no_other(self, model: RewardModel) -> None:
-        with served(model, llama_adapter()) as service, TestClient(service.app()) as client:
+        with served(model, llama_adapter()) as service, TestClient(service.app(), base_url=LOCAL) as client:
             inner = service.batcher._score
 
             def score(sequences: Sequence[list[int]]) -> Sequence[float]:
@@ -325,7 +331,7 @@ class TestUnderPressure:
             assert client.get("/health").status_code == 200
 
     def test_a_dead_model_thread_turns_health_to_503(self, model: RewardModel) -> None:
-        with served(model, llama_adapter()) as service, TestClient(service.app()) as client:
+        with served(model, llama_adapter()) as service, TestClient(service.app(), base_url=LOCAL) as client:
 
             def score(sequences: Sequence[list[int]]) -> Sequence[float]:
                 raise SystemExit
