@@ -28,14 +28,12 @@ from qlora_rm.progress import Phase
 from qlora_rm.serve.app import Service
 from qlora_rm.serve.batcher import Batcher
 from qlora_rm.serve.bodies import Bodies
+from qlora_rm.serve.connections import connections_possible, protocol_for
 from qlora_rm.serve.hosts import AllowedHosts, is_loopback
 from qlora_rm.serve.lanes import Lanes
 from qlora_rm.serve.metrics import Metrics
 from qlora_rm.serve.protocols import Reader
 from qlora_rm.serve.sizes import Sizes
-
-CONNECTIONS = 1024
-"""Open at once; each may hold a body that is being read. Beyond it the framework answers 503."""
 
 
 def serve(folder: str, config: ServeConfig, scoring: ScoringConfig) -> int:
@@ -175,13 +173,13 @@ class _Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                log_level="warning",
+                http=protocol_for(connections_possible()),
+                log_level="error",
                 access_log=False,
                 lifespan="off",
                 ws="none",
                 server_header=False,
                 proxy_headers=False,
-                limit_concurrency=CONNECTIONS,
                 timeout_graceful_shutdown=math.ceil(config.stop_timeout),
             )
         )

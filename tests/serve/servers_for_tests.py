@@ -17,6 +17,7 @@ from starlette.types import ASGIApp
 from qlora_rm.artifacts.load import RewardModel
 from qlora_rm.config import ServeConfig
 from qlora_rm.serve.app import Service
+from qlora_rm.serve.connections import protocol_for
 from qlora_rm.serve.run import make_service
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,11 +27,14 @@ PATIENCE = 120
 
 
 @contextmanager
-def running(app: ASGIApp) -> Iterator[str]:
-    """The URL of `app` on a free port."""
+def running(app: ASGIApp, connections: int = 1000) -> Iterator[str]:
+    """The URL of `app` on a free port, by the protocol of `qlora-rm serve` for so many connections."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=5))
+    config = uvicorn.Config(
+        app, http=protocol_for(connections), log_level="error", lifespan="off", timeout_graceful_shutdown=5
+    )
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     wait_until(lambda: server.started)
