@@ -7,7 +7,7 @@ from typing import NoReturn
 
 from qlora_rm import __version__
 from qlora_rm.config import OutputConfig
-from qlora_rm.console import rank_prefix, speaking
+from qlora_rm.console import printable, rank_prefix, speaking
 from qlora_rm.doors.artefacts import add_export, add_merge, add_verify
 from qlora_rm.doors.scoring import add_eval, add_score, add_serve
 from qlora_rm.doors.training import add_bench, add_demo, add_plan, add_recipes, add_train
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
             quiet_libraries()
             return options.run(options) or 0
     except UserError as error:
-        print(f"{rank_prefix()}error: {error}", file=sys.stderr)
+        print(f"{rank_prefix()}error: {printable(error, lines=True)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -1,6 +1,7 @@
 """What a command says to the person who started it: once, from the first process of the job."""
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,13 @@ VERBOSITY = "QLORA_RM_VERBOSITY"
 """Environment variable: quiet, normal or verbose. Processes that a command starts inherit it."""
 LEVELS = ("quiet", "normal", "verbose")
 WARNING = "warning: "
+
+COMMANDS = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\U000e0000-\U000e007f]"
+)
+"""Characters that a terminal obeys instead of showing them, or that it cannot show: control characters, changes of the writing
+direction, half characters, invisible tags."""
+OF_LINES = {"\n", "\t"}
 
 _write: Callable[[str], None] | None = None
 
@@ -65,7 +73,7 @@ def say(*lines: str) -> None:
 def say_result(*lines: str) -> None:
     """Print lines to standard error on the main process, under --quiet too."""
     if is_main_process():
-        (_write or _print)("\n".join(lines))
+        (_write or _print)(printable("\n".join(lines), lines=True))
 
 
 def write_by(write: Callable[[str], None] | None) -> None:
@@ -77,6 +85,18 @@ def write_by(write: Callable[[str], None] | None) -> None:
 def _print(text: str) -> None:
     sys.stderr.write(f"{text}\n")  # in one piece: several threads may have something to say
     sys.stderr.flush()
+
+
+def printable(text: object, lines: bool = False) -> str:
+    """`text` as a terminal may be given it: what was read from servers or from files of others must not command it.
+
+    Arguments:
+        lines: whether line breaks and tabs are kept.
+    """
+    return COMMANDS.sub(
+        lambda found: found[0] if lines and found[0] in OF_LINES else found[0].encode("unicode_escape").decode(),
+        str(text),
+    )
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

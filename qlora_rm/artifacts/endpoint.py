@@ -1,5 +1,7 @@
 """Asking a running server for scores, over the protocols that readers of reward models speak."""
 
+import math
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,19 +10,20 @@ from typing import Any, Literal, Self
 
 import httpx2
 
+from qlora_rm.artifacts.bounded_client import BoundedClient, NoAnswer
 from qlora_rm.artifacts.golden import GoldenItem
 from qlora_rm.bearer import TOKEN_VARIABLE, authorization
-from qlora_rm.errors import UserError, first_line
+from qlora_rm.errors import UserError
 
 Protocol = Literal["score", "get_reward", "classify"]
 PROTOCOLS: tuple[Protocol, ...] = ("score", "get_reward", "classify")
 
-TIMEOUT = httpx2.Timeout(120, connect=10)
+LARGEST = sys.float_info.max
 TRIES = 4
 """How often a server that is busy (503) is asked."""
 
 
-def connect(url: str, token: str | None) -> tuple[httpx2.Client, Protocol | None]:
+def connect(url: str, token: str | None) -> tuple[BoundedClient, Protocol | None]:
     """A client of the server at `url`, to be closed, and the protocol that the last part of the path names.
 
     Raises:
@@ -36,11 +39,7 @@ def connect(url: str, token: str | None) -> tuple[httpx2.Client, Protocol | None
     named = next((protocol for protocol in PROTOCOLS if path.endswith(f"/{protocol}")), None)
     root = parsed.copy_with(path=path.removesuffix(f"/{named}") or "/", query=None, fragment=None)
     headers = {"Authorization": authorization(token)} if token else {}
-    return httpx2.Client(base_url=root, headers=headers, timeout=TIMEOUT), named
-
-
-class NoAnswer(Exception):
-    """The server gave no scores; why, and what to do."""
+    return BoundedClient(root, headers), named
 
 
 @dataclass(frozen=True)
@@ -72,22 +71,23 @@ class Endpoint:
         add_special_tokens: what vLLM is told; the template's renderings hold theirs already.
     """
 
-    client: httpx2.Client
+    client: BoundedClient
     protocol: Protocol
     about: dict[str, Any]
     model: str | None = None
     add_special_tokens: bool = False
 
     @classmethod
-    def find(cls, client: httpx2.Client, protocol: Protocol | None, as_turns: bool, probe: Question) -> Self:
+    def find(cls, client: BoundedClient, protocol: Protocol | None, as_turns: bool, probe: Question) -> Self:
         """What `client` reaches; without `protocol`, ours if the server says so, else what answers `probe`.
 
         Raises:
             NoAnswer: nothing there gives a score.
         """
-        health, models = _told(client, "/health"), _told(client, "/v1/models")
+        health, models = _told(client, "/health"), _told(client, "/v1/models").get("data")
         about = health if str(health.get("server", "")).startswith("qlora_rm") else {}
-        names = [entry.get("id") for entry in models.get("data") or [] if isinstance(entry, dict)]
+        entries = [entry for entry in models if isinstance(entry, dict)] if isinstance(models, list) else []
+        names = [entry["id"] for entry in entries if isinstance(entry.get("id"), str)]
         of_strangers: tuple[Protocol, ...] = ("get_reward", "classify")
         reasons = []
         for tried in (protocol,) if protocol else ("score",) if about else of_strangers:
@@ -152,38 +152,31 @@ class Endpoint:
     def _post(self, body: Any) -> Any:
         path = f"/{self.protocol}"
         for left in reversed(range(TRIES)):
-            response = _sent(lambda: self.client.post(path, json=body), path)
-            if response.status_code != 503 or not left:
+            answer = self.client.ask("POST", path, body)
+            if answer.status != 503 or not left:
                 break
             time.sleep(1)
-        if response.status_code == 401:
+        if answer.status == 401:
             raise NoAnswer(f"{path}: 401, a token is wanted: set {TOKEN_VARIABLE} or --token_file FILE")
-        if response.status_code != 200:
-            raise NoAnswer(f"{path}: {response.status_code} {response.reason_phrase}, {response.text.strip()[:200]!r}")
+        if answer.location is not None:
+            raise NoAnswer(f"{path}: {answer.status}, a redirect to {answer.location[:200]!r}, which is not followed")
+        if answer.status != 200:
+            raise NoAnswer(f"{path}: {answer.status} {answer.phrase}, {answer.text.strip()[:200]!r}")
         try:
-            return response.json()
+            return answer.json()
         except ValueError:
-            raise NoAnswer(f"{path} answers no JSON: {response.text.strip()[:60]!r}") from None
+            raise NoAnswer(f"{path} answers no JSON: {answer.text.strip()[:60]!r}") from None
 
 
-def _sent(send: Any, path: str) -> httpx2.Response:
-    try:
-        return send()
-    except httpx2.TimeoutException:
-        raise NoAnswer(f"{path}: no answer in time") from None
-    except httpx2.HTTPError as error:
-        raise NoAnswer(f"{path}: {first_line(error)}; is the server running there?") from None
-
-
-def _told(client: httpx2.Client, path: str) -> dict[str, Any]:
+def _told(client: BoundedClient, path: str) -> dict[str, Any]:
     """What a GET answers, empty where that is no JSON object.
 
     Raises:
         NoAnswer: nobody answers at all.
     """
-    response = _sent(lambda: client.get(path), path)
+    answer = client.ask("GET", path)
     try:
-        found = response.json() if response.status_code == 200 else {}
+        found = answer.json() if answer.status == 200 else {}
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
@@ -199,4 +192,7 @@ def _of(answer: Any, key: str) -> list[Any]:
 def _numbers(values: Sequence[Any]) -> list[float]:
     if not all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
         raise NoAnswer(f"the answer holds something else than numbers: {str(values)[:60]!r}")
-    return [float(value) for value in values]
+    numbers = [float(value) if abs(value) <= LARGEST else math.inf for value in values]
+    if not all(map(math.isfinite, numbers)):  # NaN and Infinity, which Python reads though JSON has none, and 1e999
+        raise NoAnswer(f"the answer holds a number that is not finite: {str(numbers)[:60]!r}")
+    return numbers

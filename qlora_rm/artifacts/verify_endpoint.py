@@ -5,13 +5,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
 
+from qlora_rm.artifacts.bounded_client import NoAnswer
 from qlora_rm.artifacts.checks import Check, check_golden_ids, check_tokenizer
-from qlora_rm.artifacts.endpoint import Endpoint, NoAnswer, Protocol, Question, connect
+from qlora_rm.artifacts.endpoint import Endpoint, Protocol, Question, connect
 from qlora_rm.artifacts.golden import GoldenItem, Tolerance, drift
 from qlora_rm.artifacts.load import read_tokenizer, tokenization_of
 from qlora_rm.artifacts.manifest import Manifest, Reward
 from qlora_rm.artifacts.proof import allowed_between_layouts, allowed_drift, is_of_kind
 from qlora_rm.artifacts.trained_text import trained_text
+from qlora_rm.backbone.precision import DTYPES
 from qlora_rm.errors import UserError
 from qlora_rm.preferences.tokenization import Tokenization
 
@@ -49,7 +51,7 @@ def verify_endpoint(
         try:
             endpoint = Endpoint.find(client, protocol or named, as_turns, _shortest(questions, as_turns))
             told = endpoint.about.get("server", "not this project's")
-            checks.append(Check("server answers", True, f"{endpoint.protocol} protocol; server: {told}"))
+            checks.append(Check("server answers", True, f"{endpoint.protocol} protocol; server: {str(told)[:100]}"))
             checks.extend(_Proof(endpoint, manifest, tokenization, questions, as_turns).checks())
         except NoAnswer as error:
             checks.append(Check("server answers", False, str(error)))
@@ -92,7 +94,7 @@ class _Proof:
         self.left_out = 0 if endpoint.protocol == "score" else len(questions) - len(whole)
         self.questions, self.whole = (questions if endpoint.protocol == "score" else whole), whole
         computes_in = endpoint.about.get("computes_in")
-        self.computes_in = computes_in if isinstance(computes_in, str) else None
+        self.computes_in = computes_in if isinstance(computes_in, str) and computes_in in DTYPES else None
         self.allowed = allowed_drift(manifest, self.computes_in or "bf16")
         self.same = allowed_between_layouts(manifest, self.computes_in or "bf16")
 

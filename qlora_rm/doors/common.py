@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from qlora_rm.config import ScoringConfig
+from qlora_rm.console import printable
 from qlora_rm.options import read_options
 
 Run = Callable[[argparse.Namespace], int | None]
@@ -18,7 +19,7 @@ EVALUATED = ("dataset", "dataset_config", "dataset_split", "columns", "hh_turns"
 def lines_of(checks: list[Any]) -> list[str]:
     """Checks as lines of a table."""
     width = max(len(check.name) for check in checks)
-    return [f"{'ok  ' if c.ok else 'FAIL'}  {c.name.ljust(width)}  {c.detail}".rstrip() for c in checks]
+    return [printable(f"{'ok  ' if c.ok else 'FAIL'}  {c.name.ljust(width)}  {c.detail}".rstrip()) for c in checks]
 
 
 def load_model(options: argparse.Namespace) -> Any:

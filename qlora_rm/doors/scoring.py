@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 from qlora_rm.config import DataConfig, ScoringConfig, ServeConfig, require
-from qlora_rm.console import say, table
+from qlora_rm.console import printable, say, table
 from qlora_rm.doors.common import EVALUATED, Run, load_model
 from qlora_rm.errors import UserError
 from qlora_rm.options import add_options, read_options
@@ -117,7 +117,7 @@ def _rank(options: argparse.Namespace) -> None:
         return
     width = 60
     rows = [(text if len(text) <= width else f"{text[: width - 3]}...", f"{score:.4f}") for score, text in ranked]
-    print(*table(("response", "score"), [(" ".join(text.split()), score) for text, score in rows]), sep="\n")
+    print(*table(("response", "score"), [(printable(" ".join(text.split())), score) for text, score in rows]), sep="\n")
 
 
 def add_serve(command: argparse.ArgumentParser) -> Run:

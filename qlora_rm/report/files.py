@@ -10,6 +10,7 @@ from io import StringIO, TextIOWrapper
 from pathlib import Path
 from typing import Any, TextIO
 
+from qlora_rm.console import COMMANDS
 from qlora_rm.errors import UserError
 
 STANDARD = "-"
@@ -65,14 +66,18 @@ def reading(path: str) -> Iterator[TextIO]:
 def as_json(value: Any) -> str:
     """A JSON document for people and programs; in ASCII where standard output is not UTF-8, which JSON must be."""
     is_utf8 = codecs.lookup(getattr(sys.stdout, "encoding", None) or "utf-8").name == "utf-8"
-    return json.dumps(value, ensure_ascii=not is_utf8, indent=1) + "\n"
+    return _printable(json.dumps(value, ensure_ascii=not is_utf8, indent=1)) + "\n"
 
 
 def json_line(value: Any) -> str:
     """One line of JSON, readable in any script; half characters, which UTF-8 cannot hold, are escaped."""
-    line = json.dumps(value, ensure_ascii=False)
-    return f"{line if _is_unicode(line) else json.dumps(value)}\n"
+    return f"{_printable(json.dumps(value, ensure_ascii=False))}\n"
 
 
-def _is_unicode(text: str) -> bool:
-    return not any("\ud800" <= character <= "\udfff" for character in text)
+def _printable(text: str) -> str:
+    """JSON whose strings hold no character that a terminal obeys, nor half characters: they are escaped."""
+    return COMMANDS.sub(lambda found: found[0] if found[0] == "\n" else _escaped(found[0]), text)
+
+
+def _escaped(character: str) -> str:
+    return "\\u007f" if character == "\x7f" else json.dumps(character)[1:-1]  # DEL is ASCII, which json leaves alone

@@ -23,7 +23,7 @@ from typing import NoReturn
 
 import torch
 
-from qlora_rm.console import is_main_process, rank_prefix
+from qlora_rm.console import is_main_process, printable, rank_prefix
 from qlora_rm.errors import Terminated, UserError, first_line
 
 LOOK_EVERY = 1.0
@@ -165,7 +165,7 @@ def _end(error: Exception, board: Board) -> NoReturn:
         )
         _leave(2 if told else 1, "" if told else _because(board, first) + own, record=_because(board, first))
     if isinstance(error, UserError):
-        print(f"{rank_prefix()}error: {error}", file=sys.stderr)
+        print(f"{rank_prefix()}error: {printable(error, lines=True)}", file=sys.stderr)
     else:
         print(f"{_who(board)} failed:", file=sys.stderr)
         sys.excepthook(type(error), error, error.__traceback__)
