@@ -23,7 +23,7 @@ class StrictParser(h11.Connection):
                 self._check_lines(self.trailing_data[0])
             event = super().next_event()
             if isinstance(event, h11.Request):
-                _check_lengths(event)
+                _check_request(event)
         except h11.RemoteProtocolError as error:
             self.refusal = error
             raise
@@ -36,7 +36,9 @@ class StrictParser(h11.Connection):
             raise h11.RemoteProtocolError("a header line is folded")
 
 
-def _check_lengths(request: h11.Request) -> None:
+def _check_request(request: h11.Request) -> None:
+    if request.http_version not in (b"1.0", b"1.1"):
+        raise h11.RemoteProtocolError(f"HTTP/{request.http_version.decode()} is not spoken here")
     names = {name for name, _ in request.headers}
     if b"transfer-encoding" in names and b"content-length" in names:
         raise h11.RemoteProtocolError("Content-Length beside Transfer-Encoding")
