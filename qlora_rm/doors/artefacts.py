@@ -6,6 +6,7 @@ from typing import Any
 
 from qlora_rm.bearer import read_token
 from qlora_rm.config import READER_NAMES, DataConfig, ExportConfig, ScoringConfig, ServeConfig
+from qlora_rm.console import printable
 from qlora_rm.doors.common import EVALUATED, Run, lines_of
 from qlora_rm.errors import UserError
 from qlora_rm.options import add_options, read_options
@@ -112,8 +113,8 @@ def _export(options: argparse.Namespace) -> int:
         print(as_json(exported.as_dict()), end="")
         return 0 if exported.ok else 1
     print(*lines_of(exported.checks), sep="\n")
-    print(*(f"note: {note}" for note in exported.notes), sep="\n")
-    print(*(f"not checked: {what}" for what in exported.unchecked), sep="\n")
+    print(*(f"note: {printable(note)}" for note in exported.notes), sep="\n")
+    print(*(f"not checked: {printable(what)}" for what in exported.unchecked), sep="\n")
     failed = sum(not check.ok for check in exported.checks)
     readers = ", ".join(exported.readers)
     print(

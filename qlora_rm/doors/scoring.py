@@ -36,7 +36,10 @@ def _eval(options: argparse.Namespace) -> None:
         evaluation = evaluate(model, dataset)
         result = as_json({"model": options.model, **evaluation.as_dict(), "data": report.as_dict()})
         file.write(result)
-        print(result if options.json else "\n".join(evaluation.lines()), end="" if options.json else "\n")
+        print(
+            result if options.json else printable("\n".join(evaluation.lines()), lines=True),
+            end="" if options.json else "\n",
+        )
 
 
 def add_score(command: argparse.ArgumentParser) -> Run:

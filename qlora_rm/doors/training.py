@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qlora_rm import shipped
 from qlora_rm.config import AdapterConfig, BackboneConfig, DataConfig, ObjectiveConfig, PlanConfig
+from qlora_rm.console import printable
 from qlora_rm.doors.common import EVALUATED, Run
 from qlora_rm.errors import UserError
 from qlora_rm.options import add_options, read_options
@@ -51,7 +52,10 @@ def _plan(options: argparse.Namespace) -> None:
             read_options(options, AdapterConfig),
             read_options(options, DataConfig),
         )
-    print(as_json(plan.as_dict()) if options.json else "\n".join(plan.lines()), end="" if options.json else "\n")
+    print(
+        as_json(plan.as_dict()) if options.json else printable("\n".join(plan.lines()), lines=True),
+        end="" if options.json else "\n",
+    )
 
 
 def add_demo(command: argparse.ArgumentParser) -> Run:

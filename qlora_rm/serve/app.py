@@ -20,6 +20,7 @@ from qlora_rm.bearer import is_authorized
 from qlora_rm.config import ServeConfig
 from qlora_rm.serve.batcher import Batcher, Closed, QueueFull, ScoringFailed
 from qlora_rm.serve.bodies import Bodies, read_body
+from qlora_rm.serve.fair import client_of
 from qlora_rm.serve.hosts import AllowedHosts
 from qlora_rm.serve.lanes import SHORT, Lanes
 from qlora_rm.serve.metrics import Metrics
@@ -98,7 +99,7 @@ class Service:
             )
 
     async def _answer(self, request: Request, read: Callable[[bytes, int | None], Asked]) -> dict[str, Any]:
-        client = request.client.host if request.client else ""
+        client = client_of(request.client.host) if request.client else ""
         with self.batcher.expecting(), self.bodies.of(client) as held:
             body = await read_body(request, self.config.max_body_bytes, held)
             asked = await self._read(request, read, body, client)

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from qlora_rm.serve.fair import client_of
 from qlora_rm.serve.strict_parser import StrictParser
 
 Waits = Literal["idle", "head", "body", "answer", "end"]
@@ -101,7 +102,7 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.address = self.client[0] if self.client else ""
+        self.address = client_of(self.client[0]) if self.client else ""
         self._entered = True
         if not self.crowd.enter(self):
             self._refuse(503, "too many connections are open; try again")

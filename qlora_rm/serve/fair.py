@@ -1,12 +1,26 @@
 """A queue that shares the work fairly between clients, and in which short requests pass long ones."""
 
 import heapq
+import ipaddress
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import count
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+
+
+@lru_cache(4096)
+def client_of(address: str) -> str:
+    """Whom an address counts for: itself, or its /64 network in IPv6, all of which one client may have."""
+    try:
+        known = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address  # of a test client, say
+    if known.version == 4:
+        return str(known)
+    return str(known.ipv4_mapped or ipaddress.ip_network((known, 64), strict=False))
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 import json
 import random
+import resource
 import signal
 import socket
 import threading
@@ -19,7 +20,7 @@ from qlora_rm.artifacts.load import RewardModel
 from qlora_rm.bearer import is_authorized
 from qlora_rm.serve import bodies, connections
 from qlora_rm.serve.app import Service
-from qlora_rm.serve.fair import FairQueue
+from qlora_rm.serve.fair import FairQueue, client_of
 from qlora_rm.serve.hosts import AllowedHosts
 from qlora_rm.serve.lanes import SHORT, Lanes
 from tests.attacks.raw_requests import connected, exchanged, reason_of, request_of, status_of, until_closed
@@ -129,6 +130,16 @@ class TestHeldConnections:
         asked = request_of(None, method="GET", path="/metrics") * 100
         with connected(url) as connection, pytest.raises((BrokenPipeError, ConnectionResetError)):
             flood(connection, asked)
+
+    def test_as_many_are_open_as_files_may_be(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        limits = [256, 400]
+        monkeypatch.setattr(resource, "getrlimit", lambda kind: tuple(limits))
+        monkeypatch.setattr(resource, "setrlimit", lambda kind, wanted: limits.__setitem__(slice(None), wanted))
+        assert (connections.connections_possible(), limits) == (144, [400, 400])
+        limits[:] = [200, 200]
+        assert connections.connections_possible() == 16
+        limits[:] = [1024, 1_000_000]
+        assert (connections.connections_possible(), limits) == (2048, [65_536, 1_000_000])
 
     def test_one_address_does_not_take_the_place_of_others(self, service: Service) -> None:
         """Connections that are being answered are never closed; beyond the bound of its address a client is told so."""
@@ -249,6 +260,13 @@ class TestLargeTexts:
         assert len(queue) == len(list(queue)) == 46
         while queue:
             queue.pop()
+
+    def test_addresses_of_one_client_are_one(self) -> None:
+        assert client_of("10.0.0.1") != client_of("10.0.0.2")
+        assert client_of("2001:db8::1") == client_of("2001:db8::2:1") != client_of("2001:db8:0:1::1")
+        assert client_of("::ffff:10.0.0.1") == client_of("10.0.0.1")
+        assert client_of("fe80::1%eth0") == client_of("fe80::2")
+        assert client_of("testclient") == "testclient"
 
     def test_a_long_entry_is_not_passed_for_ever(self) -> None:
         queue = FairQueue[str](1)
