@@ -7,6 +7,7 @@ closes nobody to let others in. `Connection` adds what it lacks.
 import asyncio
 import json
 from collections import Counter, OrderedDict
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from http import HTTPStatus
@@ -154,7 +155,7 @@ class Connection(H11Protocol):
     def send_400_response(self, msg: str) -> None:
         refusal = self.parser.refusal
         status = refusal.error_status_hint if refusal else 400
-        self._refuse(status if 400 <= status < 500 else 400, f"no valid HTTP request: {refusal or msg}")
+        self._refuse(status if 400 <= status < 500 else 400, f"no valid HTTP request: {str(refusal or msg)[:200]}")
 
     def timeout_keep_alive_handler(self) -> None:
         """Nothing: `waits` has its own time for this."""
@@ -242,7 +243,8 @@ class Connection(H11Protocol):
             self.transport.write(head.encode() + body)
         self._ended = True
         self._leave_application()
-        self.transport.write_eof()
+        with suppress(OSError):  # the client has left already
+            self.transport.write_eof()
         self.flow.resume_reading()
         self._wait("end")
 
