@@ -337,6 +337,12 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         require(0 <= self.port <= 65535, f"--port {self.port} must lie between 0 and 65535.")
+        for name in self.allowed_hosts:
+            with_port = name.count(":") == 1  # an IPv6 address has more
+            require(
+                bool(name) and not with_port and not set(name) & set("/@[] "),
+                f"--allowed_hosts {name}: give a name or an address alone, without scheme, brackets and port.",
+            )
         require(self.max_wait_ms >= 0, f"--max_wait_ms {self.max_wait_ms} must not be negative.")
         for name, value in vars(self).items():
             if name.startswith("max_queue") or name.endswith(("_sequences", "_bytes", "_timeout")):

@@ -18,6 +18,8 @@ import pytest
 
 from qlora_rm.artifacts.load import RewardModel
 from qlora_rm.bearer import is_authorized
+from qlora_rm.config import ServeConfig
+from qlora_rm.errors import UserError
 from qlora_rm.serve import bodies, connections
 from qlora_rm.serve.app import Service
 from qlora_rm.serve.fair import FairQueue, client_of
@@ -314,6 +316,12 @@ class TestHostAndOrigin:
     def test_own_pages_are_answered(self, url: str) -> None:
         for origin in ("http://localhost:3000", "https://127.0.0.1", "http://[::1]:8000"):
             assert status_of(exchanged(url, request_of(SHORT_BODY, f"Origin: {origin}", "Connection: close"))) == 200
+
+    def test_names_that_would_never_match_are_refused(self) -> None:
+        ServeConfig(allowed_hosts=["rewards.example", "10.0.0.5", "2001:db8::1", "*"])
+        for name in ("http://rewards.example", "rewards.example:8000", "[::1]", "", "a b"):
+            with pytest.raises(UserError, match="--allowed_hosts"):
+                ServeConfig(allowed_hosts=[name])
 
     def test_what_is_looked_at(self) -> None:
         assert AllowedHosts.of("0.0.0.0", [], has_token=True) is None
