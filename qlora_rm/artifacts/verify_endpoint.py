@@ -15,7 +15,7 @@ from qlora_rm.artifacts.proof import allowed_between_layouts, allowed_drift, is_
 from qlora_rm.artifacts.trained_text import trained_text
 from qlora_rm.backbone.precision import DTYPES
 from qlora_rm.errors import UserError
-from qlora_rm.preferences.tokenization import Tokenization
+from qlora_rm.preferences.tokenization import CHARACTERS_PER_TOKEN, Tokenization
 
 SIGMOID = 0.02
 """How far a sigmoid of a score computed in 16 bit stands from that of the golden one."""
@@ -76,7 +76,7 @@ def _shortest(questions: Sequence[Question], as_turns: bool) -> Question:
 class _Proof:
     """The checks of one server.
 
-    Texts longer than the model takes are asked for only under this project's own protocol: the others do not say where
+    Texts longer than the model takes, but not many times as long, are asked for only under this project's own protocol: the others do not say where
     a prompt ends, and so cannot cut as training did. Nor do they say what is a conversation: of a model that was trained
     on plain text too, only the conversations are asked for.
     """
@@ -91,12 +91,21 @@ class _Proof:
     ) -> None:
         self.endpoint, self.manifest, self.tokenization = endpoint, manifest, tokenization
         whole = [q for q in questions if is_of_kind(q.item, as_turns) and not self._is_cut(q, as_turns)]
-        self.left_out = 0 if endpoint.protocol == "score" else len(questions) - len(whole)
-        self.questions, self.whole = (questions if endpoint.protocol == "score" else whole), whole
+        refused = {id(question.item) for question in questions if not self._is_taken(question)}
+        taken = [
+            q for q in questions if id(q.item) not in refused
+        ] or questions  # whole items: their cut is a common one
+        self.questions, self.whole = (taken if endpoint.protocol == "score" else whole), whole
+        self.left_out = len(questions) - len(self.questions)
         computes_in = endpoint.about.get("computes_in")
         self.computes_in = computes_in if isinstance(computes_in, str) and computes_in in DTYPES else None
         self.allowed = allowed_drift(manifest, self.computes_in or "bf16")
         self.same = allowed_between_layouts(manifest, self.computes_in or "bf16")
+
+    def _is_taken(self, question: Question) -> bool:
+        """Whether this project's server tokenizes the text at all; turns count as somewhat more than their words."""
+        limit = self.tokenization.max_length
+        return limit is None or len(question.text) <= limit * CHARACTERS_PER_TOKEN / 2
 
     def _is_cut(self, question: Question, as_turns: bool) -> bool:
         [ids] = self.tokenization.encode([question.text], add_special_tokens=not as_turns)

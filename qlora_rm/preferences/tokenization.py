@@ -23,6 +23,9 @@ OverLong = Literal["truncate_prompt", "drop", "error"]
 CHARACTERS_AT_ONCE = 2_000_000
 """For the tokenizer, which keeps some hundred bytes for each token until all texts of a call are done."""
 
+CHARACTERS_PER_TOKEN = 64
+"""Servers take texts of so many characters, at least, for each token that the model takes: more than any text needs."""
+
 LARGEST_ID = 2**31
 """Token ids are kept as int32."""
 

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from qlora_rm.preferences import Tokenization
+from qlora_rm.preferences.tokenization import CHARACTERS_PER_TOKEN
 
-PER_TOKEN = 64
-"""Characters that a token may stand for at least, so that ordinary text of several times the limit is cut, not refused."""
 PER_TOKEN_OF_REQUEST = 16
 """Characters for each token that a whole request may have. Text has about four."""
 PER_VALUE = 8
@@ -49,7 +48,7 @@ class Sizes:
     @classmethod
     def of(cls, tokenization: Tokenization, longest: int | None, max_tokens: int) -> Self:
         """The bounds for a model that takes sequences of `longest` tokens, and for requests of `max_tokens`."""
-        token = max(PER_TOKEN, max(map(len, tokenization.tokenizer.get_vocab()), default=0))
+        token = max(CHARACTERS_PER_TOKEN, max(map(len, tokenization.tokenizer.get_vocab()), default=0))
         request = PER_TOKEN_OF_REQUEST * max_tokens
         if longest is None:
             return cls(None, request, "")

@@ -26,7 +26,7 @@ from qlora_rm.serve.fair import FairQueue, client_of
 from qlora_rm.serve.hosts import AllowedHosts
 from qlora_rm.serve.lanes import SHORT, Lanes
 from tests.attacks.raw_requests import connected, exchanged, reason_of, request_of, status_of, until_closed
-from tests.reward_models_for_tests import llama_adapter
+from tests.reward_models_for_tests import copy_of, llama_adapter
 from tests.serve.servers_for_tests import Door, running, served, wait_until
 
 CATEGORY = "Server: hostile clients"
@@ -197,6 +197,21 @@ class TestLargeTexts:
         [result] = model.tokenization.tokenize_each([turns])
         assert answer["cut"] == result.cut > 0  # type: ignore[union-attr]
         assert answer["scores"] == pytest.approx(model.score([turns])[0], abs=1e-5)
+
+    def test_verify_asks_for_no_text_that_is_refused(self, url: str, model: RewardModel, tmp_path: Path) -> None:
+        from qlora_rm.artifacts.golden import make_golden
+        from qlora_rm.artifacts.manifest import Manifest
+        from qlora_rm.artifacts.verify_endpoint import verify_endpoint
+        from qlora_rm.preferences import Candidates
+
+        folder = copy_of(llama_adapter(), tmp_path / "model")
+        manifest = Manifest.load(folder)
+        turns = [{"role": "user", "content": "word " * 50_000}], ([{"role": "assistant", "content": "No."}],)
+        golden = [*manifest.golden, *make_golden([Candidates(*turns)], model.tokenization, model.score_token_ids)]
+        Manifest(**{**vars(manifest), "golden": golden}).save(folder)
+        checks = {check.name: check for check in verify_endpoint(str(folder), url)}
+        assert all(check.ok for check in checks.values())
+        assert "1 texts not asked for" in checks["golden scores are given again"].detail
 
     def test_a_prompt_counts_for_each_of_its_responses(self, model: RewardModel) -> None:
         with served(model, llama_adapter(), max_queue_tokens=10_000) as service, running(service.app()) as url:
