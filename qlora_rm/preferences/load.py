@@ -13,6 +13,7 @@ from qlora_rm.preferences.contents import Row
 from qlora_rm.preferences.faults import Ledger, RowFault
 from qlora_rm.preferences.formats import parse_comparison, recognize
 from qlora_rm.preferences.gather import gather
+from qlora_rm.preferences.row_json import size_of
 from qlora_rm.preferences.sources import Entry, Rows, Source, read_rows, sources
 from qlora_rm.preferences.split import digest, hold_out, lowest, repeat
 from qlora_rm.preferences.table import Table
@@ -27,7 +28,10 @@ RECOGNIZED_BY = 100
 """So many rows of a file decide about its format."""
 
 TOKENIZED_AT_ONCE = 512
+BYTES_AT_ONCE = 4_000_000
+"""So many bytes of text, of a few long rows instead of many short ones, are recognized by or tokenized at once."""
 GOLDEN = 8
+MOST_MIXED = 100_000_000
 
 HOLD_OUT_HINT = "Give --eval_dataset or --eval_split, raise --eval_fraction, or pass --eval_strategy no."
 
@@ -127,13 +131,27 @@ def _read(
         with Phase("reading", unit=unit) as reading:  # a download, a JSON file, or rows to be counted
             first = list(islice(comparisons, 1))
         with Phase("tokenizing", reading.total, unit) as phase:
-            comparisons = chain(first, comparisons)
-            while batch := list(islice(comparisons, TOKENIZED_AT_ONCE)):
+            for batch in _batches(chain(first, comparisons)):
                 _add(table, ledger, batch, tokenization, source, entry)
                 phase.done = ledger.rows[source.name]
     if not table.facts:
         raise UserError(f"No comparison is left of {sum(ledger.rows.values())} rows. " + ". ".join(ledger.lines()))
     return table, ledger
+
+
+def _batches(comparisons: Iterator[Comparison]) -> Iterator[list[Comparison]]:
+    """At most `TOKENIZED_AT_ONCE` comparisons, of at most `BYTES_AT_ONCE` unless one alone has more."""
+    batch: list[Comparison] = []
+    size = 0
+    for comparison in comparisons:
+        more = size_of((comparison.candidates.prompt, comparison.candidates.responses))
+        if batch and (len(batch) == TOKENIZED_AT_ONCE or size + more > BYTES_AT_ONCE):
+            yield batch
+            batch, size = [], 0
+        batch.append(comparison)
+        size += more
+    if batch:
+        yield batch
 
 
 def _add(
@@ -155,7 +173,9 @@ def _add(
 
 def _comparisons(source: Source, config: DataConfig, ledger: Ledger, text: TrainedText | None) -> Iterator[Comparison]:
     """The good rows of `source`, each file's in the format of its first rows; the others go to the ledger."""
-    for file, rows in groupby(read_rows(source, config.dataset_split), key=lambda item: item[0].file):
+    for file, rows in groupby(
+        read_rows(source, config.dataset_split, config.max_row_bytes), key=lambda item: item[0].file
+    ):
         head = _head(rows)
         readable = [row for _, row in head if isinstance(row, dict)]
         form = recognize(readable, file) if readable else None
@@ -175,12 +195,14 @@ def _comparisons(source: Source, config: DataConfig, ledger: Ledger, text: Train
 
 
 def _head(rows: Rows) -> list[tuple[Origin, Row | RowFault]]:
-    """So many of the first rows that `RECOGNIZED_BY` of them can be read."""
-    head, readable = [], 0
+    """So many of the first rows that `RECOGNIZED_BY` of them can be read, or fewer long ones."""
+    head, readable, size = [], 0, 0
     for item in rows:
         head.append(item)
-        readable += isinstance(item[1], dict)
-        if readable == RECOGNIZED_BY:
+        if isinstance(item[1], dict):
+            readable += 1
+            size += size_of(item[1])
+        if readable == RECOGNIZED_BY or size > BYTES_AT_ONCE:
             break
     return head
 
@@ -214,6 +236,11 @@ def _mixed(table: Table, train: list[int], of: Sequence[Source]) -> tuple[list[i
     notes = []
     for entry, source in enumerate(of):
         rows = [row for row in train if table.facts[row].entry == entry]
+        if len(rows) * source.weight > MOST_MIXED:
+            raise UserError(
+                f"--dataset_weights: {source.name} x {source.weight:g} would be {len(rows) * source.weight:,.0f} comparisons; "
+                f"at most {MOST_MIXED:,} are mixed. Lower its weight, and train for more epochs."
+            )
         taken = repeat(rows, source.weight, contents)
         notes.append(f"mixing: {source.name} x {source.weight:g}: {len(rows):,} -> {len(taken):,} comparisons")
         mixed += taken

@@ -4,14 +4,16 @@ Plain text is prompt + response, the eos token's text appended unless the respon
 tokens. Turns go through the chat template, which writes its own special tokens and end of turn.
 """
 
+import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Literal
 
 from qlora_rm.errors import UserError
 from qlora_rm.preferences.comparison import Candidates, Content, Pair, Tokens
-from qlora_rm.preferences.contents import kind_of
+from qlora_rm.preferences.contents import encodable, kind_of, short
 from qlora_rm.preferences.faults import RowFault
 from qlora_rm.preferences.prefixes import shared_length
 
@@ -20,8 +22,8 @@ if TYPE_CHECKING:
 
 OverLong = Literal["truncate_prompt", "drop", "error"]
 
-LARGEST_ID = 2**31
-"""Token ids are kept as int32."""
+NO_TEMPLATE = "is a conversation, and the tokenizer has no chat template"
+TEMPLATE_HINT = "Train with --chat_template_path, a Jinja file or a model that has one, or give the rows as text."
 
 EOS_RULE = "plain text: eos is appended unless the response ends with it; turns: as the chat template writes them"
 """How a sequence ends, in words, for whoever feeds the model."""
@@ -43,7 +45,8 @@ class Tokenization:
         max_length: longest sequence, in tokens; None for no limit.
         over_long: "truncate_prompt" cuts the oldest part of the prompt, by the same number of tokens for all its
             responses; under "drop" and "error" an over-long row is a fault of kind `over_long`.
-        vocabulary: how many token ids the model has embeddings for; rows of token ids are held against it.
+        vocabulary: how many token ids the model has embeddings for; rows of token ids are held against it. Unset: as many
+            as the tokenizer has.
         positions: how many positions the model has; a longer sequence is a fault of kind `beyond_positions`.
     """
 
@@ -63,7 +66,7 @@ class Tokenization:
         if max_length is not None and max_length < 1:
             raise UserError(f"--max_length {max_length} must be at least 1.")
         self.tokenizer, self.max_length, self.over_long = tokenizer, max_length, over_long
-        self.vocabulary, self.positions = vocabulary, positions
+        self.vocabulary, self.positions = len(tokenizer) if vocabulary is None else vocabulary, positions
         self._begins = {tokenizer.bos_token_id, tokenizer.cls_token_id} - {None}
 
     def tokenize(self, batch: Sequence[Candidates]) -> list[Tokens]:
@@ -71,7 +74,6 @@ class Tokenization:
 
         Raises:
             RowFault: the first that `tokenize_each` finds.
-            UserError: as there.
         """
         tokens = []
         for result in self.tokenize_each(batch):
@@ -81,14 +83,11 @@ class Tokenization:
         return tokens
 
     def tokenize_each(self, batch: Sequence[Candidates]) -> list[Tokenized | RowFault]:
-        """Token ids for each prompt with its responses, or the fault that keeps it from having any: template_error,
-        empty_sequence, unknown_token, pad_in_content, response_too_long, over_long or beyond_positions.
+        """Token ids for each prompt with its responses, or the fault that keeps it from having any: those of `texts`,
+        turns_without_template, empty_sequence, unknown_token, pad_in_content, response_too_long, over_long or beyond_positions.
 
         All text of the batch goes through the tokenizer in one call (two, where it mixes turns and plain text), so
         larger batches are faster.
-
-        Raises:
-            UserError: there are turns and the tokenizer has no chat template.
         """
         results: dict[int, Tokenized | RowFault] = {}
         texts: dict[str, dict[int, list[str]]] = {"text": {}, "turns": {}}
@@ -97,6 +96,8 @@ class Tokenization:
             try:
                 if kind == "ids":
                     results[row] = self._finished(self._known_ids(candidates))
+                elif kind == "turns" and self.tokenizer.chat_template is None:
+                    raise RowFault("turns_without_template", f"the row {NO_TEMPLATE}", TEMPLATE_HINT)
                 else:
                     texts[kind or "text"][row] = self.texts(candidates)
             except RowFault as fault:
@@ -111,11 +112,12 @@ class Tokenization:
         tokenized with special tokens, or the template's rendering, which holds them already.
 
         Raises:
-            RowFault: template_error.
+            RowFault: bad_template_kwargs, template_error or bad_unicode.
             UserError: there are turns and the tokenizer has no chat template.
         """
         turns = kind_of(candidates.responses[0]) == "turns"
-        return self._rendered(candidates) if turns else self._plain(candidates)
+        texts = self._rendered(candidates) if turns else self._plain(candidates)
+        return [encodable(text, "the text of the row") for text in texts]
 
     def _plain(self, candidates: Candidates) -> list[str]:
         """As TRL: the response decides about eos, whatever stands before it."""
@@ -124,10 +126,12 @@ class Tokenization:
 
     def _rendered(self, candidates: Candidates) -> list[str]:
         if self.tokenizer.chat_template is None:
-            raise UserError(
-                "The rows are conversations and the tokenizer has no chat template. Pass --chat_template_path with a "
-                "Jinja file or a model that has one, or give the rows as text."
+            raise UserError(f"The row {NO_TEMPLATE}. {TEMPLATE_HINT}")
+        if taken := self._of_the_library & candidates.template_kwargs.keys():
+            what = (
+                f"chat_template_kwargs holds {min(taken)}, which is an argument of transformers and not of the template"
             )
+            raise RowFault("bad_template_kwargs", what)
         try:
             return [
                 self.tokenizer.apply_chat_template(  # type: ignore[misc]
@@ -137,8 +141,13 @@ class Tokenization:
             ]
         except Exception as error:  # a template is a program: it may raise anything on turns it was not written for
             raise RowFault(
-                "template_error", f"the chat template refuses the turns ({type(error).__name__}: {error})"
+                "template_error", f"the chat template refuses the turns ({type(error).__name__}: {error!s:.200})"
             ) from error
+
+    @cached_property
+    def _of_the_library(self) -> frozenset[str]:
+        """Among these is another template, which is a program, and `truncation`, which nothing would report."""
+        return frozenset(inspect.signature(self.tokenizer.apply_chat_template).parameters)
 
     def encode(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
         """Token ids of each text; special tokens spelled in it become themselves."""
@@ -179,9 +188,9 @@ class Tokenization:
         """
         for name, ids in (("the prompt", candidates.prompt), *_named(candidates.responses)):
             for place, token in enumerate(ids):
-                if type(token) is not int or not 0 <= token < (self.vocabulary or LARGEST_ID):
-                    known = f"; the model has token ids 0 to {self.vocabulary - 1}" if self.vocabulary else ""
-                    raise RowFault("unknown_token", f"place {place} of {name} holds token id {token}{known}")
+                if type(token) is not int or not 0 <= token < self.vocabulary:
+                    known = f"the model has token ids 0 to {self.vocabulary - 1}"
+                    raise RowFault("unknown_token", f"place {place} of {name} holds token id {short(token)}; {known}")
         return [[*candidates.prompt, *ids] for ids in candidates.responses]
 
     def _shortened(self, tokens: Tokens, over: int) -> Tokenized | RowFault:
