@@ -184,7 +184,7 @@ def _require_effect(model: str | None, options: PlanConfig, backbone: BackboneCo
     if data.dataset:
         idle: dict[str, tuple[Any, ...]] = {"--dataset is measured": (options, PlanConfig(), "share", "responses")}
     else:
-        rows = ("dataset_config", "dataset_split", "columns", "hh_turns", "on_bad_row", "over_long")
+        rows = ("dataset_config", "dataset_split", "columns", "hh_turns", "on_bad_row", "max_row_bytes", "over_long")
         idle = {"there is no --dataset": (data, DataConfig(), *rows)}
     if model is None:
         idle["--params is a published shape"] = (backbone, BackboneConfig(), "model_revision")
