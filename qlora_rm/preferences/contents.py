@@ -21,6 +21,9 @@ ROLES = {
 }
 """ShareGPT's `from` names that are not role names already."""
 
+MOST_TURNS = 10_000
+"""Of one conversation; prompts are looked for in each turn of the user."""
+
 SAYS_MORE = ("tool_calls", "reasoning_content", "thinking")
 """A turn with one of these may have no content."""
 
@@ -63,6 +66,8 @@ def content(value: Any, column: str) -> Content:
     if value and all(isinstance(item, int | float) for item in value):
         place, wrong = next((i, item) for i, item in enumerate(value) if type(item) is not int)
         raise RowFault("wrong_type", f"{column} holds {short(wrong)} at place {place}, which is no token id")
+    if len(value) > MOST_TURNS:
+        raise RowFault("too_many_turns", f"{column} holds {len(value):,} turns; at most {MOST_TURNS:,} are read")
     if any(not isinstance(item, Mapping) for item in value):
         raise RowFault("wrong_type", f"{column} is an array of something other than turns or token ids")
     return [_turn(item, f"turn {number} of {column}") for number, item in enumerate(value, start=1)]

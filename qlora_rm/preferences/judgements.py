@@ -12,6 +12,9 @@ from qlora_rm.preferences.faults import RowFault
 JUDGEMENTS = ("preferences", "ranks", "scores")
 """The columns that judge K responses; the first that is not null is read."""
 
+MOST_RESPONSES = 1024
+"""Of one comparison: they make half a million pairs."""
+
 LEAST_WEIGHT = 1e-30
 """Smallest weight of a row: fp32 holds it, and its products with a loss."""
 
@@ -25,6 +28,8 @@ def pair_preferences(row: Row, source: str) -> Preferences:
 
 def ranked_preferences(row: Row, count: int, source: str) -> Preferences:
     """Wins and ties among `count` responses, from the first judging column that is filled."""
+    if count > MOST_RESPONSES:
+        raise RowFault("too_many_responses", f"responses holds {count:,}; at most {MOST_RESPONSES:,} are compared")
     column = next((name for name in JUDGEMENTS if row.get(name) is not None), None)
     if column is None:
         raise RowFault("missing_column", f"none of {', '.join(JUDGEMENTS)} is filled")

@@ -13,7 +13,8 @@ from qlora_rm.preferences.contents import Row
 from qlora_rm.preferences.faults import Ledger, RowFault
 from qlora_rm.preferences.formats import parse_comparison, recognize
 from qlora_rm.preferences.gather import gather
-from qlora_rm.preferences.row_json import size_of
+from qlora_rm.preferences.portions import portions
+from qlora_rm.preferences.sizes import size_of
 from qlora_rm.preferences.sources import Entry, Rows, Source, read_rows, sources
 from qlora_rm.preferences.split import digest, hold_out, lowest, repeat
 from qlora_rm.preferences.table import Table
@@ -131,27 +132,13 @@ def _read(
         with Phase("reading", unit=unit) as reading:  # a download, a JSON file, or rows to be counted
             first = list(islice(comparisons, 1))
         with Phase("tokenizing", reading.total, unit) as phase:
-            for batch in _batches(chain(first, comparisons)):
+            comparisons = chain(first, comparisons)
+            for batch in portions(comparisons, lambda item: item.candidates.size[1], TOKENIZED_AT_ONCE, BYTES_AT_ONCE):
                 _add(table, ledger, batch, tokenization, source, entry)
                 phase.done = ledger.rows[source.name]
     if not table.facts:
         raise UserError(f"No comparison is left of {sum(ledger.rows.values())} rows. " + ". ".join(ledger.lines()))
     return table, ledger
-
-
-def _batches(comparisons: Iterator[Comparison]) -> Iterator[list[Comparison]]:
-    """At most `TOKENIZED_AT_ONCE` comparisons, of at most `BYTES_AT_ONCE` unless one alone has more."""
-    batch: list[Comparison] = []
-    size = 0
-    for comparison in comparisons:
-        more = size_of((comparison.candidates.prompt, comparison.candidates.responses))
-        if batch and (len(batch) == TOKENIZED_AT_ONCE or size + more > BYTES_AT_ONCE):
-            yield batch
-            batch, size = [], 0
-        batch.append(comparison)
-        size += more
-    if batch:
-        yield batch
 
 
 def _add(

@@ -46,28 +46,6 @@ def depth_of(value: Any) -> int:
     return depth
 
 
-def size_of(value: Any) -> int:
-    """About how many bytes a value takes as JSON, without making it."""
-    size, rest = 0, [value]
-    while rest:
-        item = rest.pop()
-        if isinstance(item, str):
-            size += len(item) if item.isascii() else len(item.encode(errors="surrogatepass"))
-        elif isinstance(item, bytes):
-            size += len(item)
-        elif isinstance(item, Mapping):
-            rest += item.keys()
-            rest += item.values()
-        elif isinstance(item, (list, tuple)):
-            if item and type(item[0]) in (int, float):
-                size += 4 * len(item)
-            else:
-                rest += item
-        else:
-            size += 4
-    return size
-
-
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):

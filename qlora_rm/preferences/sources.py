@@ -17,7 +17,7 @@ from qlora_rm.preferences.contents import Row
 from qlora_rm.preferences.faults import RowFault
 from qlora_rm.preferences.readers import MAX_ROW_BYTES, READERS, count_rows, decode_cells, ending, read_file
 from qlora_rm.preferences.row_bytes import too_long
-from qlora_rm.preferences.row_json import size_of
+from qlora_rm.preferences.sizes import size_of
 from qlora_rm.progress import expect
 
 Entry = str | Mapping[str, Any]

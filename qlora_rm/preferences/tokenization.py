@@ -15,12 +15,21 @@ from qlora_rm.errors import UserError
 from qlora_rm.preferences.comparison import Candidates, Content, Pair, Tokens
 from qlora_rm.preferences.contents import encodable, kind_of, short
 from qlora_rm.preferences.faults import RowFault
+from qlora_rm.preferences.portions import portions
 from qlora_rm.preferences.prefixes import shared_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 OverLong = Literal["truncate_prompt", "drop", "error"]
+
+LONGEST_TEXT = 2_000_000
+"""Bytes of a prompt with one response. Tokenizers take some 200 bytes of memory for each; more are read where
+`--max_length` is so large that they may be needed."""
+BYTES_PER_TOKEN, TEXTS_PER_ROW = 16, 8
+"""How many bytes are read for each token of `--max_length`; how often all responses together may be the longest text."""
+ENCODED_AT_ONCE = 1_000_000
+"""Characters of one call of the tokenizer."""
 
 NO_TEMPLATE = "is a conversation, and the tokenizer has no chat template"
 TEMPLATE_HINT = "Train with --chat_template_path, a Jinja file or a model that has one, or give the rows as text."
@@ -84,7 +93,7 @@ class Tokenization:
 
     def tokenize_each(self, batch: Sequence[Candidates]) -> list[Tokenized | RowFault]:
         """Token ids for each prompt with its responses, or the fault that keeps it from having any: those of `texts`,
-        turns_without_template, empty_sequence, unknown_token, pad_in_content, response_too_long, over_long or beyond_positions.
+        turns_without_template, text_too_long, empty_sequence, unknown_token, pad_in_content, response_too_long, over_long or beyond_positions.
 
         All text of the batch goes through the tokenizer in one call (two, where it mixes turns and plain text), so
         larger batches are faster.
@@ -94,6 +103,7 @@ class Tokenization:
         for row, candidates in enumerate(batch):
             kind = kind_of(candidates.responses[0])
             try:
+                self._check_size(candidates)
                 if kind == "ids":
                     results[row] = self._finished(self._known_ids(candidates))
                 elif kind == "turns" and self.tokenizer.chat_template is None:
@@ -151,15 +161,28 @@ class Tokenization:
 
     def encode(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
         """Token ids of each text; special tokens spelled in it become themselves."""
-        if not texts:
-            return []
-        return self.tokenizer(
-            texts,
-            add_special_tokens=add_special_tokens,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )["input_ids"]
+        ids: list[list[int]] = []
+        for portion in portions(texts, len, len(texts), ENCODED_AT_ONCE):
+            ids += self.tokenizer(
+                portion,
+                add_special_tokens=add_special_tokens,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,
+            )["input_ids"]
+        return ids
+
+    def _check_size(self, candidates: Candidates) -> None:
+        """Raises a `RowFault` of kind `text_too_long` for what would take gigabytes to tokenize."""
+        longest, total = candidates.size
+        most = max(LONGEST_TEXT, BYTES_PER_TOKEN * (self.max_length or 0))
+        if longest > most:
+            what = f"a prompt and its response have {longest:,} bytes; at most {most:,} are tokenized"
+        elif total > TEXTS_PER_ROW * most:
+            what = f"the responses, each with the prompt, have {total:,} bytes; at most {TEXTS_PER_ROW * most:,} are tokenized"
+        else:
+            return
+        raise RowFault("text_too_long", what)
 
     def _finished(self, sequences: list[list[int]]) -> Tokenized | RowFault:
         if any(not ids for ids in sequences):

@@ -4,6 +4,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any, Literal
 
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
@@ -11,6 +12,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from qlora_rm.artifacts.load import RewardModel
 from qlora_rm.errors import UserError
 from qlora_rm.preferences import Candidates, RowFault, parse_candidates
+from qlora_rm.preferences.portions import portions
 from qlora_rm.preferences.readers import MAX_ROW_BYTES, row_of
 from qlora_rm.preferences.row_bytes import too_long
 from qlora_rm.preferences.text_as import TrainedText
@@ -53,7 +55,7 @@ def score_rows(
     )
     skipped = Counter() if skipped is None else skipped
     empty = True
-    for chunk in _chunks(numbered):
+    for chunk in portions(numbered, _length, SCORED_AT_ONCE, BYTES_AT_ONCE):
         empty = False
         results = _scored(model, [line for _, line in chunk], column, hh_turns)
         for (number, _), (row, result) in zip(chunk, results, strict=True):
@@ -84,27 +86,14 @@ def rank(model: RewardModel, prompt: str, responses: Sequence[str], hh_turns: bo
     return sorted(zip(scores, responses, strict=True), key=lambda item: -item[0])
 
 
-def _chunks(numbered: Iterable[tuple[int, Line]]) -> Iterator[list[tuple[int, Line]]]:
-    """At most `SCORED_AT_ONCE` lines, of at most `BYTES_AT_ONCE` unless one alone has more."""
-    chunk: list[tuple[int, Line]] = []
-    size = 0
-    for number, line in numbered:
-        more = 0 if isinstance(line, RowFault) else len(line)
-        if chunk and (len(chunk) == SCORED_AT_ONCE or size + more > BYTES_AT_ONCE):
-            yield chunk
-            chunk, size = [], 0
-        chunk.append((number, line))
-        size += more
-    if chunk:
-        yield chunk
-
-
 def _scored(
     model: RewardModel, lines: Sequence[Line], column: str | None, hh_turns: bool
 ) -> list[tuple[dict[str, Any], dict[str, Any] | RowFault]]:
     """Each line's row (empty where it is none) and what it gains, or its fault."""
     rows = [_parsed(line, column, hh_turns, model.text) for line in lines]
-    results = iter(_within_memory(model, [candidates for _, candidates in rows if isinstance(candidates, Candidates)]))
+    good = (candidates for _, candidates in rows if isinstance(candidates, Candidates))
+    groups = portions(good, lambda candidates: candidates.size[1], SCORED_AT_ONCE, BYTES_AT_ONCE)
+    results = chain.from_iterable(_within_memory(model, group) for group in groups)
     scored: list[tuple[dict[str, Any], dict[str, Any] | RowFault]] = []
     for row, candidates in rows:
         result = next(results) if isinstance(candidates, Candidates) else candidates
@@ -119,6 +108,10 @@ def _scored(
         else:
             scored.append((row, {column or "scores": result}))
     return scored
+
+
+def _length(item: tuple[int, Line]) -> int:
+    return 0 if isinstance(item[1], RowFault) else len(item[1])
 
 
 def _within_memory(model: RewardModel, candidates: list[Candidates]) -> list[list[float] | RowFault]:
