@@ -60,8 +60,14 @@ def sources(entries: Sequence[Entry], config: DataConfig, weights: Sequence[floa
         found = [replace(source, weight=weight) for source, weight in zip(found, weights, strict=True)]
     stems = Counter(_stem(source.path) for source in found)
     return [
-        replace(source, name=source.path if stems[_stem(source.path)] > 1 else _stem(source.path)) for source in found
+        replace(source, name=_printable(source.path if stems[_stem(source.path)] > 1 else _stem(source.path)))
+        for source in found
     ]
+
+
+def _printable(name: str) -> str:
+    """A file's name for messages and for tables of Arrow, which hold no bytes that are not UTF-8."""
+    return os.fsencode(name).decode(errors="replace")
 
 
 def _source(entry: Entry, config: DataConfig) -> Source:
@@ -151,9 +157,8 @@ def _raw_rows(source: Source, default_split: str, limit: int) -> Rows:
         if (rows := count_rows(files, limit)) is not None:
             expect(rows)
         for file in files:
-            name = os.fsencode(file).decode(errors="replace")  # a table of Arrow holds no bytes that are not UTF-8
             for number, row in read_file(file, limit):
-                yield Origin(name, number), row
+                yield Origin(_printable(str(file)), number), row
 
 
 def _files(name: str, path: Path) -> list[Path] | None:

@@ -125,7 +125,7 @@ def _within_memory(model: RewardModel, candidates: list[Candidates]) -> list[lis
         if len(candidates) <= 1:
             hint = "Shorten the row, lower --tokens_per_batch, or pass --on_bad_row skip to go on without it."
             return [RowFault("out_of_memory", "memory runs out when the row is scored", hint)]
-    clear_device_cache(garbage_collection=True)
+    clear_device_cache()
     middle = len(candidates) // 2
     return _within_memory(model, candidates[:middle]) + _within_memory(model, candidates[middle:])
 
