@@ -43,7 +43,7 @@ class Candidates:
     @property
     def size(self) -> tuple[int, int]:
         """About how many bytes the longest sequence has before it is tokenized, and all sequences together."""
-        shared = size_of((self.prompt, self.tools, self.template_kwargs))
+        shared = size_of(self.prompt) + sum(map(size_of, filter(None, (self.tools, self.template_kwargs))))
         own = [size_of(response) for response in self.responses]
         return shared + max(own), len(own) * shared + sum(own)
 

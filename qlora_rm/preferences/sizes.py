@@ -6,11 +6,13 @@ from typing import Any
 
 def size_of(value: Any) -> int:
     """About how many bytes a value takes as JSON, without making it."""
+    if isinstance(value, str):
+        return _encoded(value)
     size, rest = 0, [value]
     while rest:
         item = rest.pop()
         if isinstance(item, str):
-            size += len(item) if item.isascii() else len(item.encode(errors="surrogatepass"))
+            size += _encoded(item)
         elif isinstance(item, bytes):
             size += len(item)
         elif isinstance(item, Mapping):
@@ -24,3 +26,7 @@ def size_of(value: Any) -> int:
         else:
             size += 4
     return size
+
+
+def _encoded(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))

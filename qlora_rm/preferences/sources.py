@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ def read_rows(source: Source, default_split: str = "train", limit: int = MAX_ROW
                 columns.update(dict.fromkeys(row))
                 awaited = {name: column for name, column in awaited.items() if column not in row and name not in row}
             row = _renamed(row, source.columns)
-            if ending(Path(origin.file)).startswith((".csv", ".tsv")):
+            if _holds_cells(origin.file):
                 row = _decoded(row)
         yield origin, row
     if awaited and columns:
@@ -125,6 +126,11 @@ def read_rows(source: Source, default_split: str = "train", limit: int = MAX_ROW
             f"--columns {name}={column}: no row of {source.path} has a column {column!r}. "
             f"Columns found: {', '.join(columns)}."
         )
+
+
+@lru_cache(maxsize=1)
+def _holds_cells(file: str) -> bool:
+    return ending(Path(file)).startswith((".csv", ".tsv"))
 
 
 def _decoded(row: Row) -> Row | RowFault:
@@ -157,8 +163,9 @@ def _raw_rows(source: Source, default_split: str, limit: int) -> Rows:
         if (rows := count_rows(files, limit)) is not None:
             expect(rows)
         for file in files:
+            name = _printable(str(file))
             for number, row in read_file(file, limit):
-                yield Origin(_printable(str(file)), number), row
+                yield Origin(name, number), row
 
 
 def _files(name: str, path: Path) -> list[Path] | None:
@@ -235,6 +242,7 @@ def _of_dataset(label: str, rows: Any, first: int, limit: int) -> Rows:
 
     if len(rows) == 0:
         raise UserError(f"{label} is empty: it holds no rows.")
+    label = _printable(label)
     require_distinct(label, rows.column_names)
     expect(len(rows))
     number = first
