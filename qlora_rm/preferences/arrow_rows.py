@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_rm.errors import UserError
+from qlora_rm.errors import UserError, first_line
 from qlora_rm.preferences.contents import Row
 from qlora_rm.preferences.faults import RowFault
 from qlora_rm.preferences.row_bytes import too_long
@@ -45,7 +45,7 @@ def read_parquet(path: Path, limit: int) -> Iterator[tuple[int, Row | RowFault]]
                     for row in rows_of(batch, limit):
                         number += 1
                         yield number, row
-    except (pyarrow.ArrowException, OSError, MemoryError, UnicodeDecodeError) as error:
+    except (pyarrow.ArrowException, OSError, MemoryError) as error:
         raise UserError(f"{path} is not valid Parquet behind row {number}: {error}. Is the file whole?") from None
 
 
@@ -56,15 +56,23 @@ def _largest_cell(group: Any, limit: int) -> int:
 
 
 def rows_of(batch: "pyarrow.RecordBatch", limit: int) -> Iterator[Row | RowFault]:
-    """The rows of a batch, those of more than `limit` bytes as faults; halved until a part is within the limit."""
+    """The rows of a batch. One of more than `limit` bytes, or with a value that Python cannot hold, is a fault: the batch is
+    halved until it stands alone."""
+    fault = too_long(limit)
     if batch.nbytes <= limit:
-        yield from batch.to_pylist()
-    elif batch.num_rows == 1:
-        yield too_long(limit)
-    else:
-        middle = batch.num_rows // 2
-        yield from rows_of(batch.slice(0, middle), limit)
-        yield from rows_of(batch.slice(middle), limit)
+        try:
+            rows = batch.to_pylist()
+        except (ValueError, OverflowError) as error:  # text that is not UTF-8, a date before the year 1, nanoseconds
+            fault = RowFault("unreadable_value", f"a value of the row cannot be read ({first_line(error)})")
+        else:
+            yield from rows
+            return
+    if batch.num_rows == 1:
+        yield fault
+        return
+    middle = batch.num_rows // 2
+    yield from rows_of(batch.slice(0, middle), limit)
+    yield from rows_of(batch.slice(middle), limit)
 
 
 def _require_distinct_fields(path: Path, schema: "pyarrow.Schema") -> None:

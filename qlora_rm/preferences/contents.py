@@ -29,9 +29,11 @@ SAYS_MORE = ("tool_calls", "reasoning_content", "thinking")
 
 
 def json_type(value: Any) -> str:
-    """The name JSON gives to the type of `value`, with its article."""
+    """The name JSON gives to the type of `value`, with its article; Python's where JSON has none, as for bytes."""
     if value is None:
         return "null"
+    if not isinstance(value, (bool, int, float, str, Mapping, list, tuple)):
+        return f"of type {type(value).__name__}"
     names = ((bool, "a boolean"), (int | float, "a number"), (str, "a string"), (Mapping, "an object"))
     return next((name for kind, name in names if isinstance(value, kind)), "an array")
 
@@ -42,7 +44,7 @@ def kind_of(value: Any) -> str | None:
         return "text"
     if isinstance(value, Mapping):
         return "turns" if _is_turn(value) else None
-    if isinstance(value, Sequence) and value:
+    if isinstance(value, (list, tuple)) and value:
         if _is_turn(value[0]):
             return "turns"
         return "ids" if type(value[0]) is int else None
@@ -59,7 +61,7 @@ def content(value: Any, column: str) -> Content:
         return encodable(value, column)
     if isinstance(value, Mapping):
         return [_turn(value, f"{column}")]
-    if not isinstance(value, Sequence):
+    if not isinstance(value, (list, tuple)):  # bytes are a sequence of numbers too
         raise RowFault("wrong_type", f"{column} is {json_type(value)} ({short(value)}), not text or turns")
     if value and all(type(item) is int for item in value):
         return list(value)

@@ -1,6 +1,7 @@
 """Reads who beats whom: a pair's order, ranks, scores or pairwise preferences, with margin and weight."""
 
 import math
+import sys
 from itertools import combinations
 from typing import Any, Literal
 
@@ -122,7 +123,7 @@ def _source(row: Row, default: str) -> str:
         return default
     if not isinstance(source, (str, int, float)):
         raise RowFault("wrong_type", f"source is {json_type(source)} ({short(source)}), not text")
-    return encodable(str(source), "source")
+    return sys.intern(encodable(str(source), "source"))  # one text for all rows of a source
 
 
 def _number(value: Any, where: str, fault_kind: str) -> float:

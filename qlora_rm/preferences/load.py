@@ -1,6 +1,6 @@
 """From data sets as the user names them to tokenized comparisons, a training and a held-out part, and an account."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, groupby, islice
 from typing import TYPE_CHECKING, NamedTuple
@@ -11,7 +11,7 @@ from qlora_rm.preferences.account import Part, Report
 from qlora_rm.preferences.comparison import Candidates, Comparison, Origin
 from qlora_rm.preferences.contents import Row
 from qlora_rm.preferences.faults import Ledger, RowFault
-from qlora_rm.preferences.formats import parse_comparison, recognize
+from qlora_rm.preferences.formats import Format, parse_comparison, recognize
 from qlora_rm.preferences.gather import gather
 from qlora_rm.preferences.portions import portions
 from qlora_rm.preferences.sizes import size_of
@@ -160,31 +160,44 @@ def _add(
 
 def _comparisons(source: Source, config: DataConfig, ledger: Ledger, text: TrainedText | None) -> Iterator[Comparison]:
     """The good rows of `source`, each file's in the format of its first rows; the others go to the ledger."""
-    for file, rows in groupby(
-        read_rows(source, config.dataset_split, config.max_row_bytes), key=lambda item: item[0].file
-    ):
-        head = _head(rows)
-        readable = [row for _, row in head if isinstance(row, dict)]
-        form = recognize(readable, file) if readable else None
-        if form is not None:
-            ledger.format_of(file, form.name, form.unread(readable))
-        for origin, row in chain(head, rows):
-            ledger.rows[source.name] += 1
-            try:
-                if isinstance(row, RowFault):
-                    raise row
-                assert form is not None
-                comparison = parse_comparison(row, form, origin, source.name, config.hh_turns, text)
-            except RowFault as fault:
-                ledger.fault(origin, fault)
-                continue
-            yield comparison
+    of_source = read_rows(source, config.dataset_split, config.max_row_bytes)
+    for file, rows in groupby(of_source, key=lambda item: item[0].file):
+        form: Format | None = None
+        while form is None and (head := _head(rows)):
+            readable = [row for _, row in head if isinstance(row, dict)]
+            if readable:
+                form = recognize(readable, file)
+                ledger.format_of(file, form.name, form.unread(readable))
+            yield from _good(head, form, source, config, ledger, text)
+        yield from _good(rows, form, source, config, ledger, text)
+
+
+def _good(
+    rows: Iterable[tuple[Origin, Row | RowFault]],
+    form: Format | None,
+    source: Source,
+    config: DataConfig,
+    ledger: Ledger,
+    text: TrainedText | None,
+) -> Iterator[Comparison]:
+    """The comparisons of `rows`; `form` is None where none of them can be read."""
+    for origin, row in rows:
+        ledger.rows[source.name] += 1
+        try:
+            if isinstance(row, RowFault):
+                raise row
+            assert form is not None
+            comparison = parse_comparison(row, form, origin, source.name, config.hh_turns, text)
+        except RowFault as fault:
+            ledger.fault(origin, fault)
+            continue
+        yield comparison
 
 
 def _head(rows: Rows) -> list[tuple[Origin, Row | RowFault]]:
-    """So many of the first rows that `RECOGNIZED_BY` of them can be read, or fewer long ones."""
+    """So many of the next rows that `RECOGNIZED_BY` of them can be read; fewer where they are long or most are faulty."""
     head, readable, size = [], 0, 0
-    for item in rows:
+    for item in islice(rows, 10 * RECOGNIZED_BY):
         head.append(item)
         if isinstance(item[1], dict):
             readable += 1

@@ -249,5 +249,5 @@ def _of_dataset(label: str, rows: Any, first: int, limit: int) -> Rows:
     try:
         for number, row in enumerate(rows, start=first):
             yield Origin(label, number), row if size_of(row) <= limit else too_long(limit)
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise UserError(f"{label} cannot be read behind row {number}: {first_line(error)}. Is it whole?") from error

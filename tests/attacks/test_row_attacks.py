@@ -204,6 +204,25 @@ def test_token_ids_of_parquet_and_saved_data_sets(tmp_path: Path) -> None:
         assert skipped_of(str(tmp_path / path)) == {"unknown_token": 1}
 
 
+def test_bytes_of_parquet_are_no_token_ids(tmp_path: Path) -> None:
+    rows = [{"chosen": b"Paris.", "rejected": words} for words in (b"Rome.", b"Berlin.")]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    with pytest.raises(UserError, match="row 1: chosen is of type bytes"):
+        load_comparisons([str(tmp_path / "rows.parquet")], config(), TOKENIZATION)
+
+
+def test_text_of_parquet_that_is_not_utf_8(tmp_path: Path) -> None:
+    table = pa.table({"prompt": _as_text([b"Q ", b"Q ", b"\xff", b"Q "]), "chosen": ["a"] * 4, "rejected": ["b"] * 4})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    assert skipped_of(str(tmp_path / "rows.parquet")) == {"unreadable_value": 1}
+
+
+def _as_text(values: list[bytes]) -> pa.Array:
+    """A column of text out of any bytes, unchecked."""
+    stored = pa.array(values, pa.binary())
+    return pa.Array.from_buffers(pa.string(), len(values), stored.buffers())
+
+
 LIMIT = 10_000
 
 
@@ -319,6 +338,11 @@ def test_two_columns_of_one_name_are_said(tmp_path: Path) -> None:
         DataConfig(columns=["prompt=a", "prompt=b"])
     (tmp_path / "blank.csv").write_text("prompt,,chosen,rejected,\na,x,b,c,y\n")
     assert [row for _, row in read_file(tmp_path / "blank.csv")] == [{"prompt": "a", "chosen": "b", "rejected": "c"}]
+
+
+def test_a_thousand_broken_rows_before_the_first_good_one(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", ["{"] * 2500 + [TEXT_EXPLICIT] * 3)
+    assert skipped_of(path) == {"broken_json": 2500}
 
 
 @pytest.mark.parametrize("weight", [float("inf"), float("nan"), 1e30, 0])
