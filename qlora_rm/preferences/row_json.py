@@ -63,5 +63,7 @@ def _too_deep(name: str) -> RowFault:
 
 
 def _reason(error: ValueError) -> str:
-    """Python words its limit on the digits of an integer for programmers."""
+    """Python words some of its errors for programmers."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start} is not UTF-8"
     return "an integer has over 4,300 digits" if "integer string conversion" in str(error) else str(error)
