@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 BATCH = 1000
-BYTES_AT_ONCE = 2**30
+BYTES_AT_ONCE = 2**28
 """A batch holds so few rows that rows at the limit stay below this: a page of kilobytes may name one text for each of them."""
 
 
