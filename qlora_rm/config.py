@@ -11,6 +11,9 @@ from qlora_rm.errors import UserError
 
 Quantization = Literal["none", "4bit", "8bit"]
 
+MOST_WEIGHT = 1_000_000
+"""Largest weight of a data set or row, and largest margin, either way: what is beyond is a mistake in the data."""
+
 
 def option(default: Any, help: str) -> Any:
     """A dataclass field with its help text; lists and dicts get a fresh copy per instance."""
@@ -73,6 +76,11 @@ class DataConfig:
     on_bad_row: Literal["error", "skip"] = option(
         "error", "Stop at the first faulty row, or skip faulty rows and count them by kind."
     )
+    max_row_bytes: int = option(
+        64_000_000,
+        "Most bytes of one row, expanded where the file is compressed; a longer row is a faulty row. Raise it for rows of "
+        "longer texts: memory grows with it.",
+    )
 
     def __post_init__(self) -> None:
         self.columns = _as_assignments(self.columns)
@@ -82,7 +90,14 @@ class DataConfig:
                 f"--dataset_weights has {len(self.dataset_weights)} numbers for {len(self.dataset)} --dataset entries; "
                 "give one per entry.",
             )
-            require(all(w > 0 for w in self.dataset_weights), "--dataset_weights must be above 0.")
+            require(
+                all(0 < w <= MOST_WEIGHT for w in self.dataset_weights),
+                f"--dataset_weights must be above 0, and at most {MOST_WEIGHT:,}.",
+            )
+        require(
+            0 < self.max_row_bytes < 2**31,
+            f"--max_row_bytes {self.max_row_bytes} must be above 0 and below 2 GiB ({2**31:,}).",
+        )
         require(0 <= self.eval_fraction < 1, f"--eval_fraction {self.eval_fraction} must be at least 0 and below 1.")
         require(
             not (self.eval_dataset and self.eval_split),
@@ -102,6 +117,9 @@ def _as_assignments(columns: list[str] | dict[str, str] | None) -> list[str] | N
     words = [f"{name}={column}" for name, column in columns.items()] if isinstance(columns, dict) else list(columns)
     for word in words:
         require("=" in word, f"--columns {word!r} is not of the form field=column, for example prompt=question.")
+    fields = [word.split("=", 1)[0] for word in words]
+    twice = next((name for name in fields if fields.count(name) > 1), None)
+    require(twice is None, f"--columns names the field {twice} twice. Give one column for each field.")
     return words
 
 

@@ -141,7 +141,7 @@ class TestScore:
         path = tmp_path / "rows.jsonl"
         path.write_bytes(b'{"text": "\xff"}\n')
         assert main(["score", adapter, "--input", str(path)]) == 2
-        assert "row 1: text holds half a surrogate pair" in capsys.readouterr().err
+        assert "row 1: the row is not JSON (byte 10 is not UTF-8)" in capsys.readouterr().err
 
     def test_ranks_responses(self, adapter: str, capsys: Any) -> None:
         words = ["score", adapter, "--prompt", "What?", "--responses", "Paris.", "No.", "The " + "very " * 30 + "end"]

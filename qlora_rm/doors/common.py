@@ -12,7 +12,7 @@ from qlora_rm.options import read_options
 Run = Callable[[argparse.Namespace], int | None]
 """What a command does with its options; the exit status, None for 0."""
 
-EVALUATED = ("dataset", "dataset_config", "dataset_split", "columns", "hh_turns", "on_bad_row")
+EVALUATED = ("dataset", "dataset_config", "dataset_split", "columns", "hh_turns", "on_bad_row", "max_row_bytes")
 """Options of `DataConfig` that say which rows to measure on."""
 
 

@@ -45,14 +45,14 @@ def _eval(options: argparse.Namespace) -> None:
 def add_score(command: argparse.ArgumentParser) -> Run:
     command.add_argument("model", metavar="MODEL", help="Folder of an adapter or whole model, or a hub id.")
     rows = command.add_argument_group("Rows of a file")
-    rows.add_argument("--input", metavar="FILE", help="JSONL rows to score; - is standard input.")
+    rows.add_argument("--input", metavar="FILE", help="JSONL rows to score, also .gz; - is standard input.")
     rows.add_argument(
         "--output", metavar="FILE", default="-", help="JSONL rows with their scores; - is standard output. [-]"
     )
     rows.add_argument(
         "--score_column", metavar="NAME", help="Name of the added column; unset: score, or scores for a list."
     )
-    add_options(command, DataConfig, ["hh_turns", "on_bad_row"])
+    add_options(command, DataConfig, ["hh_turns", "on_bad_row", "max_row_bytes"])
     one = command.add_argument_group("One prompt")
     one.add_argument(
         "--prompt", help="A user's message; text before the responses where the model was trained on text."
@@ -66,10 +66,10 @@ def add_score(command: argparse.ArgumentParser) -> Run:
 def _score(options: argparse.Namespace) -> None:
     if (options.input is None) == (options.prompt is None):
         raise UserError("Give --input FILE, or --prompt TEXT with --responses TEXT ...: one of the two.")
-    of_rows, of_prompt = ("output", "score_column", "on_bad_row"), ("responses", "json")
+    of_rows, of_prompt = ("output", "score_column", "on_bad_row", "max_row_bytes"), ("responses", "json")
     for name in of_rows if options.input is None else of_prompt:
         require(
-            getattr(options, name) in (None, False, "-", "error"),
+            getattr(options, name) in (None, False, "-", "error", DataConfig.max_row_bytes),
             f"--{name} has no effect with {'--prompt' if options.input is None else '--input'}. Leave it out.",
         )
     if options.prompt is None:
@@ -85,18 +85,20 @@ def _score_file(options: argparse.Namespace) -> None:
     from qlora_rm.report.files import json_line, reading, writing
     from qlora_rm.report.scored_rows import score_rows
 
-    rows = count_rows([Path(options.input)]) if Path(options.input).is_file() else None
-    with reading(options.input) as lines, writing(options.output) as file:
+    limit = read_options(options, DataConfig).max_row_bytes
+    rows = count_rows([Path(options.input)], limit) if Path(options.input).is_file() else None
+    with reading(options.input, limit) as lines, writing(options.output) as file:
         model, skipped = load_model(options), Counter[str]()
         with Phase("scoring", rows, "rows") as phase:
             for row in score_rows(
                 model,
-                lines,
+                lines.lines(),
                 options.input,
                 on_bad_row=options.on_bad_row,
                 column=options.score_column,
                 hh_turns=options.hh_turns,
                 skipped=skipped,
+                max_row_bytes=limit,
             ):
                 file.write(json_line(row))
                 phase.advance()

@@ -168,7 +168,7 @@ def make_plan(
         backbone,
         adapter,
         DTYPES[precision],
-        partial(workload_of, model, options, data),
+        partial(workload_of, model, options, data, getattr(config.get_text_config(), "vocab_size", None)),
         cuda=cuda,
         pairs_per_step=options.pairs_per_step,
         per_node=per_node,
@@ -184,7 +184,7 @@ def _require_effect(model: str | None, options: PlanConfig, backbone: BackboneCo
     if data.dataset:
         idle: dict[str, tuple[Any, ...]] = {"--dataset is measured": (options, PlanConfig(), "share", "responses")}
     else:
-        rows = ("dataset_config", "dataset_split", "columns", "hh_turns", "on_bad_row", "over_long")
+        rows = ("dataset_config", "dataset_split", "columns", "hh_turns", "on_bad_row", "max_row_bytes", "over_long")
         idle = {"there is no --dataset": (data, DataConfig(), *rows)}
     if model is None:
         idle["--params is a published shape"] = (backbone, BackboneConfig(), "model_revision")
@@ -214,14 +214,18 @@ def _within_positions(options: PlanConfig, config: PretrainedConfig, name: str) 
     return replace(options, max_length=positions)
 
 
-def workload_of(model: str | None, options: PlanConfig, data: DataConfig, layout: Layout) -> Workload:
+def workload_of(
+    model: str | None, options: PlanConfig, data: DataConfig, vocabulary: int | None, layout: Layout
+) -> Workload:
     """Measured where there is data, assumed otherwise."""
     if not data.dataset:
         return Workload.assumed(options.max_length, options.share, options.responses, layout)
     if model is None:
         raise UserError("--dataset is read by the MODEL's tokenizer, and --params has none: give the MODEL.")
     tokenizer = load_tokenizer(model, trust_remote_code=options.trust_remote_code)
-    rows, report = load_comparisons(data.dataset, data, Tokenization(tokenizer, options.max_length, data.over_long))
+    vocabulary = max(vocabulary, len(tokenizer)) if vocabulary else None
+    tokenization = Tokenization(tokenizer, options.max_length, data.over_long, vocabulary)
+    rows, report = load_comparisons(data.dataset, data, tokenization)
     say(*report.lines())
     return Workload.measured(rows, layout)
 

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from qlora_rm.preferences.sizes import size_of
+
 Message = dict[str, Any]
 """A chat turn: at least `role` and `content`."""
 
@@ -37,6 +39,13 @@ class Candidates:
     responses: tuple[Content, ...]
     tools: list[Any] | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """About how many bytes the longest sequence has before it is tokenized, and all sequences together."""
+        shared = size_of(self.prompt) + sum(map(size_of, filter(None, (self.tools, self.template_kwargs))))
+        own = [size_of(response) for response in self.responses]
+        return shared + max(own), len(own) * shared + sum(own)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ from typing import Any
 
 from qlora_rm.preferences.comparison import Content, Message
 from qlora_rm.preferences.faults import RowFault
+from qlora_rm.preferences.row_json import parse
 
 Row = dict[str, Any]
 
@@ -20,14 +21,19 @@ ROLES = {
 }
 """ShareGPT's `from` names that are not role names already."""
 
+MOST_TURNS = 10_000
+"""Of one conversation; prompts are looked for in each turn of the user."""
+
 SAYS_MORE = ("tool_calls", "reasoning_content", "thinking")
 """A turn with one of these may have no content."""
 
 
 def json_type(value: Any) -> str:
-    """The name JSON gives to the type of `value`, with its article."""
+    """The name JSON gives to the type of `value`, with its article; Python's where JSON has none, as for bytes."""
     if value is None:
         return "null"
+    if not isinstance(value, (bool, int, float, str, Mapping, list, tuple)):
+        return f"of type {type(value).__name__}"
     names = ((bool, "a boolean"), (int | float, "a number"), (str, "a string"), (Mapping, "an object"))
     return next((name for kind, name in names if isinstance(value, kind)), "an array")
 
@@ -38,7 +44,7 @@ def kind_of(value: Any) -> str | None:
         return "text"
     if isinstance(value, Mapping):
         return "turns" if _is_turn(value) else None
-    if isinstance(value, Sequence) and value:
+    if isinstance(value, (list, tuple)) and value:
         if _is_turn(value[0]):
             return "turns"
         return "ids" if type(value[0]) is int else None
@@ -52,16 +58,18 @@ def content(value: Any, column: str) -> Content:
         RowFault: wrong_type, bad_turn or bad_unicode, naming `column`.
     """
     if isinstance(value, str):
-        return _encodable(value, column)
+        return encodable(value, column)
     if isinstance(value, Mapping):
         return [_turn(value, f"{column}")]
-    if not isinstance(value, Sequence):
-        raise RowFault("wrong_type", f"{column} is {json_type(value)} ({_short(value)}), not text or turns")
+    if not isinstance(value, (list, tuple)):  # bytes are a sequence of numbers too
+        raise RowFault("wrong_type", f"{column} is {json_type(value)} ({short(value)}), not text or turns")
     if value and all(type(item) is int for item in value):
         return list(value)
     if value and all(isinstance(item, int | float) for item in value):
         place, wrong = next((i, item) for i, item in enumerate(value) if type(item) is not int)
-        raise RowFault("wrong_type", f"{column} holds {_short(wrong)} at place {place}, which is no token id")
+        raise RowFault("wrong_type", f"{column} holds {short(wrong)} at place {place}, which is no token id")
+    if len(value) > MOST_TURNS:
+        raise RowFault("too_many_turns", f"{column} holds {len(value):,} turns; at most {MOST_TURNS:,} are read")
     if any(not isinstance(item, Mapping) for item in value):
         raise RowFault("wrong_type", f"{column} is an array of something other than turns or token ids")
     return [_turn(item, f"turn {number} of {column}") for number, item in enumerate(value, start=1)]
@@ -99,9 +107,9 @@ def _turn(value: Mapping[str, Any], where: str) -> Message:
     if said is None and not any(turn.get(key) for key in SAYS_MORE):
         raise RowFault("bad_turn", f"{where} has no content")
     if isinstance(said, (bool, int, float, Mapping)):
-        raise RowFault("wrong_type", f"the content of {where} is {json_type(said)} ({_short(said)}), not text")
+        raise RowFault("wrong_type", f"the content of {where} is {json_type(said)} ({short(said)}), not text")
     if isinstance(said, str):
-        _encodable(said, where)
+        encodable(said, where)
     return turn
 
 
@@ -109,8 +117,12 @@ def _is_turn(value: Any) -> bool:
     return isinstance(value, Mapping) and ("role" in value or "from" in value)
 
 
-def _encodable(text: str, where: str) -> str:
-    """JSON can spell half a surrogate pair, which no tokenizer takes."""
+def encodable(text: str, where: str) -> str:
+    """`text`, if it can be encoded. JSON can spell half a surrogate pair, which no tokenizer takes.
+
+    Raises:
+        RowFault: bad_unicode.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -133,9 +145,9 @@ def optional_json(row: Row, column: str, wanted: type, fault_kind: str) -> Any:
     value = row.get(column)
     if isinstance(value, str) and value.strip():
         try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise RowFault(fault_kind, f"{column} is text that is not JSON ({error})") from None
+            value = parse(value, f"{column} is text that")
+        except RowFault as fault:
+            raise RowFault(fault_kind, fault.what) from None
     if value is None or value == "":
         return None
     if not isinstance(value, wanted):
@@ -143,6 +155,7 @@ def optional_json(row: Row, column: str, wanted: type, fault_kind: str) -> Any:
     return value
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """The beginning of a value as JSON, for messages."""
     words = json.dumps(value, ensure_ascii=False, default=str)
     return words if len(words) <= 40 else words[:37] + "..."

@@ -1,26 +1,36 @@
 """Reads who beats whom: a pair's order, ranks, scores or pairwise preferences, with margin and weight."""
 
 import math
+import sys
 from itertools import combinations
 from typing import Any, Literal
 
+from qlora_rm.config import MOST_WEIGHT
 from qlora_rm.preferences.comparison import Pair, Preferences
-from qlora_rm.preferences.contents import Row, json_type
+from qlora_rm.preferences.contents import Row, encodable, json_type, short
 from qlora_rm.preferences.faults import RowFault
 
 JUDGEMENTS = ("preferences", "ranks", "scores")
 """The columns that judge K responses; the first that is not null is read."""
 
+MOST_RESPONSES = 1024
+"""Of one comparison: they make half a million pairs."""
+
+LEAST_WEIGHT = 1e-30
+"""Smallest weight of a row: fp32 holds it, and its products with a loss."""
+
 
 def pair_preferences(row: Row, source: str) -> Preferences:
     """Response 0 (chosen) beats response 1 (rejected)."""
     margin = row.get("margin")
-    margins = () if margin is None else (_number(margin, "margin", "bad_margin"),)
+    margins = () if margin is None else (_margin(margin, "margin"),)
     return Preferences(((0, 1),), (), margins, _weight(row), _source(row, source))
 
 
 def ranked_preferences(row: Row, count: int, source: str) -> Preferences:
     """Wins and ties among `count` responses, from the first judging column that is filled."""
+    if count > MOST_RESPONSES:
+        raise RowFault("too_many_responses", f"responses holds {count:,}; at most {MOST_RESPONSES:,} are compared")
     column = next((name for name in JUDGEMENTS if row.get(name) is not None), None)
     if column is None:
         raise RowFault("missing_column", f"none of {', '.join(JUDGEMENTS)} is filled")
@@ -39,7 +49,9 @@ def _ordered_pairs(values: Any, column: str, count: int) -> tuple[list[Pair], li
     if not isinstance(values, list) or len(values) != count:
         found = f"{len(values)} values" if isinstance(values, list) else json_type(values)
         raise RowFault("bad_preference", f"{column} holds {found} for {count} responses")
-    numbers = [_number(value, f"{column}[{index}]", "bad_preference") for index, value in enumerate(values)]
+    for index, value in enumerate(values):
+        _number(value, f"{column}[{index}]", "bad_preference")
+    numbers = values  # compared as they are: two large integers may be one float
     sign = 1 if column == "ranks" else -1
     wins: list[Pair] = []
     ties: list[Pair] = []
@@ -67,9 +79,11 @@ def _pairs(values: Any, column: str, count: int) -> list[Pair]:
         raise RowFault("bad_preference", f"{column} is {json_type(values)}, not an array of pairs of indices")
     for value in values:
         if not (isinstance(value, list) and len(value) == 2 and all(type(index) is int for index in value)):
-            raise RowFault("bad_preference", f"{column} holds {value!r}, which is not a pair of indices")
+            raise RowFault("bad_preference", f"{column} holds {short(value)}, which is not a pair of indices")
         if not all(0 <= index < count for index in value) or value[0] == value[1]:
-            raise RowFault("bad_preference", f"{column} holds {value}, not two different indices from 0 to {count - 1}")
+            raise RowFault(
+                "bad_preference", f"{column} holds {short(value)}, not two different indices from 0 to {count - 1}"
+            )
     return [(a, b) for a, b in values]
 
 
@@ -81,26 +95,44 @@ def _margins(row: Row, wins: int, parallel: Literal[True, False]) -> tuple[float
         raise RowFault("bad_margin", "margin needs `preferences` to stand beside; ranks and scores have none")
     if not isinstance(values, list) or len(values) != wins:
         raise RowFault("bad_margin", f"margin must be an array of {wins} numbers, one per preference")
-    return tuple(_number(value, f"margin[{index}]", "bad_margin") for index, value in enumerate(values))
+    return tuple(_margin(value, f"margin[{index}]") for index, value in enumerate(values))
+
+
+def _margin(value: Any, where: str) -> float:
+    number = _number(value, where, "bad_margin")
+    if abs(number) > MOST_WEIGHT:
+        raise RowFault("bad_margin", f"{where} is {number:g}; from -{MOST_WEIGHT:,} to {MOST_WEIGHT:,} are read")
+    return number
 
 
 def _weight(row: Row) -> float:
     weight = row.get("weight")
     if weight is None:
         return 1.0
-    if (number := _number(weight, "weight", "bad_weight")) <= 0:
-        raise RowFault("bad_weight", f"weight is {weight}, not above 0")
+    number = _number(weight, "weight", "bad_weight")
+    if number <= 0:
+        raise RowFault("bad_weight", f"weight is {number:g}, not above 0")
+    if not LEAST_WEIGHT <= number <= MOST_WEIGHT:
+        raise RowFault("bad_weight", f"weight is {number:g}; from {LEAST_WEIGHT:g} to {MOST_WEIGHT:,} are read")
     return number
 
 
 def _source(row: Row, default: str) -> str:
     source = row.get("source")
-    return default if source is None or source == "" else str(source)
+    if source is None or source == "":
+        return default
+    if not isinstance(source, (str, int, float)):
+        raise RowFault("wrong_type", f"source is {json_type(source)} ({short(source)}), not text")
+    return sys.intern(encodable(str(source), "source"))  # one text for all rows of a source
 
 
 def _number(value: Any, where: str, fault_kind: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise RowFault(fault_kind, f"{where} is {json_type(value)}, not a number")
-    if not math.isfinite(value):
+    try:
+        number = float(value)
+    except OverflowError:
+        raise RowFault(fault_kind, f"{where} is {short(value)}, which is too large") from None
+    if not math.isfinite(number):
         raise RowFault(fault_kind, f"{where} is {value}, not a finite number")
-    return float(value)
+    return number

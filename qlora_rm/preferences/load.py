@@ -1,6 +1,6 @@
 """From data sets as the user names them to tokenized comparisons, a training and a held-out part, and an account."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, groupby, islice
 from typing import TYPE_CHECKING, NamedTuple
@@ -11,8 +11,10 @@ from qlora_rm.preferences.account import Part, Report
 from qlora_rm.preferences.comparison import Candidates, Comparison, Origin
 from qlora_rm.preferences.contents import Row
 from qlora_rm.preferences.faults import Ledger, RowFault
-from qlora_rm.preferences.formats import parse_comparison, recognize
+from qlora_rm.preferences.formats import Format, parse_comparison, recognize
 from qlora_rm.preferences.gather import gather
+from qlora_rm.preferences.portions import portions
+from qlora_rm.preferences.sizes import size_of
 from qlora_rm.preferences.sources import Entry, Rows, Source, read_rows, sources
 from qlora_rm.preferences.split import digest, hold_out, lowest, repeat
 from qlora_rm.preferences.table import Table
@@ -27,7 +29,10 @@ RECOGNIZED_BY = 100
 """So many rows of a file decide about its format."""
 
 TOKENIZED_AT_ONCE = 512
+BYTES_AT_ONCE = 4_000_000
+"""So many bytes of text, of a few long rows instead of many short ones, are recognized by or tokenized at once."""
 GOLDEN = 8
+MOST_MIXED = 100_000_000
 
 HOLD_OUT_HINT = "Give --eval_dataset or --eval_split, raise --eval_fraction, or pass --eval_strategy no."
 
@@ -128,7 +133,7 @@ def _read(
             first = list(islice(comparisons, 1))
         with Phase("tokenizing", reading.total, unit) as phase:
             comparisons = chain(first, comparisons)
-            while batch := list(islice(comparisons, TOKENIZED_AT_ONCE)):
+            for batch in portions(comparisons, lambda item: item.candidates.size[1], TOKENIZED_AT_ONCE, BYTES_AT_ONCE):
                 _add(table, ledger, batch, tokenization, source, entry)
                 phase.done = ledger.rows[source.name]
     if not table.facts:
@@ -155,32 +160,49 @@ def _add(
 
 def _comparisons(source: Source, config: DataConfig, ledger: Ledger, text: TrainedText | None) -> Iterator[Comparison]:
     """The good rows of `source`, each file's in the format of its first rows; the others go to the ledger."""
-    for file, rows in groupby(read_rows(source, config.dataset_split), key=lambda item: item[0].file):
-        head = _head(rows)
-        readable = [row for _, row in head if isinstance(row, dict)]
-        form = recognize(readable, file) if readable else None
-        if form is not None:
-            ledger.format_of(file, form.name, form.unread(readable))
-        for origin, row in chain(head, rows):
-            ledger.rows[source.name] += 1
-            try:
-                if isinstance(row, RowFault):
-                    raise row
-                assert form is not None
-                comparison = parse_comparison(row, form, origin, source.name, config.hh_turns, text)
-            except RowFault as fault:
-                ledger.fault(origin, fault)
-                continue
-            yield comparison
+    of_source = read_rows(source, config.dataset_split, config.max_row_bytes)
+    for file, rows in groupby(of_source, key=lambda item: item[0].file):
+        form: Format | None = None
+        while form is None and (head := _head(rows)):
+            readable = [row for _, row in head if isinstance(row, dict)]
+            if readable:
+                form = recognize(readable, file)
+                ledger.format_of(file, form.name, form.unread(readable))
+            yield from _good(head, form, source, config, ledger, text)
+        yield from _good(rows, form, source, config, ledger, text)
+
+
+def _good(
+    rows: Iterable[tuple[Origin, Row | RowFault]],
+    form: Format | None,
+    source: Source,
+    config: DataConfig,
+    ledger: Ledger,
+    text: TrainedText | None,
+) -> Iterator[Comparison]:
+    """The comparisons of `rows`; `form` is None where none of them can be read."""
+    for origin, row in rows:
+        ledger.rows[source.name] += 1
+        try:
+            if isinstance(row, RowFault):
+                raise row
+            assert form is not None
+            comparison = parse_comparison(row, form, origin, source.name, config.hh_turns, text)
+        except RowFault as fault:
+            ledger.fault(origin, fault)
+            continue
+        yield comparison
 
 
 def _head(rows: Rows) -> list[tuple[Origin, Row | RowFault]]:
-    """So many of the first rows that `RECOGNIZED_BY` of them can be read."""
-    head, readable = [], 0
-    for item in rows:
+    """So many of the next rows that `RECOGNIZED_BY` of them can be read; fewer where they are long or most are faulty."""
+    head, readable, size = [], 0, 0
+    for item in islice(rows, 10 * RECOGNIZED_BY):
         head.append(item)
-        readable += isinstance(item[1], dict)
-        if readable == RECOGNIZED_BY:
+        if isinstance(item[1], dict):
+            readable += 1
+            size += size_of(item[1])
+        if readable == RECOGNIZED_BY or size > BYTES_AT_ONCE:
             break
     return head
 
@@ -214,6 +236,11 @@ def _mixed(table: Table, train: list[int], of: Sequence[Source]) -> tuple[list[i
     notes = []
     for entry, source in enumerate(of):
         rows = [row for row in train if table.facts[row].entry == entry]
+        if len(rows) * source.weight > MOST_MIXED:
+            raise UserError(
+                f"--dataset_weights: {source.name} x {source.weight:g} would be {len(rows) * source.weight:,.0f} comparisons; "
+                f"at most {MOST_MIXED:,} are mixed. Lower its weight, and train for more epochs."
+            )
         taken = repeat(rows, source.weight, contents)
         notes.append(f"mixing: {source.name} x {source.weight:g}: {len(rows):,} -> {len(taken):,} comparisons")
         mixed += taken

@@ -27,6 +27,8 @@ def _unpadded(row: Row, column: str) -> Content:
         return ids
     if not isinstance(mask, list) or len(mask) != len(ids):
         raise RowFault("wrong_type", f"the attention mask of {column} is not as long as its token ids")
+    if any(attended not in (0, 1) for attended in mask):
+        raise RowFault("wrong_type", f"the attention mask of {column} holds something other than 0 and 1")
     return [int(token) for token, attended in zip(ids, mask, strict=True) if attended]  # type: ignore[call-overload]
 
 

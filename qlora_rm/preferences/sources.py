@@ -2,18 +2,23 @@
 
 import difflib
 import glob
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from qlora_rm.config import DataConfig
-from qlora_rm.errors import UserError
+from qlora_rm.config import MOST_WEIGHT, DataConfig
+from qlora_rm.errors import UserError, first_line
+from qlora_rm.preferences.arrow_rows import require_distinct
 from qlora_rm.preferences.comparison import Origin
 from qlora_rm.preferences.contents import Row
 from qlora_rm.preferences.faults import RowFault
-from qlora_rm.preferences.readers import READERS, count_rows, decode_cells, ending, read_file
+from qlora_rm.preferences.readers import MAX_ROW_BYTES, READERS, count_rows, decode_cells, ending, read_file
+from qlora_rm.preferences.row_bytes import too_long
+from qlora_rm.preferences.sizes import size_of
 from qlora_rm.progress import expect
 
 Entry = str | Mapping[str, Any]
@@ -56,8 +61,14 @@ def sources(entries: Sequence[Entry], config: DataConfig, weights: Sequence[floa
         found = [replace(source, weight=weight) for source, weight in zip(found, weights, strict=True)]
     stems = Counter(_stem(source.path) for source in found)
     return [
-        replace(source, name=source.path if stems[_stem(source.path)] > 1 else _stem(source.path)) for source in found
+        replace(source, name=_printable(source.path if stems[_stem(source.path)] > 1 else _stem(source.path)))
+        for source in found
     ]
+
+
+def _printable(name: str) -> str:
+    """A file's name for messages and for tables of Arrow, which hold no bytes that are not UTF-8."""
+    return os.fsencode(name).decode(errors="replace")
 
 
 def _source(entry: Entry, config: DataConfig) -> Source:
@@ -70,8 +81,10 @@ def _source(entry: Entry, config: DataConfig) -> Source:
     if not isinstance(given.get("path"), str) or not given["path"]:
         raise UserError(f"The dataset entry {entry!r} names no path.")
     weight, columns = given.get("weight", 1.0), given.get("columns") or {}
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not weight > 0:
-        raise UserError(f"The weight {weight!r} of {given['path']} must be a number above 0.")
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight <= MOST_WEIGHT:
+        raise UserError(
+            f"The weight {weight!r} of {given['path']} must be a number above 0, and at most {MOST_WEIGHT:,}."
+        )
     if not isinstance(columns, Mapping):
         raise UserError(f"The columns of {given['path']} must be a mapping field: column, not {columns!r}.")
     return Source(
@@ -87,22 +100,25 @@ def _stem(path: str) -> str:
     return path if glob.has_magic(path) else Path(path).name.split(".")[0] or path
 
 
-def read_rows(source: Source, default_split: str = "train") -> Rows:
+def read_rows(source: Source, default_split: str = "train", limit: int = MAX_ROW_BYTES) -> Rows:
     """Every row of `source` with its columns renamed.
+
+    Arguments:
+        limit: the most bytes of a row; a longer one is a fault.
 
     Raises:
         UserError: nothing is found there, a file is unreadable or empty, or a renamed column is in no row.
     """
     awaited = dict(source.columns)
     columns: dict[str, None] = {}
-    for origin, row in _raw_rows(source, default_split):
+    for origin, row in _raw_rows(source, default_split, limit):
         if isinstance(row, dict):
             if awaited:
                 columns.update(dict.fromkeys(row))
                 awaited = {name: column for name, column in awaited.items() if column not in row and name not in row}
             row = _renamed(row, source.columns)
-            if ending(Path(origin.file)).startswith((".csv", ".tsv")):
-                row = decode_cells(row)
+            if _holds_cells(origin.file):
+                row = _decoded(row)
         yield origin, row
     if awaited and columns:
         name, column = next(iter(awaited.items()))
@@ -110,6 +126,18 @@ def read_rows(source: Source, default_split: str = "train") -> Rows:
             f"--columns {name}={column}: no row of {source.path} has a column {column!r}. "
             f"Columns found: {', '.join(columns)}."
         )
+
+
+@lru_cache(maxsize=1)
+def _holds_cells(file: str) -> bool:
+    return ending(Path(file)).startswith((".csv", ".tsv"))
+
+
+def _decoded(row: Row) -> Row | RowFault:
+    try:
+        return decode_cells(row)
+    except RowFault as fault:
+        return fault
 
 
 def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
@@ -123,20 +151,21 @@ def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
     }
 
 
-def _raw_rows(source: Source, default_split: str) -> Rows:
+def _raw_rows(source: Source, default_split: str, limit: int) -> Rows:
     path = Path(source.path).expanduser()
     if _is_saved(path):
-        yield from _saved_rows(source, path, default_split)
+        yield from _saved_rows(source, path, default_split, limit)
     elif (files := _files(source.path, path)) is None:
-        yield from _hub_rows(source, default_split)
+        yield from _hub_rows(source, default_split, limit)
     else:
         if source.split is not None:
             raise UserError(f"{source.path} is read from files, which have no split {source.split!r}.")
-        if (rows := count_rows(files)) is not None:
+        if (rows := count_rows(files, limit)) is not None:
             expect(rows)
         for file in files:
-            for number, row in read_file(file):
-                yield Origin(str(file), number), row
+            name = _printable(str(file))
+            for number, row in read_file(file, limit):
+                yield Origin(name, number), row
 
 
 def _files(name: str, path: Path) -> list[Path] | None:
@@ -171,11 +200,14 @@ def _is_saved(path: Path) -> bool:
     return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
 
 
-def _saved_rows(source: Source, path: Path, default_split: str) -> Rows:
+def _saved_rows(source: Source, path: Path, default_split: str, limit: int) -> Rows:
     import datasets
     from datasets.arrow_reader import ReadInstruction
 
-    saved = datasets.load_from_disk(str(path))
+    try:
+        saved = datasets.load_from_disk(str(path))
+    except Exception as error:  # JSON, Arrow and datasets each raise their own for a damaged folder
+        raise UserError(f"The data set saved in {path} cannot be read: {first_line(error)}. Is it whole?") from error
     split = source.split or default_split
     if isinstance(saved, datasets.Dataset):
         if source.split is not None:
@@ -187,10 +219,10 @@ def _saved_rows(source: Source, path: Path, default_split: str) -> Rows:
         raise UserError(f"{source.path} has no split {split!r} ({error}). Splits found: {', '.join(saved)}.") from None
     for part in parts:
         rows = saved[part.splitname].select(range(part.from_ or 0, part.to or len(saved[part.splitname])))
-        yield from _of_dataset(f"{source.path}[{part.splitname}]", rows, first=(part.from_ or 0) + 1)
+        yield from _of_dataset(f"{source.path}[{part.splitname}]", rows, (part.from_ or 0) + 1, limit)
 
 
-def _hub_rows(source: Source, default_split: str) -> Rows:
+def _hub_rows(source: Source, default_split: str, limit: int) -> Rows:
     import datasets
 
     split = source.split or default_split
@@ -202,12 +234,20 @@ def _hub_rows(source: Source, default_split: str) -> Rows:
             f"{source.path} (split {split!r}) is no file or folder here (looked from {Path.cwd()}) and cannot be had "
             f"from the hub: {error}.{_nearest(path)}"
         ) from error
-    yield from _of_dataset(f"{source.path}[{split}]", rows, first=1)
+    yield from _of_dataset(f"{source.path}[{split}]", rows, 1, limit)
 
 
-def _of_dataset(label: str, rows: Any, first: int) -> Rows:
+def _of_dataset(label: str, rows: Any, first: int, limit: int) -> Rows:
+    import pyarrow
+
     if len(rows) == 0:
         raise UserError(f"{label} is empty: it holds no rows.")
+    label = _printable(label)
+    require_distinct(label, rows.column_names)
     expect(len(rows))
-    for number, row in enumerate(rows, start=first):
-        yield Origin(label, number), row
+    number = first
+    try:
+        for number, row in enumerate(rows, start=first):
+            yield Origin(label, number), row if size_of(row) <= limit else too_long(limit)
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        raise UserError(f"{label} cannot be read behind row {number}: {first_line(error)}. Is it whole?") from error

@@ -29,7 +29,8 @@ def prompt_key(candidates: Candidates) -> Digest:
         prompt = hh_turns(prompt) if is_hh_text(prompt) else [{"role": "user", "content": prompt}]
         if not prompt[-1]["content"]:  # the bare `Assistant:` at the end of a raw HH prompt
             prompt = prompt[:-1]
-    return digest(json.dumps([_canonical(item) for item in prompt], ensure_ascii=False).encode())
+    words = json.dumps([_canonical(item) for item in prompt], ensure_ascii=False)
+    return digest(words.encode(errors="surrogatepass"))  # a role may hold half a surrogate pair that no template writes
 
 
 def _canonical(item: Any) -> Any:

@@ -126,10 +126,8 @@ class Table:
 
     def dataset(self) -> "Dataset":
         """Everything appended so far, in that order."""
-        from datasets import Dataset
-
         self._flush()
-        return Dataset(pa.Table.from_batches(self._batches, SCHEMA))
+        return _dataset(self._batches)
 
     def _flush(self) -> None:
         if self._pending:
@@ -139,11 +137,18 @@ class Table:
 
 def dataset_of(rows: Iterable[dict[str, Any]]) -> "Dataset":
     """A dataset of rows by `SCHEMA`, a thousand of them as Python objects at a time."""
-    from datasets import Dataset
-
     rows = iter(rows)
     batches = iter(lambda: list(islice(rows, BATCH)), [])
-    return Dataset(pa.Table.from_batches([pa.RecordBatch.from_pylist(batch, SCHEMA) for batch in batches], SCHEMA))
+    return _dataset([pa.RecordBatch.from_pylist(batch, SCHEMA) for batch in batches])
+
+
+def _dataset(batches: Sequence[pa.RecordBatch]) -> "Dataset":
+    """A dataset in memory. Its fingerprint, which names files of a cache that it has not, is random: datasets would pickle
+    the whole table for one, which takes three times its memory."""
+    from datasets import Dataset
+    from datasets.fingerprint import generate_random_fingerprint
+
+    return Dataset(pa.Table.from_batches(batches, SCHEMA), fingerprint=generate_random_fingerprint())
 
 
 def _content(row: dict[str, Any]) -> Digest:

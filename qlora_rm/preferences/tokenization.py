@@ -4,15 +4,18 @@ Plain text is prompt + response, the eos token's text appended unless the respon
 tokens. Turns go through the chat template, which writes its own special tokens and end of turn.
 """
 
+import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Literal
 
 from qlora_rm.errors import UserError
 from qlora_rm.preferences.comparison import Candidates, Content, Pair, Tokens
-from qlora_rm.preferences.contents import kind_of
+from qlora_rm.preferences.contents import encodable, kind_of, short
 from qlora_rm.preferences.faults import RowFault
+from qlora_rm.preferences.portions import portions
 from qlora_rm.preferences.prefixes import shared_length
 
 if TYPE_CHECKING:
@@ -20,14 +23,19 @@ if TYPE_CHECKING:
 
 OverLong = Literal["truncate_prompt", "drop", "error"]
 
-CHARACTERS_AT_ONCE = 2_000_000
-"""For the tokenizer, which keeps some hundred bytes for each token until all texts of a call are done."""
-
 CHARACTERS_PER_TOKEN = 64
 """Servers take texts of so many characters, at least, for each token that the model takes: more than any text needs."""
 
-LARGEST_ID = 2**31
-"""Token ids are kept as int32."""
+LONGEST_TEXT = 2_000_000
+"""Bytes of a prompt with one response. Tokenizers take some 200 bytes of memory for each; more are read where
+`--max_length` is so large that they may be needed."""
+BYTES_PER_TOKEN, TEXTS_PER_ROW = 16, 8
+"""How many bytes are read for each token of `--max_length`; how often all responses together may be the longest text."""
+ENCODED_AT_ONCE = 1_000_000
+"""Characters of one call of the tokenizer."""
+
+NO_TEMPLATE = "is a conversation, and the tokenizer has no chat template"
+TEMPLATE_HINT = "Train with --chat_template_path, a Jinja file or a model that has one, or give the rows as text."
 
 EOS_RULE = "plain text: eos is appended unless the response ends with it; turns: as the chat template writes them"
 """How a sequence ends, in words, for whoever feeds the model."""
@@ -49,7 +57,8 @@ class Tokenization:
         max_length: longest sequence, in tokens; None for no limit.
         over_long: "truncate_prompt" cuts the oldest part of the prompt, by the same number of tokens for all its
             responses; under "drop" and "error" an over-long row is a fault of kind `over_long`.
-        vocabulary: how many token ids the model has embeddings for; rows of token ids are held against it.
+        vocabulary: how many token ids the model has embeddings for; rows of token ids are held against it. Unset: as many
+            as the tokenizer has.
         positions: how many positions the model has; a longer sequence is a fault of kind `beyond_positions`.
     """
 
@@ -69,7 +78,7 @@ class Tokenization:
         if max_length is not None and max_length < 1:
             raise UserError(f"--max_length {max_length} must be at least 1.")
         self.tokenizer, self.max_length, self.over_long = tokenizer, max_length, over_long
-        self.vocabulary, self.positions = vocabulary, positions
+        self.vocabulary, self.positions = len(tokenizer) if vocabulary is None else vocabulary, positions
         self._begins = {tokenizer.bos_token_id, tokenizer.cls_token_id} - {None}
 
     def tokenize(self, batch: Sequence[Candidates]) -> list[Tokens]:
@@ -77,7 +86,6 @@ class Tokenization:
 
         Raises:
             RowFault: the first that `tokenize_each` finds.
-            UserError: as there.
         """
         tokens = []
         for result in self.tokenize_each(batch):
@@ -87,22 +95,22 @@ class Tokenization:
         return tokens
 
     def tokenize_each(self, batch: Sequence[Candidates]) -> list[Tokenized | RowFault]:
-        """Token ids for each prompt with its responses, or the fault that keeps it from having any: template_error,
-        empty_sequence, unknown_token, pad_in_content, response_too_long, over_long or beyond_positions.
+        """Token ids for each prompt with its responses, or the fault that keeps it from having any: those of `texts`,
+        turns_without_template, text_too_long, empty_sequence, unknown_token, pad_in_content, response_too_long, over_long or beyond_positions.
 
         All text of the batch goes through the tokenizer in one call (two, where it mixes turns and plain text), so
         larger batches are faster.
-
-        Raises:
-            UserError: there are turns and the tokenizer has no chat template.
         """
         results: dict[int, Tokenized | RowFault] = {}
         texts: dict[str, dict[int, list[str]]] = {"text": {}, "turns": {}}
         for row, candidates in enumerate(batch):
             kind = kind_of(candidates.responses[0])
             try:
+                self._check_size(candidates)
                 if kind == "ids":
                     results[row] = self._finished(self._known_ids(candidates))
+                elif kind == "turns" and self.tokenizer.chat_template is None:
+                    raise RowFault("turns_without_template", f"the row {NO_TEMPLATE}", TEMPLATE_HINT)
                 else:
                     texts[kind or "text"][row] = self.texts(candidates)
             except RowFault as fault:
@@ -117,11 +125,12 @@ class Tokenization:
         tokenized with special tokens, or the template's rendering, which holds them already.
 
         Raises:
-            RowFault: template_error.
+            RowFault: bad_template_kwargs, template_error or bad_unicode.
             UserError: there are turns and the tokenizer has no chat template.
         """
         turns = kind_of(candidates.responses[0]) == "turns"
-        return self._rendered(candidates) if turns else self._plain(candidates)
+        texts = self._rendered(candidates) if turns else self._plain(candidates)
+        return [encodable(text, "the text of the row") for text in texts]
 
     def _plain(self, candidates: Candidates) -> list[str]:
         """As TRL: the response decides about eos, whatever stands before it."""
@@ -130,10 +139,12 @@ class Tokenization:
 
     def _rendered(self, candidates: Candidates) -> list[str]:
         if self.tokenizer.chat_template is None:
-            raise UserError(
-                "The rows are conversations and the tokenizer has no chat template. Pass --chat_template_path with a "
-                "Jinja file or a model that has one, or give the rows as text."
+            raise UserError(f"The row {NO_TEMPLATE}. {TEMPLATE_HINT}")
+        if taken := self._of_the_library & candidates.template_kwargs.keys():
+            what = (
+                f"chat_template_kwargs holds {min(taken)}, which is an argument of transformers and not of the template"
             )
+            raise RowFault("bad_template_kwargs", what)
         try:
             return [
                 self.tokenizer.apply_chat_template(  # type: ignore[misc]
@@ -143,21 +154,38 @@ class Tokenization:
             ]
         except Exception as error:  # a template is a program: it may raise anything on turns it was not written for
             raise RowFault(
-                "template_error", f"the chat template refuses the turns ({type(error).__name__}: {error})"
+                "template_error", f"the chat template refuses the turns ({type(error).__name__}: {error!s:.200})"
             ) from error
+
+    @cached_property
+    def _of_the_library(self) -> frozenset[str]:
+        """Among these is another template, which is a program, and `truncation`, which nothing would report."""
+        return frozenset(inspect.signature(self.tokenizer.apply_chat_template).parameters)
 
     def encode(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
         """Token ids of each text; special tokens spelled in it become themselves."""
-        return [ids for some in _in_parts(texts) for ids in self._encode(some, add_special_tokens)]
+        ids: list[list[int]] = []
+        for portion in portions(texts, len, len(texts), ENCODED_AT_ONCE):
+            ids += self.tokenizer(
+                portion,
+                add_special_tokens=add_special_tokens,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,
+            )["input_ids"]
+        return ids
 
-    def _encode(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
-        return self.tokenizer(
-            texts,
-            add_special_tokens=add_special_tokens,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )["input_ids"]
+    def _check_size(self, candidates: Candidates) -> None:
+        """Raises a `RowFault` of kind `text_too_long` for what would take gigabytes to tokenize."""
+        longest, total = candidates.size
+        most = max(LONGEST_TEXT, BYTES_PER_TOKEN * (self.max_length or 0))
+        if longest > most:
+            what = f"a prompt and its response have {longest:,} bytes; at most {most:,} are tokenized"
+        elif total > TEXTS_PER_ROW * most:
+            what = f"the responses, each with the prompt, have {total:,} bytes; at most {TEXTS_PER_ROW * most:,} are tokenized"
+        else:
+            return
+        raise RowFault("text_too_long", what)
 
     def _finished(self, sequences: list[list[int]]) -> Tokenized | RowFault:
         if any(not ids for ids in sequences):
@@ -186,9 +214,9 @@ class Tokenization:
         """
         for name, ids in (("the prompt", candidates.prompt), *_named(candidates.responses)):
             for place, token in enumerate(ids):
-                if type(token) is not int or not 0 <= token < (self.vocabulary or LARGEST_ID):
-                    known = f"; the model has token ids 0 to {self.vocabulary - 1}" if self.vocabulary else ""
-                    raise RowFault("unknown_token", f"place {place} of {name} holds token id {token}{known}")
+                if type(token) is not int or not 0 <= token < self.vocabulary:
+                    known = f"the model has token ids 0 to {self.vocabulary - 1}"
+                    raise RowFault("unknown_token", f"place {place} of {name} holds token id {short(token)}; {known}")
         return [[*candidates.prompt, *ids] for ids in candidates.responses]
 
     def _shortened(self, tokens: Tokens, over: int) -> Tokenized | RowFault:
@@ -204,20 +232,6 @@ class Tokenization:
             what = f"the longest sequence has {length}, and the prompt that may be cut only {len(prompt) - kept}"
             return RowFault("response_too_long", what, way_out)
         return Tokenized(Tokens(prompt[:kept] + prompt[kept + over :], tokens.response_ids), cut=over)
-
-
-def _in_parts(texts: list[str]) -> Iterator[list[str]]:
-    """The texts in parts of some `CHARACTERS_AT_ONCE`, so that the tokenizer's own records of them stay small."""
-    part: list[str] = []
-    size = 0
-    for text in texts:
-        part.append(text)
-        size += len(text)
-        if size >= CHARACTERS_AT_ONCE:
-            yield part
-            part, size = [], 0
-    if part:
-        yield part
 
 
 def _named(responses: Sequence[Content]) -> Iterator[tuple[str, Content]]:

@@ -1,9 +1,11 @@
 """Files of results: refused at once where they cannot be written, and never seen half written."""
 
 import codecs
+import gzip
 import json
 import os
 import sys
+import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from io import StringIO, TextIOWrapper
@@ -12,6 +14,8 @@ from typing import Any, TextIO
 
 from qlora_rm.console import COMMANDS
 from qlora_rm.errors import UserError
+from qlora_rm.preferences.readers import MAX_ROW_BYTES, open_rows
+from qlora_rm.preferences.row_bytes import BombError, RowStream
 
 STANDARD = "-"
 
@@ -48,19 +52,24 @@ def writing(path: str | None) -> Iterator[TextIO]:
 
 
 @contextmanager
-def reading(path: str) -> Iterator[TextIO]:
-    """Lines of an existing text file; `-` is stdin. Bytes that are not UTF-8 become surrogates, a fault of their row."""
+def reading(path: str, max_row_bytes: int = MAX_ROW_BYTES) -> Iterator[RowStream]:
+    """An existing file of lines, expanded where it ends in .gz; `-` is stdin.
+
+    Raises:
+        UserError: it cannot be opened, or cannot be expanded to its end.
+    """
     if path == STANDARD:
-        assert isinstance(sys.stdin, TextIOWrapper)
-        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
-        yield sys.stdin
+        yield RowStream(sys.stdin.buffer, max_row_bytes)
         return
     with ExitStack() as stack:
         try:
-            file = stack.enter_context(Path(path).open(encoding="utf-8", errors="surrogateescape"))
+            rows = stack.enter_context(open_rows(Path(path), max_row_bytes))
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror}.") from error
-        yield file
+        try:
+            yield rows
+        except (EOFError, zlib.error, gzip.BadGzipFile, BombError) as error:
+            raise UserError(f"{path} cannot be read to its end: {error}. The file may be damaged.") from error
 
 
 def as_json(value: Any) -> str:

@@ -103,6 +103,7 @@ PROJECT: dict[str, Rule] = {
     "over_long": obeyed("preferences/tokenization.py"),
     "group_by_prompt": obeyed("preferences/gather.py"),
     "on_bad_row": obeyed("preferences/faults.py"),
+    "max_row_bytes": obeyed("preferences/row_bytes.py"),
     # backbone
     "model_name_or_path": obeyed("backbone/load.py"),
     "model_revision": obeyed_if(

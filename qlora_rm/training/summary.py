@@ -75,4 +75,6 @@ def _held_out_rows(data: DataConfig) -> list[str]:
         words.append("--hh_turns")
     if data.on_bad_row != DataConfig.on_bad_row:
         words += ["--on_bad_row", data.on_bad_row]
+    if data.max_row_bytes != DataConfig.max_row_bytes:
+        words += ["--max_row_bytes", str(data.max_row_bytes)]
     return words

@@ -162,7 +162,7 @@ def test_a_template_that_refuses_a_row_is_that_rows_fault():
 
 def test_what_a_run_cannot_begin_with_stops_at_once():
     with pytest.raises(UserError, match=r"no chat template.*--chat_template_path"):
-        Tokenization(small_tokenizer(chat_template=None)).tokenize([parse_candidates(TURNS_EXPLICIT)])
+        Tokenization(small_tokenizer(chat_template=None)).texts(parse_candidates(TURNS_EXPLICIT))
     padded_with_eos = small_tokenizer()
     padded_with_eos.pad_token = EOS
     with pytest.raises(UserError, match="pads with its end-of-text token"):

@@ -1,0 +1,69 @@
+"""Reads the JSON of one row: each value once, no deeper than templates need, every fault one of the row.
+
+`json.loads` alone takes the last of two values under one key, and ends in errors of its own for deep nesting.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from qlora_rm.preferences.faults import RowFault
+
+MAX_DEPTH = 100
+"""Arrays and objects inside one another. A schema of tools has some ten; all later code goes this deep without an error."""
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+def parse(text: bytes | str, name: str = "the row") -> Any:
+    """The value of a JSON text, which is UTF-8 where it is bytes.
+
+    Arguments:
+        name: what the text is, for messages.
+
+    Raises:
+        RowFault: broken_json, duplicate_key or nested_too_deeply.
+    """
+    try:
+        if isinstance(text, bytes):
+            text = text.removeprefix(BYTE_ORDER_MARK).decode()
+        value = _DECODER.decode(text)
+    except RecursionError:
+        raise _too_deep(name) from None
+    except ValueError as error:
+        raise RowFault("broken_json", f"{name} is not JSON ({_reason(error)})") from None
+    if text.count("[") + text.count("{") > MAX_DEPTH and depth_of(value) > MAX_DEPTH:
+        raise _too_deep(name)
+    return value
+
+
+def depth_of(value: Any) -> int:
+    """How many arrays and objects are inside one another; 0 for a number or text."""
+    depth, level = 0, [value]
+    while level := [item for item in level if isinstance(item, (list, tuple, Mapping))]:
+        depth += 1
+        level = [part for item in level for part in (item.values() if isinstance(item, Mapping) else item)]
+    return depth
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in found if keys.count(key) > 1)
+        raise RowFault("duplicate_key", f"the key {twice!r:.60} stands {keys.count(twice)} times in one object")
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+
+
+def _too_deep(name: str) -> RowFault:
+    return RowFault("nested_too_deeply", f"{name} has more than {MAX_DEPTH} arrays and objects inside one another")
+
+
+def _reason(error: ValueError) -> str:
+    """Python words some of its errors for programmers."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start} is not UTF-8"
+    return "an integer has over 4,300 digits" if "integer string conversion" in str(error) else str(error)
