@@ -109,7 +109,7 @@ def test_every_command_gives_the_score_of_training(
     assert [row["score"] for row in scored[:3]] == close, "score --input, one response a row"
     assert scored[3]["scores"] == close, "score --input, several responses a row"
 
-    with served(model, folder) as service, TestClient(service.app()) as client:
+    with served(model, folder) as service, TestClient(service.app(), base_url="http://localhost") as client:
         answer = client.post("/score", json={"prompt": PROMPT, "responses": ANSWERS}).json()
     assert answer["scores"] == close, "serve"
 
@@ -125,7 +125,7 @@ def test_served_golden_items_give_their_scores(folders: dict[str, Path], kind: s
     """Also of a model trained on text and on turns, of which both kinds are golden."""
     model = RewardModel.load(str(folders[kind]))
     golden = Manifest.load(folders[kind]).golden
-    with served(model, folders[kind]) as service, TestClient(service.app()) as client:
+    with served(model, folders[kind]) as service, TestClient(service.app(), base_url="http://localhost") as client:
         body = [{"prompt": item.prompt, "responses": item.responses} for item in golden]
         answer = client.post("/score", json=body).json()
     assert answer["scores"] == [pytest.approx(item.scores, abs=1e-4) for item in golden]
