@@ -106,7 +106,7 @@ def test_scores_and_ids_are_those_of_training(trained: Path) -> None:
     model = RewardModel.load(str(trained / "model"))
     assert_scores_as_trained(model)
     item = min(Manifest.load(trained / "model").golden, key=lambda item: len(item.token_ids[0]))
-    with served(model, trained / "model") as service, TestClient(service.app()) as client:
+    with served(model, trained / "model") as service, TestClient(service.app(), base_url="http://localhost") as client:
         answer = client.post("/score", json={"prompt": item.prompt, "responses": item.responses}).json()
     assert answer["scores"] == pytest.approx(item.scores, abs=SAME.absolute)
 

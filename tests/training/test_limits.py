@@ -123,7 +123,7 @@ def test_one_row_beyond_the_positions_is_its_own_fault_everywhere(
     assert report["comparisons"] == 6
     assert report["data"]["read"]["data"]["skipped"]["beyond_positions"]["count"] == 1
     service = make_service(model, str(folder), ServeConfig())
-    with TestClient(service.app(), raise_server_exceptions=False) as client:
+    with TestClient(service.app(), base_url="http://localhost", raise_server_exceptions=False) as client:
         for path, body in {
             "/score": {"prompt": "word " * 600, "responses": ["a"]},
             "/get_reward": {"query": ["word " * 600]},
@@ -166,7 +166,7 @@ def test_an_id_that_is_no_token_s_is_a_row_s_fault_everywhere(
     assert cli.main(["eval", str(folder), "--dataset", rows, "--on_bad_row", "skip", "--json"]) == 0
     assert json.loads(capfd.readouterr().out)["comparisons"] == 8
     service = make_service(model, str(folder), ServeConfig())
-    with TestClient(service.app(), raise_server_exceptions=False) as client:
+    with TestClient(service.app(), base_url="http://localhost", raise_server_exceptions=False) as client:
         answer = client.post("/score", json={"prompt": [5, 6], "responses": [[7], [token]]})
         assert answer.status_code == 422 and answer.json()["error"]
     service.batcher.close(5)
