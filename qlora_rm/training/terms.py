@@ -115,7 +115,7 @@ class Terms:
         """The terms of the run that wrote `folder`, or a `UserError`."""
         try:
             return cls(**json.loads((folder / FILE_NAME).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise UserError(f"{folder} cannot be resumed: its {FILE_NAME} cannot be read ({error}).") from None
 
 
@@ -234,10 +234,13 @@ def finished_steps(args: Any, comparisons: int) -> int | None:
     if not (Path(args.output_dir) / MANIFEST).exists():
         return None
     training = Manifest.load(args.output_dir).training
+    return training.steps if training is not None and training.steps >= planned_steps(args, comparisons) else None
+
+
+def planned_steps(args: Any, comparisons: int) -> int:
+    """Optimizer steps of a command that trains on so many comparisons."""
     if args.max_steps > 0:
-        planned = int(args.max_steps)
-    else:
-        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        kept = comparisons_kept(comparisons, args.per_device_train_batch_size, args.dataloader_drop_last)
-        planned = math.ceil(args.num_train_epochs * max(math.ceil(kept / batch), 1))
-    return training.steps if training is not None and training.steps >= planned else None
+        return int(args.max_steps)
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    kept = comparisons_kept(comparisons, args.per_device_train_batch_size, args.dataloader_drop_last)
+    return math.ceil(args.num_train_epochs * max(math.ceil(kept / batch), 1))
