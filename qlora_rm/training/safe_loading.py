@@ -76,7 +76,7 @@ def reading(checkpoint: Path | str) -> Iterator[None]:
         RuntimeError,
         SafetensorError,
     ) as error:
-        if isinstance(error, RuntimeError) and "state_dict" not in str(error):
+        if type(error) is RuntimeError and "state_dict" not in str(error):
             raise  # memory, collectives
         raise UserError(
             f"{checkpoint} cannot be resumed: its contents are not those of a checkpoint of this run "
