@@ -9,6 +9,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from qlora_rm.artifacts.base_hash import hash_of_base
 from qlora_rm.artifacts.manifest import FILE_NAME as MANIFEST
 from qlora_rm.artifacts.manifest import Base, Manifest, Training, make_contract
 from qlora_rm.backbone.adapter import attach_adapter, load_adapter, read_adapter_config
@@ -38,6 +39,7 @@ from qlora_rm.training.objective import Objective
 from qlora_rm.training.output_folder import LOG, prepare, require_apart
 from qlora_rm.training.output_lock import OutputLock
 from qlora_rm.training.preflight import preflight
+from qlora_rm.training.ranks import exchange
 from qlora_rm.training.resume_choice import is_restart, resume_point
 from qlora_rm.training.sampling import comparisons_kept
 from qlora_rm.training.summary import summary
@@ -95,7 +97,8 @@ def _train_in(options: Options, lock: OutputLock) -> dict[str, float]:
     resume = resume_point(str(args.output_dir), args.resume_from_checkpoint, args.world_size)
     restart = is_restart(args.resume_from_checkpoint)
     limits = fit_max_length(options)
-    terms = Terms.of(options)
+    every_byte = _hash_of_base(options)
+    terms = Terms.of(options, every_byte)
     if resume is not None:
         say(*reconcile(Terms.load(resume), terms, args, resume))
     set_seed(args.seed)
@@ -126,7 +129,7 @@ def _train_in(options: Options, lock: OutputLock) -> dict[str, float]:
     began_at = (step_of(resume.resolve()) or 0) if resume else 0
     require_free_names(str(args.output_dir), began_at, planned_steps(args, len(train_set)), foreign=restart)
 
-    manifest = _describe(options, tokenization, data, limits)
+    manifest = _describe(options, tokenization, data, limits, every_byte)
     preflight(options, manifest, train_set, resume)
     _require_same_contract(manifest, resume)
 
@@ -288,7 +291,29 @@ def _make_trainer(
     return trainer
 
 
-def _describe(options: Options, tokenization: Tokenization, data: PreferenceData, limits: Limits) -> Manifest:
+def _hash_of_base(options: Options) -> str | None:
+    """sha256 of every byte of the base under `--verify_base full`, computed by one process of each host.
+
+    Raises:
+        UserError: two hosts have different copies of the base.
+    """
+    args, backbone = options.training, options.backbone
+    if backbone.verify_base != "full":
+        return None
+    mine = None
+    if args.local_process_index == 0:
+        mine = hash_of_base(str(backbone.model_name_or_path), backbone.model_revision)
+    found = sorted({sha256 for sha256 in exchange(mine, args.world_size) if sha256 is not None})
+    require(
+        len(found) < 2, f"The hosts have different copies of the base {backbone.model_name_or_path}. Copy it again."
+    )
+    require(bool(found), f"--verify_base full: {backbone.model_name_or_path} has no weight files that can be read.")
+    return found[0]
+
+
+def _describe(
+    options: Options, tokenization: Tokenization, data: PreferenceData, limits: Limits, every_byte: str | None
+) -> Manifest:
     """The manifest as it stands before training: everything but where the score is read, steps, golden scores and reward
     statistics."""
     args, backbone = options.training, options.backbone
@@ -296,7 +321,7 @@ def _describe(options: Options, tokenization: Tokenization, data: PreferenceData
         contract=make_contract(
             tokenization.tokenizer, tokenization, rotary_length=limits.rotary_length, trained_on=data.trained_on
         ),
-        base=Base.of(str(backbone.model_name_or_path), backbone.model_revision),
+        base=replace(Base.of(str(backbone.model_name_or_path), backbone.model_revision), weights_sha256=every_byte),
         quantization=backbone.quantization,
         compute_dtype=NAMES[args.compute_dtype],
         training=Training(
