@@ -11,7 +11,7 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -141,13 +141,15 @@ def require_free_names(output_dir: str, after: int, until: int, *, foreign: bool
             raise UserError(in_the_way(path))
 
 
-def prune(output_dir: str, limit: int | None, best: str | None, upto: int) -> None:
+def prune(
+    output_dir: str, limit: int | None, best: str | None, upto: int, spared: Collection[Path] = frozenset()
+) -> None:
     """Keep the `limit` latest whole checkpoints and the `best`; remove the other whole ones, and what was cut off.
 
-    To be called when a new checkpoint has become whole, and not before. What is damaged, later than step `upto`, or not a
-    real folder of this project, stays.
+    To be called when a new checkpoint has become whole, and not before. What is damaged, later than step `upto`, `spared`, or
+    not a real folder of this project, stays and is not counted.
     """
-    known = [path for path in checkpoints(output_dir) if (step_of(path) or 0) <= upto]
+    known = [path for path in checkpoints(output_dir) if (step_of(path) or 0) <= upto and path not in spared]
     whole = [path for path in known if is_own(path) and is_whole(path)]
     kept = set(whole[-limit:] if limit and limit > 0 else whole)
     kept |= {path for path in whole if best is not None and path.name == Path(best).name}

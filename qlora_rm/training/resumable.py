@@ -51,6 +51,7 @@ class ResumableTrainer(ReadingTrainer):
     Attributes:
         checkpoint_files: called with every checkpoint's folder on the main process before it counts as whole.
         replaces_foreign: a checkpoint that another program wrote gives way to one of the same step (`--resume restart`).
+        spared: checkpoints of before that are not usable: they stay until their step is saved again, and are not counted.
         before_save: called on the main process before anything is written or deleted; the reason it returns ends the run.
         termination: whether the run was told to end, if somebody watches for it.
         order: the training data's sampler, once there is one.
@@ -60,6 +61,7 @@ class ResumableTrainer(ReadingTrainer):
         super().__init__(*args, **kwargs)
         self.checkpoint_files: Sequence[Callable[[Path], None]] = ()
         self.replaces_foreign = False
+        self.spared: set[Path] = set()
         self.before_save: Callable[[], str | None] = lambda: None
         self.termination = Termination()
         self.order: StepSampler | None = None
@@ -213,6 +215,7 @@ class ResumableTrainer(ReadingTrainer):
             self.accelerator.wait_for_everyone()
             if writes:
                 mark_whole(folder)
+        self.spared.discard(folder)
         self._saved_step = step
         if writes:
             self._prune()
@@ -260,7 +263,7 @@ class ResumableTrainer(ReadingTrainer):
 
     def _prune(self) -> None:
         limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
-        prune(str(self.args.output_dir), limit, best, upto=self.state.global_step)
+        prune(str(self.args.output_dir), limit, best, upto=self.state.global_step, spared=self.spared)
 
     def _progress(self) -> Progress:
         losses = self.accelerator.gather(self._tr_loss.detach().reshape(1))

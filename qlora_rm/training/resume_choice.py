@@ -1,6 +1,7 @@
 """Which checkpoint a run goes on from, and what to say of those that it cannot."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 from qlora_rm.console import WARNING, is_main_process, say
 from qlora_rm.errors import UserError
@@ -11,13 +12,25 @@ from qlora_rm.training.wholeness import fault, notes_sizes_only
 RESTART = "restart"
 
 
+class Choice(NamedTuple):
+    """Where a run begins.
+
+    Attributes:
+        folder: the checkpoint it goes on from; None: it begins at step 0.
+        unusable: what was found and is not used. It counts for no checkpoint of the run, and only a save of its step replaces it.
+    """
+
+    folder: Path | None
+    unusable: frozenset[Path] = frozenset()
+
+
 def is_restart(resume: str | None) -> bool:
     """Whether `--resume` asks for a new beginning beside checkpoints that are not usable."""
     return resume is not None and resume.lower() == RESTART
 
 
-def resume_point(output_dir: str, resume: str | None, world_size: int = 1) -> Path | None:
-    """The checkpoint to go on from; None to begin. Says what was found and is not used.
+def choose(output_dir: str, resume: str | None, world_size: int = 1) -> Choice:
+    """The checkpoint to go on from. Says what was found and is not used.
 
     Rank 0 compares contents with their hashes, each rank compares sizes. Collective.
 
@@ -34,16 +47,15 @@ def resume_point(output_dir: str, resume: str | None, world_size: int = 1) -> Pa
                 f"{output_dir} holds checkpoints of an earlier run. Go on with it by --resume auto, or choose another "
                 "--output_dir."
             )
-        return None
+        return Choice(None)
     if resume.lower() in ("auto", "true"):
         return _auto(output_dir, world_size)
     if is_restart(resume):
-        _restart(output_dir, world_size)
-        return None
+        return _restart(output_dir, world_size)
     return _named(Path(resume), output_dir, world_size)
 
 
-def _auto(output_dir: str, world_size: int) -> Path | None:
+def _auto(output_dir: str, world_size: int) -> Choice:
     usable, reasons = _last_usable(checkpoints(output_dir), world_size)
     refused = {path: reason for path, reason in reasons.items() if not is_cut_off(path) and path.is_dir()}
     if usable is None and refused:
@@ -56,10 +68,10 @@ def _auto(output_dir: str, world_size: int) -> Path | None:
         say(f"{WARNING}not usable: {_listed(reasons)}; {going_on}")
     if usable is not None:
         _note(usable)
-    return usable
+    return Choice(usable, frozenset(reasons))
 
 
-def _restart(output_dir: str, world_size: int) -> None:
+def _restart(output_dir: str, world_size: int) -> Choice:
     found = checkpoints(output_dir)
     usable, reasons = _last_usable(found, world_size)
     if usable is not None:
@@ -72,9 +84,10 @@ def _restart(output_dir: str, world_size: int) -> None:
             f"{WARNING}the run begins at step 0. Left in {output_dir}: {_listed(reasons)}. A checkpoint is replaced when the "
             "same step is saved again."
         )
+    return Choice(None, frozenset(found))
 
 
-def _named(folder: Path, output_dir: str, world_size: int) -> Path:
+def _named(folder: Path, output_dir: str, world_size: int) -> Choice:
     if not folder.is_dir():
         raise UserError(f"--resume {folder}: there is no such folder.")
     known = checkpoints(output_dir)
@@ -82,14 +95,16 @@ def _named(folder: Path, output_dir: str, world_size: int) -> Path:
         last, _ = _last_usable(known, world_size)
         hint = f"The last usable one is {last}." if last else "There is no usable one."
         raise UserError(f"--resume {folder} cannot be used: {reason}. {hint}")
-    later, _ = _last_usable([path for path in known if (step_of(path) or 0) > (step_of(folder) or 0)], world_size)
+    later, unusable = _last_usable(
+        [path for path in known if (step_of(path) or 0) > (step_of(folder) or 0)], world_size
+    )
     if later is not None:
         raise UserError(
             f"--resume {folder}: {output_dir} holds a later checkpoint, {later.name}, which --resume auto would take the "
             "next time. Remove what is later, or choose another --output_dir."
         )
     _note(folder)
-    return folder
+    return Choice(folder, frozenset(unusable))
 
 
 def _last_usable(found: list[Path], world_size: int) -> tuple[Path | None, dict[Path, str]]:

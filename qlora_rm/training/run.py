@@ -40,7 +40,7 @@ from qlora_rm.training.output_folder import LOG, prepare, require_apart
 from qlora_rm.training.output_lock import OutputLock
 from qlora_rm.training.preflight import preflight
 from qlora_rm.training.ranks import exchange
-from qlora_rm.training.resume_choice import is_restart, resume_point
+from qlora_rm.training.resume_choice import choose, is_restart
 from qlora_rm.training.sampling import comparisons_kept
 from qlora_rm.training.summary import summary
 from qlora_rm.training.terms import Terms, finished_steps, planned_steps, reconcile
@@ -94,7 +94,7 @@ def train(options: Options) -> dict[str, float]:
 def _train_in(options: Options, lock: OutputLock) -> dict[str, float]:
     """Train in an output folder that no other run writes to."""
     began, args = time.monotonic(), options.training
-    resume = resume_point(str(args.output_dir), args.resume_from_checkpoint, args.world_size)
+    resume, unusable = choose(str(args.output_dir), args.resume_from_checkpoint, args.world_size)
     restart = is_restart(args.resume_from_checkpoint)
     limits = fit_max_length(options)
     every_byte = _hash_of_base(options)
@@ -138,7 +138,7 @@ def _train_in(options: Options, lock: OutputLock) -> dict[str, float]:
     manifest = replace(manifest, contract=replace(manifest.contract, score_position=score_position(model)))
     say(*inventory(model))
     trainer = _make_trainer(options, model, tokenizer, train_set, held_out)
-    trainer.replaces_foreign, trainer.before_save = restart, lambda: lock.lost
+    trainer.replaces_foreign, trainer.spared, trainer.before_save = restart, set(unusable), lambda: lock.lost
     trainer.checkpoint_files = [manifest.save, replace(terms, accumulation=args.gradient_accumulation_steps).save]
     with trainer.termination.watch(), Live.of(trainer):
         say(f"going on from {resume}" if resume else f"training on {len(train_set):,} comparisons")

@@ -8,7 +8,7 @@ import pytest
 
 from qlora_rm.errors import UserError
 from qlora_rm.training.checkpoints import begin, checkpoints, discard, mark_whole, prune, require_free_names
-from qlora_rm.training.resume_choice import resume_point
+from qlora_rm.training.resume_choice import choose
 from qlora_rm.training.universal import tag_of
 from qlora_rm.training.wholeness import fault, notes_sizes_only
 from tests.attacks.conftest import contents_of
@@ -60,10 +60,10 @@ def test_a_strange_mark_is_a_reason_and_the_checkpoint_before_is_used(
 ) -> None:
     (out / "checkpoint-8/COMPLETE").write_bytes(MARKS[mark])
     before = contents_of(out)
-    assert resume_point(str(out), "auto") == out / "checkpoint-4"
+    assert choose(str(out), "auto").folder == out / "checkpoint-4"
     assert "warning: not usable: checkpoint-8: " in capsys.readouterr().err
     with pytest.raises(UserError, match=r"checkpoint-8 cannot be used: .*The last usable one is .*checkpoint-4"):
-        resume_point(str(out), str(out / "checkpoint-8"))
+        choose(str(out), str(out / "checkpoint-8"))
     prune(str(out), 1, None, upto=8)
     assert contents_of(out) == before
 
@@ -72,10 +72,10 @@ def test_a_mark_that_is_a_folder_or_a_link_to_nothing(out: Path) -> None:
     mark = out / "checkpoint-8/COMPLETE"
     mark.unlink()
     mark.mkdir()
-    assert resume_point(str(out), "auto") == out / "checkpoint-4"
+    assert choose(str(out), "auto").folder == out / "checkpoint-4"
     mark.rmdir()
     mark.symlink_to("nowhere")
-    assert resume_point(str(out), "auto") == out / "checkpoint-4"
+    assert choose(str(out), "auto").folder == out / "checkpoint-4"
 
 
 DAMAGES = {
@@ -105,11 +105,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
 ) -> None:
     do, reason = DAMAGES[damage]
     do(out / "checkpoint-8/adapter_model.safetensors")
-    assert resume_point(str(out), "auto") == out / "checkpoint-4"
+    assert choose(str(out), "auto").folder == out / "checkpoint-4"
     assert "goes on from" in capsys.readouterr().err
     with pytest.raises(UserError, match=reason):
-        resume_point(str(out), str(out / "checkpoint-8"))
-    assert resume_point(str(out), str(out / "checkpoint-4")) == out / "checkpoint-4"  # the later one cannot be meant
+        choose(str(out), str(out / "checkpoint-8"))
+    assert choose(str(out), str(out / "checkpoint-4")).folder == out / "checkpoint-4"  # the later one cannot be meant
 
 
 def test_files_that_decide_nothing_may_change(out: Path) -> None:
@@ -122,7 +122,7 @@ def test_files_that_decide_nothing_may_change(out: Path) -> None:
         "events.out.tfevents.1",
     ):
         (out / "checkpoint-8" / name).write_text("changed", encoding="utf-8")
-    assert resume_point(str(out), "auto") == out / "checkpoint-8"
+    assert choose(str(out), "auto").folder == out / "checkpoint-8"
 
 
 def test_sizes_alone_are_still_read(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -130,7 +130,7 @@ def test_sizes_alone_are_still_read(out: Path, capsys: pytest.CaptureFixture[str
     sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.name != "COMPLETE"}
     (folder / "COMPLETE").write_text(json.dumps(sizes), encoding="utf-8")
     (folder / "README.md").write_text("another card, longer", encoding="utf-8")
-    assert resume_point(str(out), "auto") == folder and notes_sizes_only(folder)
+    assert choose(str(out), "auto").folder == folder and notes_sizes_only(folder)
     assert capsys.readouterr().err.count("noted sizes only") == 1
     mark_whole(folder, changed=False)
     assert fault(folder, contents=True) is None
@@ -145,28 +145,44 @@ def test_auto_stops_where_nothing_is_usable_and_restart_deletes_nothing(
     (out / "checkpoint-4/progress.json").unlink()
     before = contents_of(out)
     with pytest.raises(UserError) as stopped:
-        resume_point(str(out), "auto")
+        choose(str(out), "auto")
     assert "checkpoint-4: it was not made by qlora-rm" in str(stopped.value)
     assert "checkpoint-8: its COMPLETE file is missing" in str(stopped.value) and "--resume restart" in str(
         stopped.value
     )
-    assert resume_point(str(out), "restart") is None
+    assert choose(str(out), "restart").folder is None
     said = capsys.readouterr().err
     assert "begins at step 0" in said and "checkpoint-4" in said and "checkpoint-8" in said
     prune(str(out), 1, None, upto=2)
     assert contents_of(out) == before
 
 
+def test_a_checkpoint_with_flipped_bytes_takes_no_sound_ones_place(out: Path) -> None:
+    """Sizes alone look whole: neither is a sound one deleted for it, nor is it deleted by another step's save."""
+    (out / "checkpoint-8/adapter_model.safetensors").write_bytes(FLIPPED)
+    chosen = choose(str(out), "auto")
+    assert chosen == (out / "checkpoint-4", {out / "checkpoint-8"})
+    save(out, 9)
+    prune(str(out), 2, None, upto=9, spared=chosen.unusable)
+    assert [path.name for path in checkpoints(str(out))] == ["checkpoint-4", "checkpoint-8", "checkpoint-9"]
+    for step in (4, 9):
+        discard(out / f"checkpoint-{step}")
+    chosen = choose(str(out), "restart")
+    save(out, 12)
+    prune(str(out), 1, None, upto=12, spared=chosen.unusable)
+    assert [path.name for path in checkpoints(str(out))] == ["checkpoint-8", "checkpoint-12"]
+
+
 def test_restart_does_not_pass_over_a_usable_checkpoint(out: Path) -> None:
     with pytest.raises(UserError, match="checkpoint-8 is a usable checkpoint"):
-        resume_point(str(out), "restart")
+        choose(str(out), "restart")
 
 
 def test_a_kill_in_the_first_save_starts_anew_without_a_question(tmp_path: Path) -> None:
     begin(tmp_path / "checkpoint-4")
     (tmp_path / "checkpoint-4/optimizer.pt").touch()
     (tmp_path / "checkpoint-8").mkdir()
-    assert resume_point(str(tmp_path), "auto") is None
+    assert choose(str(tmp_path), "auto").folder is None
     require_free_names(str(tmp_path), 0, 8)
     prune(str(tmp_path), None, None, upto=2)
     assert checkpoints(str(tmp_path)) == []
@@ -189,7 +205,7 @@ def test_what_only_has_a_checkpoints_name_is_left_alone(
         name.mkdir()
         (name / "optimizer.pt").write_text("mine", encoding="utf-8")
     before, there = contents_of(out), contents_of(elsewhere)
-    assert resume_point(str(out), "auto") == out / "checkpoint-8"
+    assert choose(str(out), "auto").folder == out / "checkpoint-8"
     with pytest.raises(UserError, match=r"checkpoint-12 is .*Move it"):
         require_free_names(str(out), 8, 16)
     require_free_names(str(out), 8, 11)  # the run does not get there
@@ -203,7 +219,7 @@ def test_a_linked_checkpoint_is_read_and_never_removed(out: Path, tmp_path_facto
     elsewhere = save(tmp_path_factory.mktemp("elsewhere"), 12)
     (out / "checkpoint-12").symlink_to(elsewhere)
     there = contents_of(elsewhere)
-    assert resume_point(str(out), "auto") == out / "checkpoint-12"
+    assert choose(str(out), "auto").folder == out / "checkpoint-12"
     save(out, 16)
     prune(str(out), 1, None, upto=16)
     assert [path.name for path in checkpoints(str(out))] == ["checkpoint-12", "checkpoint-16"]
@@ -247,6 +263,6 @@ def test_a_folder_that_cannot_be_read(out: Path) -> None:
         pytest.skip("root reads everything")
     (out / "checkpoint-8").chmod(0)
     try:
-        assert resume_point(str(out), "auto") == out / "checkpoint-4"
+        assert choose(str(out), "auto").folder == out / "checkpoint-4"
     finally:
         (out / "checkpoint-8").chmod(0o755)
