@@ -1,5 +1,6 @@
 """Two runs for one output folder, readers that go away, and folders that are not for output."""
 
+import errno
 import json
 import os
 import stat
@@ -15,6 +16,8 @@ import pytest
 
 from qlora_rm.errors import UserError
 from qlora_rm.training import output_lock
+from qlora_rm.training.checkpoints import begin, mark_whole, written_whole
+from qlora_rm.training.disk import DiskNeed, checkpoint_bytes
 from qlora_rm.training.output_folder import prepare, require_apart
 from qlora_rm.training.output_lock import STALE_AFTER, Holder, OutputLock
 from qlora_rm.training.permissions import open_to_umask
@@ -226,3 +229,24 @@ def test_a_reader_that_goes_away_does_not_end_the_run(tmp_path: Path, reader: st
     assert (tmp_path / "finished").exists() and "Traceback" not in told.stdout + told.stderr
     logged = (tmp_path / "train.log").read_text(encoding="utf-8")
     assert "the log goes on here" in logged and "line 8999\n" in logged
+
+
+def test_a_full_disk_at_the_final_save_counts_the_checkpoints_there_are(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint-4"
+    begin(checkpoint)
+    (checkpoint / "optimizer.pt").write_bytes(bytes(2_000_000))
+    mark_whole(checkpoint)
+    with pytest.raises(UserError) as full, written_whole(tmp_path, tmp_path, removed=False):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert f"The last whole checkpoint is {checkpoint}." in str(full.value) and "about 2.0 MB" in str(full.value)
+
+
+def test_a_disk_that_holds_a_small_checkpoint_is_not_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1.9 MB where 6 MB are free: what a large vocabulary might take beside is a reason to warn only."""
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=6_000_000))
+    need = DiskNeed(checkpoint_bytes(158_000, "single"), 40_000_000)
+    assert need.checkpoint == 1_896_000
+    warning = need.require_room(tmp_path)
+    assert warning and "6.0 MB free" in warning
+    with pytest.raises(UserError, match=r"at least 6\.1 MB"):
+        DiskNeed(6_100_000, 40_000_000).require_room(tmp_path)
