@@ -115,11 +115,16 @@ class FiniteWatch:
             if origin and not (only_faulty and math.isfinite(loss))
         ]
         world_size = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        rows = sorted({origin for of_rank in exchange(mine, world_size) for origin in of_rank})
+        rows = sorted({origin for of_rank in exchange(mine, world_size) for origin in of_rank}, key=_by_number)
         if not rows:
             return None
         more = f" and {len(rows) - NAMED_ROWS} more" if len(rows) > NAMED_ROWS else ""
         return f"rows: {'; '.join(rows[:NAMED_ROWS])}{more}"
+
+
+def _by_number(origin: str) -> tuple[str, int]:
+    file, _, number = origin.rpartition(" ")
+    return file, int(number) if number.isdecimal() else 0
 
 
 def weights_are_finite(model: nn.Module) -> bool:
