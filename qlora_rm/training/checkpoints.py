@@ -113,12 +113,16 @@ def discard(folder: Path, *, foreign: bool = False) -> None:
     if not (is_real(folder) if foreign else is_own(folder)):
         raise UserError(in_the_way(folder))
     mark, unfinished = folder / WHOLE, folder / UNFINISHED
-    mark.replace(unfinished) if mark.is_file() else unfinished.touch()
+    if mark.is_file():
+        mark.replace(unfinished)
+    elif not is_empty(folder):
+        with suppress(OSError):  # a full disk, which this is about to help
+            unfinished.touch()
     _sync(folder)
     for path in folder.iterdir():
         if path != unfinished:
             shutil.rmtree(path) if is_real(path) else path.unlink()
-    unfinished.unlink()
+    unfinished.unlink(missing_ok=True)
     folder.rmdir()
 
 

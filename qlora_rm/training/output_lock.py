@@ -126,8 +126,14 @@ class OutputLock:
             return False
         except OSError as error:
             raise UserError(f"--output_dir {self.path.parent} is not writable: {error.strerror}.") from error
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(self.mine)) + "\n")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(self.mine)) + "\n")
+        except OSError as error:
+            self.path.unlink(missing_ok=True)
+            raise UserError(
+                f"{self.path} cannot be written: {error.strerror}. Free space there, or choose another --output_dir."
+            ) from error
         return True
 
     def _read(self) -> tuple[Holder | None, float | None]:

@@ -57,7 +57,7 @@ def require_state(checkpoint: Path) -> None:
     """
     with reading(checkpoint):
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-        step = step_of(checkpoint.resolve())
+        step = step_of(checkpoint)
         require(
             isinstance(state.global_step, int) and (step is None or state.global_step == step),
             f"{checkpoint / TRAINER_STATE_NAME} is that of step {state.global_step!r:.40}. Go on from another checkpoint.",

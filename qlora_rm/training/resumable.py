@@ -197,11 +197,11 @@ class ResumableTrainer(ReadingTrainer):
         needed = lacks_room(folder) if writes else None
         if any_process(needed is not None, self.args.device):
             raise no_room(folder, output_dir, needed, "too little room is left")
-        if writes:
-            discard(folder, foreign=self.replaces_foreign)
-            begin(folder)
-        progress = self._progress()  # which waits for all: no process writes into a folder that is being removed
         with written_whole(folder, output_dir, removed=writes):
+            if writes:
+                discard(folder, foreign=self.replaces_foreign)
+                begin(folder)
+            progress = self._progress()  # which waits for all: no process writes into a folder that is being removed
             with without_quantization_state(model), self._nothing_deleted():
                 super()._save_checkpoint(model, trial)
             if writes:

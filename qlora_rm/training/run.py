@@ -126,7 +126,7 @@ def _train_in(options: Options, lock: OutputLock) -> dict[str, float]:
     if args.resume_from_checkpoint and not restart and (steps := finished_steps(args, len(train_set))):
         say(f"{args.output_dir} is complete: {steps} steps. To train on, raise --num_train_epochs or --max_steps.")
         return {}
-    began_at = (step_of(resume.resolve()) or 0) if resume else 0
+    began_at = (step_of(resume) or 0) if resume else 0
     require_free_names(str(args.output_dir), began_at, planned_steps(args, len(train_set)), foreign=restart)
 
     manifest = _describe(options, tokenization, data, limits, every_byte)
