@@ -162,6 +162,6 @@ def test_no_file_of_a_deepspeed_checkpoint_runs_code(run: tuple[Any, Path], tmp_
     mark_whole(out / "checkpoint-2")
     resumed = launch("cpu_zero2", flags(out, 4))
     assert resumed.returncode != 0 and "asks for posix.system" in resumed.stderr, resumed.stderr[-5000:]
-    assert "Traceback" not in resumed.stderr and not proof.exists()
+    assert "] failed:" not in resumed.stderr and not proof.exists()  # the trace is the launcher's own
     assert json.loads((out / "checkpoint-2/COMPLETE").read_text(encoding="utf-8"))["files"]
     tries(len(names) + 1)
