@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from contextlib import suppress
 from typing import NoReturn
 
 from qlora_rm import __version__
@@ -42,7 +43,8 @@ def main(argv: list[str] | None = None) -> int:
             quiet_libraries()
             return options.run(options) or 0
     except UserError as error:
-        print(f"{rank_prefix()}error: {printable(error, lines=True)}", file=sys.stderr)
+        with suppress(BrokenPipeError):  # nobody reads it; the status is what is left
+            print(f"{rank_prefix()}error: {printable(error, lines=True)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

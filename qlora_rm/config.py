@@ -155,6 +155,11 @@ class BackboneConfig:
         "library's choice.",
     )
     share_prefix: SharePrefix = option("auto", SHARE_PREFIX_HELP)
+    verify_base: Literal["sample", "full"] = option(
+        "sample",
+        "How the base's weights are known again by a resumed run, `merge` and `verify`: sample reads parts of every file, "
+        "which shows another training; full hashes every byte, once per host and command, which shows any change.",
+    )
     head_init_std: float | None = option(
         None,
         "Standard deviation of a new score head; 0 starts every score at 0. Unset: 1/sqrt(hidden_size + 1), as in "

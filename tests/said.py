@@ -2,7 +2,7 @@
 
 import re
 
-PHASES = "starting|reading|tokenizing|loading|loading and quantizing|training|evaluating|golden scores|scoring|hashing|saving"
+PHASES = "starting|reading|tokenizing|loading|loading and quantizing|training|evaluating|golden scores|scoring|hashing|hashing the base|saving"
 TIME = r"(\d+ h \d+ min|\d+ min \d+ s|\d+ s)"
 KNOWN = [
     re.compile(pattern)

@@ -21,6 +21,7 @@ GROUND = [
     "options",
     "progress",
     "shipped",
+    "streams",
     "surroundings",
 ]
 FLOORS = {

@@ -18,6 +18,7 @@ from typing import Any, Self
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from qlora_rm.artifacts.base_hash import hash_of_base
 from qlora_rm.artifacts.golden import Drift, GoldenItem, make_golden
 from qlora_rm.artifacts.noise import Noise
 from qlora_rm.artifacts.seal import fingerprint, hash_files
@@ -93,12 +94,14 @@ class Base:
         config_sha256: of its config.json.
         weights_fingerprint: sha256 over its safetensors files' names, sizes, headers and samples of their data; null where
             it has none.
+        weights_sha256: over every byte of its weight files, where the run was told `--verify_base full`; else null.
     """
 
     name_or_path: str
     revision: str | None
     config_sha256: str | None
     weights_fingerprint: str | None = None
+    weights_sha256: str | None = None
 
     @classmethod
     def of(cls, name_or_path: str, revision: str | None = None) -> Self:
@@ -112,7 +115,11 @@ class Base:
             ("its config.json", self.config_sha256, now.config_sha256),
             ("its weights", self.weights_fingerprint, now.weights_fingerprint),
         )
-        return [what for what, then, today in pairs if then is not None and then != today]
+        changed = [what for what, then, today in pairs if then is not None and then != today]
+        if self.weights_sha256 is not None and not changed:
+            name, revision = name_or_path or self.name_or_path, None if name_or_path else self.revision
+            return [] if hash_of_base(name, revision) == self.weights_sha256 else ["its weights (sha256 of every byte)"]
+        return changed
 
 
 @dataclass(frozen=True)
@@ -285,6 +292,8 @@ class Manifest:
                 f"{path} has schema version {found!r}; this qlora_rm reads up to version {SCHEMA_VERSION}. Use the "
                 "qlora_rm that wrote it, or a newer one."
             )
+        if isinstance(base := content.get("base"), dict):
+            base.setdefault("weights_sha256", None)  # version 3 files from before it
         return read_as(cls, content, str(path))
 
 

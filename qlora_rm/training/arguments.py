@@ -93,8 +93,8 @@ class TrainingConfig(RewardConfig):
         default=None,
         metadata={
             "aliases": ["--resume"],
-            "help": "auto: go on from the last whole checkpoint in --output_dir, start where there is none, and do nothing "
-            "where the run is complete; or a checkpoint's folder.",
+            "help": "auto: go on from the last usable checkpoint in --output_dir, start where there is none, and do nothing "
+            "where the run is complete; restart: begin at step 0 beside checkpoints that are not usable; or a checkpoint's folder.",
         },
     )
 

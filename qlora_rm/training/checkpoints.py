@@ -1,17 +1,17 @@
-"""Checkpoints on disk: written to the end or not at all, which one to go on from, and when older ones may go.
+"""Checkpoints on disk: written to the end or not at all, and when older ones may go.
 
-A checkpoint is whole when its `COMPLETE` file is there and every file it lists has the size it lists. The file is
-written last, after everything else has reached the disk, and taken away first. Writing under another name and
-renaming would say the same; but several processes and libraries write into the folder by its final name, DeepSpeed
+A checkpoint is whole when its `COMPLETE` file is there and agrees with the other files (`wholeness.py`). Writing under another
+name and renaming would say the same; but several processes and libraries write into the folder by its final name, DeepSpeed
 keeps that name inside, and a list also tells a folder that a copy, or a removal, left half there.
+
+Only real folders that this project has written are removed: never what a link points to, nor a link, nor a file.
 """
 
 import errno
-import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -19,9 +19,7 @@ from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from qlora_rm.errors import UserError, first_line
-
-WHOLE = "COMPLETE"
-"""Name of the file written last into a checkpoint: the sizes of all others, as JSON."""
+from qlora_rm.training.wholeness import OWN, UNFINISHED, WHOLE, fault, is_empty, read_mark, write_mark
 
 
 def checkpoint_folder(output_dir: str, step: int) -> Path:
@@ -30,19 +28,38 @@ def checkpoint_folder(output_dir: str, step: int) -> Path:
 
 def step_of(folder: Path) -> int | None:
     """The step of a folder named like a checkpoint, else None."""
-    match = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", folder.name)
+    match = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(0|[1-9][0-9]*)", folder.name)
     return int(match[1]) if match else None
 
 
 def checkpoints(output_dir: str) -> list[Path]:
-    """All checkpoint folders, whole or not, earliest step first."""
+    """Everything named like a checkpoint, whole or not, files and links too, earliest step first."""
     steps = {step_of(path): path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
     return [steps[step] for step in sorted(step for step in steps if step is not None)]
 
 
+def is_real(folder: Path) -> bool:
+    """Whether this is a folder itself, not a link to one."""
+    return folder.is_dir() and not folder.is_symlink()
+
+
+def is_own(folder: Path) -> bool:
+    """Whether this project wrote the folder, or it is empty, so that it may be removed where its step is saved anew."""
+    return is_real(folder) and (
+        is_empty(folder) or any((folder / name).is_file() for name in (*OWN, WHOLE, UNFINISHED))
+    )
+
+
+def is_cut_off(folder: Path) -> bool:
+    """Whether this project was killed while it saved or removed the folder."""
+    return is_real(folder) and (
+        is_empty(folder) or ((folder / UNFINISHED).is_file() and not os.path.lexists(folder / WHOLE))
+    )
+
+
 def half_written(output_dir: str) -> list[Path]:
     """Checkpoint folders that were cut off while they were saved or removed: nothing goes on from them."""
-    return [path for path in checkpoints(output_dir) if not is_whole(path)]
+    return [path for path in checkpoints(output_dir) if is_cut_off(path)]
 
 
 def flush(folder: Path, *, below: bool = True) -> None:
@@ -51,51 +68,96 @@ def flush(folder: Path, *, below: bool = True) -> None:
         _sync(path)
 
 
-def mark_whole(folder: Path) -> None:
-    """Declare what stands in `folder`, flushed before, a whole checkpoint."""
-    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in _files(folder)}
-    beside = folder / f".{WHOLE}"
-    beside.write_text(json.dumps(sizes, indent=1), encoding="utf-8")
+def begin(folder: Path) -> None:
+    """Make the folder of a checkpoint that is about to be written, and mark it as unfinished."""
+    folder.mkdir(parents=True)
+    (folder / UNFINISHED).touch()
+    _sync(folder)
+
+
+def mark_whole(folder: Path, *, changed: bool = True) -> None:
+    """Declare what is in `folder`, flushed before, a whole checkpoint.
+
+    Arguments:
+        changed: compute every sha256; otherwise only those of files that `COMPLETE` does not list.
+    """
+    beside = write_mark(folder, None if changed else read_mark(folder))
     _sync(beside)
     beside.replace(folder / WHOLE)
+    (folder / UNFINISHED).unlink(missing_ok=True)
     _sync(folder)
     _sync(folder.parent)
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether `folder` was written to its end and has lost nothing since."""
-    return size_of(folder) is not None
+    """Whether `folder` was written to its end and every file has its size; contents are compared at a resume only."""
+    return fault(folder) is None
 
 
 def size_of(folder: Path) -> int | None:
     """Bytes of a whole checkpoint; None where it is not whole."""
-    try:
-        sizes = json.loads((folder / WHOLE).read_text(encoding="utf-8"))
-        if any((folder / name).stat().st_size != size for name, size in sizes.items()):
-            return None
-    except (OSError, ValueError):
-        return None
-    return sum(sizes.values())
+    return sum(entry.bytes for entry in read_mark(folder).values()) if is_whole(folder) else None
 
 
-def discard(folder: Path) -> None:
-    """Remove a checkpoint, its mark first: cut off in the middle, it leaves nothing that passes for whole."""
-    if not folder.exists():
-        return
-    (folder / WHOLE).unlink(missing_ok=True)
-    _sync(folder)
-    shutil.rmtree(folder)
+def discard(folder: Path, *, foreign: bool = False) -> None:
+    """Remove a checkpoint. Cut off in the middle, it leaves nothing that passes for whole, and its `INCOMPLETE` to the last.
 
+    Arguments:
+        foreign: also where another program wrote it.
 
-def prune(output_dir: str, limit: int | None, best: str | None) -> None:
-    """Keep the `limit` latest whole checkpoints and the `best`; remove the others, and what never became whole.
-
-    To be called when a new checkpoint has become whole, and not before.
+    Raises:
+        UserError: it is a file, a link, or a folder that this project did not write.
     """
-    whole = [path for path in checkpoints(output_dir) if is_whole(path)]
+    if not os.path.lexists(folder):
+        return
+    if not (is_real(folder) if foreign else is_own(folder)):
+        raise UserError(in_the_way(folder))
+    mark, unfinished = folder / WHOLE, folder / UNFINISHED
+    if mark.is_file():
+        mark.replace(unfinished)
+    elif not is_empty(folder):
+        with suppress(OSError):  # a full disk, which this is about to help
+            unfinished.touch()
+    _sync(folder)
+    for path in folder.iterdir():
+        if path != unfinished:
+            shutil.rmtree(path) if is_real(path) else path.unlink()
+    unfinished.unlink(missing_ok=True)
+    folder.rmdir()
+
+
+def in_the_way(folder: Path) -> str:
+    """The message for what is named like a checkpoint that must be written, and is none of this project."""
+    kind = "a link" if folder.is_symlink() else "a folder that qlora-rm did not write" if folder.is_dir() else "a file"
+    return (
+        f"{folder} is {kind}, and the checkpoint of that step needs its name. Move it, or choose another --output_dir."
+    )
+
+
+def require_free_names(output_dir: str, after: int, until: int, *, foreign: bool = False) -> None:
+    """Refuse what has the name of a checkpoint that a run from step `after` to `until` may save, and must not be removed.
+
+    Raises:
+        UserError: a file, a link, or (unless `foreign` ones may be replaced) a folder that this project did not write.
+    """
+    for path in checkpoints(output_dir):
+        if after < (step_of(path) or 0) <= until and not (is_real(path) if foreign else is_own(path)):
+            raise UserError(in_the_way(path))
+
+
+def prune(
+    output_dir: str, limit: int | None, best: str | None, upto: int, spared: Collection[Path] = frozenset()
+) -> None:
+    """Keep the `limit` latest whole checkpoints and the `best`; remove the other whole ones, and what was cut off.
+
+    To be called when a new checkpoint has become whole, and not before. What is damaged, later than step `upto`, `spared`, or
+    not a real folder of this project, stays and is not counted.
+    """
+    known = [path for path in checkpoints(output_dir) if (step_of(path) or 0) <= upto and path not in spared]
+    whole = [path for path in known if is_own(path) and is_whole(path)]
     kept = set(whole[-limit:] if limit and limit > 0 else whole)
     kept |= {path for path in whole if best is not None and path.name == Path(best).name}
-    for path in checkpoints(output_dir):
+    for path in [*whole, *half_written(output_dir)]:
         if path not in kept:
             discard(path)
 
@@ -105,44 +167,12 @@ def last_whole(output_dir: str) -> Path | None:
     return next((path for path in reversed(checkpoints(output_dir)) if is_whole(path)), None)
 
 
-def resume_point(output_dir: str, resume: str | None) -> Path | None:
-    """The checkpoint to go on from: `resume` is None (start anew), "auto" (the last whole one, if any) or a folder.
-
-    Raises:
-        UserError: the folder named is no whole checkpoint, later ones stand beside it, or a run is about to start anew
-            over another's checkpoints.
-    """
-    if resume is None:
-        if checkpoints(output_dir):
-            raise UserError(
-                f"{output_dir} holds checkpoints of an earlier run. Go on with it by --resume auto, or choose another "
-                "--output_dir."
-            )
-        return None
-    if resume.lower() in ("auto", "true"):
-        return last_whole(output_dir)
-    folder = Path(resume)
-    if not folder.is_dir():
-        raise UserError(f"--resume {resume}: there is no such folder.")
-    known = last_whole(output_dir)
-    if not is_whole(folder):
-        hint = f"The last whole one is {known}." if known else "There is no whole one."
-        raise UserError(
-            f"--resume {resume} was cut off while it was saved: its {WHOLE} file is not there, or lists more. {hint}"
-        )
-    if known is not None and (step_of(known) or 0) > (step_of(folder) or 0):
-        raise UserError(
-            f"--resume {resume}: {output_dir} holds a later checkpoint, {known.name}, which --resume auto would take the "
-            "next time. Remove what is later, or choose another --output_dir."
-        )
-    return folder
-
-
 @contextmanager
-def written_whole(folder: Path, *, removed: bool) -> Iterator[None]:
+def written_whole(folder: Path, output_dir: Path, *, removed: bool) -> Iterator[None]:
     """Around everything that is written into `folder`: what cannot be written ends in a message with the way out.
 
     Arguments:
+        output_dir: the folder of the run's checkpoints, `folder` itself or one above it.
         removed: take the half-written folder away again.
 
     Raises:
@@ -152,10 +182,10 @@ def written_whole(folder: Path, *, removed: bool) -> Iterator[None]:
         yield
     except Exception as error:
         why = _write_error(error)
-        told = None if why is None else no_room(folder, None, why)
+        told = None if why is None else no_room(folder, output_dir, None, why)
         if removed:
             with suppress(
-                OSError
+                OSError, UserError
             ):  # another process may still be writing there; without its mark it counts for nothing
                 discard(folder)
         if told is None:
@@ -170,14 +200,15 @@ def lacks_room(folder: Path) -> int | None:
     return needed if needed is not None and needed > shutil.disk_usage(folder.parent).free else None
 
 
-def no_room(folder: Path, needed: int | None, why: str) -> UserError:
+def no_room(folder: Path, output_dir: Path, needed: int | None, why: str) -> UserError:
     """The message for a folder that cannot be written.
 
     Arguments:
+        output_dir: the folder of the run's checkpoints.
         needed: bytes it takes; None where that is not known.
     """
-    free = shutil.disk_usage(folder.parent).free
-    known = last_whole(str(folder.parent))
+    free = shutil.disk_usage(output_dir).free
+    known = last_whole(str(output_dir))
     needed = needed or (size_of(known) if known else None)
     needs = f"; a checkpoint takes about {_megabytes(needed)}" if needed else ""
     stands = f"The last whole checkpoint is {known}." if known else "No checkpoint is whole yet."

@@ -16,7 +16,8 @@ from qlora_rm.preferences.forest import grow, pays
 class Collator:
     """Batches of B comparisons with S sequences in all; the keys are `training/objective.py`'s, and the model's inputs.
 
-    `weight` stands first: transformers and accelerate read the number of examples off a batch's first tensor.
+    `weight` stands first: transformers and accelerate read the number of examples off a batch's first tensor. `origin`, the file
+    and row of each comparison, is there where the rows have it.
 
     Attributes:
         share_prefix: lay the sequences out as a forest, each shared beginning once, instead of padding them.
@@ -30,7 +31,7 @@ class Collator:
     row_multiple: int = 1
     width: int | None = None
 
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         sequences: list[list[int]] = []
         comparison: list[int] = []
         wins, win_comparison, margin, ties, tie_comparison = [], [], [], [], []
@@ -53,6 +54,7 @@ class Collator:
             "margin": torch.tensor(margin, dtype=torch.float),
             "ties": torch.tensor(ties, dtype=torch.long).reshape(-1, 2),
             "tie_comparison": torch.tensor(tie_comparison, dtype=torch.long),
+            **({"origin": [row["origin"] for row in rows]} if "origin" in rows[0] else {}),
         }
 
     def _inputs(self, sequences: list[list[int]]) -> dict[str, Tensor]:

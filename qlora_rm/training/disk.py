@@ -22,7 +22,14 @@ FP32 = 4
 ADAMW_STATES = 2 * FP32
 """Mean and variance of the gradient, per trained weight; optimizers that keep less leave room."""
 SMALL_FILES = 32_000_000
-"""Tokenizer, manifest, states of the random generators: what does not grow with the model."""
+"""Tokenizer, manifest, states of the random generators: what does not grow with the model; of a large vocabulary."""
+STATES = {
+    "adamw_torch": ADAMW_STATES,
+    "adamw_torch_fused": ADAMW_STATES,
+    "paged_adamw": ADAMW_STATES,
+    "paged_adamw_32bit": ADAMW_STATES,
+}
+"""Bytes of an optimizer's state per trained weight, for those that surely keep so many."""
 
 
 def trained_weights(options: Options, config: PretrainedConfig) -> int:
@@ -41,14 +48,18 @@ def trained_weights(options: Options, config: PretrainedConfig) -> int:
     return sum(p.numel() for p in trained.parameters() if p.requires_grad)
 
 
-def checkpoint_bytes(trained: int, engine: str) -> int:
-    """Bytes of one checkpoint, over all ranks.
+def checkpoint_bytes(trained: int, engine: str, states: int = ADAMW_STATES, *, with_optimizer: bool = True) -> int:
+    """Bytes of what grows with the model in one checkpoint, over all ranks.
 
-    One fp32 copy of what is trained, AdamW's two states of it, and under DeepSpeed its fp32 masters; ZeRO-1 and ZeRO-2
+    One fp32 copy of what is trained, the optimizer's states of it, and under DeepSpeed its fp32 masters; ZeRO-1 and ZeRO-2
     save the trained weights once more in their engine's state.
+
+    Arguments:
+        states: bytes that the optimizer keeps per trained weight.
+        with_optimizer: not under `--save_only_model`.
     """
-    size = trained * (FP32 + ADAMW_STATES) + SMALL_FILES
-    if engine.startswith("zero"):
+    size = trained * (FP32 + states * with_optimizer)
+    if engine.startswith("zero") and with_optimizer:
         size += trained * FP32 * (1 if engine == "zero3" else 2)
     return size
 
@@ -73,8 +84,8 @@ class DiskNeed:
     """Bytes that a run will write under its output folder.
 
     Attributes:
-        checkpoint: one checkpoint.
-        most: all that lie there at once; an old checkpoint goes only when a newer one is whole.
+        checkpoint: one checkpoint takes at least so much.
+        most: all that are there at once, estimated; an old checkpoint goes only when a newer one is whole.
     """
 
     checkpoint: int
@@ -84,12 +95,14 @@ class DiskNeed:
     def of(cls, options: Options, config: PretrainedConfig, engine: str, comparisons: int) -> "DiskNeed":
         args = options.training
         trained = trained_weights(options, config)
-        one = checkpoint_bytes(trained, engine)
+        with_optimizer = not args.save_only_model
+        least = checkpoint_bytes(trained, engine, STATES.get(_word(args.optim), 0), with_optimizer=with_optimizer)
+        one = checkpoint_bytes(trained, engine, with_optimizer=with_optimizer) + SMALL_FILES
         made = checkpoints_made(args, comparisons)
         beside = 1 + (args.metric_for_best_model is not None)  # the one being saved, and the best
         kept = made if args.save_total_limit is None else min(made, args.save_total_limit + beside)
         final = trained * FP32 + SMALL_FILES
-        return cls(one if made else final, kept * one + final)
+        return cls(least if made else trained * FP32, kept * one + final)
 
     def require_room(self, folder: Path) -> str | None:
         """A warning where not all that is kept will fit.
@@ -100,16 +113,21 @@ class DiskNeed:
         free = shutil.disk_usage(folder).free
         if free + _bytes(half_written(str(folder))) < self.checkpoint:  # which go before the next is saved
             raise UserError(
-                f"--output_dir {folder} has {human_bytes(free)} free, and one checkpoint of this run takes "
-                f"{human_bytes(self.checkpoint)}. Free space there, or choose another folder."
+                f"--output_dir {folder} has {human_bytes(free)} free, and one checkpoint of this run takes at "
+                f"least {human_bytes(self.checkpoint)}. Free space there, or choose another folder."
             )
         if free + _bytes(checkpoints(str(folder))) < self.most:
             return (
                 f"warning: --output_dir {folder} has {human_bytes(free)} free, and this run will keep up to "
-                f"{human_bytes(self.most)} of checkpoints and model there, {human_bytes(self.checkpoint)} each. Free space, or "
+                f"{human_bytes(self.most)} of checkpoints and model there. Free space, or "
                 "lower --save_total_limit."
             )
         return None
+
+
+def _word(optimizer: object) -> str:
+    """The name of an optimizer, which transformers holds as an enum."""
+    return str(getattr(optimizer, "value", optimizer))
 
 
 def _bytes(folders: list[Path]) -> int:

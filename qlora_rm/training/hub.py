@@ -19,7 +19,7 @@ from qlora_rm.console import say
 from qlora_rm.errors import UserError, first_line
 from qlora_rm.training.arguments import TrainingConfig
 
-LEFT_OUT = ["checkpoint-*", "checkpoint-*/**", ".*", "training_args.bin"]
+LEFT_OUT = ["checkpoint-*", "checkpoint-*/**", ".*", "training_args.bin", "train.log"]
 """Of the output folder, what is no part of the reward model; the settings hold paths of this machine."""
 
 

@@ -133,7 +133,7 @@ LIBRARY: dict[str, Rule] = {
     ),
     "logging_first_step": obeyed("transformers: DefaultFlowCallback"),
     "log_on_each_node": obeyed("transformers: TrainingArguments.should_log"),
-    "logging_nan_inf_filter": obeyed("transformers: Trainer._run_epoch"),
+    "logging_nan_inf_filter": meaningless("a run stops at the first loss that is not finite"),
     "include_num_input_tokens_seen": obeyed("transformers: Trainer._track_num_input_tokens"),
     "log_level": obeyed("transformers: TrainingArguments.get_process_log_level"),
     "log_level_replica": obeyed("transformers: TrainingArguments.get_process_log_level"),

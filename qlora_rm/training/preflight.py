@@ -24,6 +24,7 @@ from qlora_rm.training.disk import DiskNeed
 from qlora_rm.training.engine import Engine, launched_engine, require_engine
 from qlora_rm.training.engine_settings import require_sound_settings
 from qlora_rm.training.hub import Hub
+from qlora_rm.training.ranks import exchange
 
 OWN_TO_A_RANK = {"local_rank", "logging_dir", "run_name", "hub_token"}
 """Training options that may differ between the ranks of one job, or are nothing to print."""
@@ -73,11 +74,12 @@ def preflight(options: Options, manifest: Manifest, train: Dataset, resume: Path
         except UserError as error:
             problem = str(error)
         mine = Report(args.process_index, socket.gethostname(), marker.name, problem, _facts(options, manifest, resume))
-        reports = _exchange(mine, args)
+        reports = exchange(mine, args.world_size)
         _raise_first(reports)
         _require_alike(reports)
         shared = args.save_on_each_node or _is_seen(folder / reports[0].marker)
-        _raise_first(_exchange(replace(mine, problem=None if shared else _not_shared(folder)), args))
+        everyones = exchange(replace(mine, problem=None if shared else _not_shared(folder)), args.world_size)
+        _raise_first(everyones)
     finally:
         marker.unlink(missing_ok=True)
     say(*warnings)
@@ -223,15 +225,6 @@ def _raise_first(reports: list[Report]) -> None:
         problem = str(failed[0].problem)
         everyones = all(report.problem == problem for report in reports)
         raise UserError(problem if everyones else f"{failed[0]}: {problem}")
-
-
-def _exchange(mine: Any, args: TrainingConfig) -> list[Any]:
-    """Every rank's value, in order of rank."""
-    if args.world_size == 1:
-        return [mine]
-    everyones: list[Any] = [None] * args.world_size
-    torch.distributed.all_gather_object(everyones, mine)
-    return everyones
 
 
 def _is_seen(marker: Path) -> bool:

@@ -120,6 +120,7 @@ PROJECT: dict[str, Rule] = {
     ),
     "attn_implementation": obeyed("backbone/load.py"),
     "share_prefix": obeyed("backbone/packed.py"),
+    "verify_base": obeyed("artifacts/base_hash.py"),
     "head_init_std": obeyed_if(
         _new_head,
         "--adapter brings its own head: leave it out.",

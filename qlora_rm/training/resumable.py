@@ -5,14 +5,12 @@ is saved once; what has been summed since the last log line, an evaluation that 
 survive; evaluation draws no random numbers; the command's learning rate is obeyed; SIGTERM saves first.
 """
 
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from deepspeed import DeepSpeedEngine
@@ -20,10 +18,10 @@ from peft import PeftModel
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
-from trl import RewardTrainer
 
 from qlora_rm.errors import Terminated
 from qlora_rm.training.checkpoints import (
+    begin,
     checkpoint_folder,
     discard,
     flush,
@@ -36,45 +34,25 @@ from qlora_rm.training.checkpoints import (
     written_whole,
 )
 from qlora_rm.training.engine import any_process
+from qlora_rm.training.permissions import open_to_umask
 from qlora_rm.training.quantization_state import without_quantization_state
+from qlora_rm.training.ranks import stop_together
+from qlora_rm.training.reading_trainer import ReadingTrainer, require_state
 from qlora_rm.training.sampling import StepSampler
 from qlora_rm.training.termination import Termination, outlive_sigterm
 from qlora_rm.training.universal import take_share
+from qlora_rm.training.unlogged import Progress
+from qlora_rm.training.wholeness import fault
 
 
-@dataclass
-class Progress:
-    """What stands between two log lines at a checkpoint; transformers saves what has been logged only.
-
-    Attributes:
-        losses: sum of the loss since the last log line, one for each process.
-        logged_at: the step of that line.
-        metrics: TRL's running metrics since then.
-        tokens: trained on so far.
-        evaluation_due: the evaluation that belongs to this step has not been done.
-    """
-
-    losses: list[float]
-    logged_at: int
-    metrics: dict[str, list[float]]
-    tokens: int
-    evaluation_due: bool
-
-    FILE_NAME = "progress.json"
-
-    def save(self, folder: Path) -> None:
-        (folder / self.FILE_NAME).write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, folder: Path) -> Self:
-        return cls(**json.loads((folder / cls.FILE_NAME).read_text(encoding="utf-8")))
-
-
-class ResumableTrainer(RewardTrainer):
+class ResumableTrainer(ReadingTrainer):
     """`RewardTrainer` with whole checkpoints and exact resume.
 
     Attributes:
         checkpoint_files: called with every checkpoint's folder on the main process before it counts as whole.
+        replaces_foreign: a checkpoint that another program wrote gives way to one of the same step (`--resume restart`).
+        spared: checkpoints of before that are not usable: they stay until their step is saved again, and are not counted.
+        before_save: called on the main process before anything is written or deleted; the reason it returns ends the run.
         termination: whether the run was told to end, if somebody watches for it.
         order: the training data's sampler, once there is one.
     """
@@ -82,17 +60,22 @@ class ResumableTrainer(RewardTrainer):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.checkpoint_files: Sequence[Callable[[Path], None]] = ()
+        self.replaces_foreign = False
+        self.spared: set[Path] = set()
+        self.before_save: Callable[[], str | None] = lambda: None
         self.termination = Termination()
         self.order: StepSampler | None = None
         self._resumed: Path | None = None
         self._saved_step: int | None = None
         self._epoch_ends = False
         self._evaluation_due = False
+        self._total_since = 0
         self.add_callback(_TakeUp(self))
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
         if resume_from_checkpoint is not None:
             self._resumed = Path(resume_from_checkpoint)
+            require_state(self._resumed)
             self.args.eval_on_start = False  # that was before the first step
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
@@ -111,6 +94,8 @@ class ResumableTrainer(RewardTrainer):
             mine = sum(progress.losses) / len(progress.losses)
         self._tr_loss += mine
         self._globalstep_last_logged = progress.logged_at
+        self._total_loss_scalar = progress.total_loss or 0.0
+        self._total_since = progress.logged_at if progress.total_loss is None else progress.total_since
         self._metrics["train"].update(progress.metrics)
         self._total_train_tokens = progress.tokens
         if progress.evaluation_due:
@@ -201,19 +186,22 @@ class ResumableTrainer(RewardTrainer):
         A step that is saved already is left alone: writing it again would leave no whole one for a while.
         """
         step, writes = self.state.global_step, self.args.should_save
-        folder = checkpoint_folder(str(self.args.output_dir), step)
+        output_dir = Path(str(self.args.output_dir))
+        folder = checkpoint_folder(str(output_dir), step)
         if step == self._saved_step:
             return
+        stop_together(self.before_save() if writes else None, self.args.world_size)
         if writes:
             for cut_off in half_written(str(self.args.output_dir)):  # before room is measured, which it would take
                 discard(cut_off)
         needed = lacks_room(folder) if writes else None
         if any_process(needed is not None, self.args.device):
-            raise no_room(folder, needed, "too little room is left")
-        if writes:
-            discard(folder)
-        progress = self._progress()  # which waits for all: no process writes into a folder that is being removed
-        with written_whole(folder, removed=writes):
+            raise no_room(folder, output_dir, needed, "too little room is left")
+        with written_whole(folder, output_dir, removed=writes):
+            if writes:
+                discard(folder, foreign=self.replaces_foreign)
+                begin(folder)
+            progress = self._progress()  # which waits for all: no process writes into a folder that is being removed
             with without_quantization_state(model), self._nothing_deleted():
                 super()._save_checkpoint(model, trial)
             if writes:
@@ -222,27 +210,44 @@ class ResumableTrainer(RewardTrainer):
                     add(folder)
             self.accelerator.wait_for_everyone()  # a host's other processes write here too
             if self.args.local_process_index == 0:
+                open_to_umask(folder)
                 flush(folder)
             self.accelerator.wait_for_everyone()
             if writes:
                 mark_whole(folder)
+        self.spared.discard(folder)
         self._saved_step = step
         if writes:
             self._prune()
         self.accelerator.wait_for_everyone()
 
     def _load_best_model(self) -> None:
-        """The best checkpoint's weights, whichever number of processes wrote it; they are not the last step's to be saved."""
+        """The best checkpoint's weights, whichever number of processes wrote it; they are not the last step's to be saved.
+
+        Raises:
+            UserError: it has changed since it was saved.
+        """
+        best = Path(str(self.state.best_model_checkpoint))
+        damaged = fault(best, contents=True) if self.args.process_index == 0 else None
+        stop_together(damaged and f"{best}, the best checkpoint, cannot be used: {damaged}.", self.args.world_size)
         if isinstance(self.model_wrapped, DeepSpeedEngine):
-            take_share(Path(str(self.state.best_model_checkpoint)), self.accelerator, self.model_wrapped)
+            take_share(best, self.accelerator, self.model_wrapped)
         super()._load_best_model()
         self._saved_step = self.state.global_step
 
     def _finalize_training(self, *args: Any) -> Any:
         """The end of training. transformers 5.23 would delete all checkpoints but the best here under `save_total_limit` 1,
         with the finished model still to be saved, and the last one what a longer run goes on from."""
+        self._tr_loss = self.accelerator.gather(self._tr_loss.detach().reshape(1)).mean()
         with self._nothing_deleted():
             return super()._finalize_training(*args)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """transformers 5.23 divides what is left of the sum since the last log line before the checkpoint by the steps since
+        the checkpoint; `train_loss` is the mean over all steps of the run."""
+        if "train_loss" in logs:
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step - self._total_since, 1)
+        super().log(logs, *args, **kwargs)
 
     @contextmanager
     def _nothing_deleted(self) -> Iterator[None]:
@@ -257,7 +262,8 @@ class ResumableTrainer(RewardTrainer):
             self.args.save_total_limit = limit
 
     def _prune(self) -> None:
-        prune(str(self.args.output_dir), self.args.save_total_limit, self.state.best_model_checkpoint)
+        limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
+        prune(str(self.args.output_dir), limit, best, upto=self.state.global_step, spared=self.spared)
 
     def _progress(self) -> Progress:
         losses = self.accelerator.gather(self._tr_loss.detach().reshape(1))
@@ -267,6 +273,8 @@ class ResumableTrainer(RewardTrainer):
             dict(self._metrics["train"]),
             self._total_train_tokens,
             self._evaluation_due,
+            self._total_loss_scalar,
+            self._total_since,
         )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -1,67 +1,62 @@
 """A training run from its options to a reward model on disk."""
 
-import os
 import time
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 
-import torch
 from datasets import Dataset
 from peft import PeftModel
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from qlora_rm.artifacts.golden import GoldenItem, make_golden
+from qlora_rm.artifacts.base_hash import hash_of_base
 from qlora_rm.artifacts.manifest import FILE_NAME as MANIFEST
-from qlora_rm.artifacts.manifest import Base, Manifest, Reward, Training, make_contract
-from qlora_rm.artifacts.noise import Noise, measure_noise
+from qlora_rm.artifacts.manifest import Base, Manifest, Training, make_contract
 from qlora_rm.backbone.adapter import attach_adapter, load_adapter, read_adapter_config
 from qlora_rm.backbone.in_force import disable_dropout
 from qlora_rm.backbone.inventory import inventory
 from qlora_rm.backbone.layouts import score_position
 from qlora_rm.backbone.load import load_backbone
-from qlora_rm.backbone.precision import DTYPES, NAMES, best_dtype
-from qlora_rm.backbone.scoring import score_sequences
+from qlora_rm.backbone.precision import NAMES, best_dtype
 from qlora_rm.backbone.tokenizer import load_tokenizer
 from qlora_rm.backbone.zero3 import sharded_loading
 from qlora_rm.config import BackboneConfig, require
 from qlora_rm.console import is_main_process, say, say_result
-from qlora_rm.errors import Terminated, UserError
+from qlora_rm.errors import Terminated
 from qlora_rm.preferences import PreferenceData, Tokenization, load_preferences
 from qlora_rm.progress import Phase
+from qlora_rm.streams import outliving_readers
 from qlora_rm.training.arguments import Options, TrainingConfig, parse
-from qlora_rm.training.checkpoints import flush, last_whole, resume_point, written_whole
+from qlora_rm.training.checkpoints import last_whole, require_free_names, step_of
 from qlora_rm.training.clock import fix_training_date
-from qlora_rm.training.curves import draw_curves
 from qlora_rm.training.engine import EngineCheck, quiet_deepspeed
 from qlora_rm.training.failures import ending_together, leave_process_group
+from qlora_rm.training.finish import finish
 from qlora_rm.training.hub import Hub
 from qlora_rm.training.limits import Limits, fit_max_length, require_positions
 from qlora_rm.training.live import Live
 from qlora_rm.training.objective import Objective
+from qlora_rm.training.output_folder import LOG, prepare, require_apart
+from qlora_rm.training.output_lock import OutputLock
 from qlora_rm.training.preflight import preflight
+from qlora_rm.training.ranks import exchange
+from qlora_rm.training.resume_choice import choose, is_restart
 from qlora_rm.training.sampling import comparisons_kept
 from qlora_rm.training.summary import summary
-from qlora_rm.training.terms import Terms, finished_steps, reconcile
+from qlora_rm.training.terms import Terms, finished_steps, planned_steps, reconcile
 from qlora_rm.training.trainer import PreferenceTrainer
 from qlora_rm.training.universal import take_share
-
-WEIGHTS = (SAFETENSORS_WEIGHTS_NAME, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
-"""Files one of which a saved model has: an adapter's, a whole model's, or the list of its several."""
 
 
 def main(argv: list[str]) -> None:
     """The train door: parse, train, and leave the process group in order; all ranks end when one fails."""
     hub = None
     try:
-        with ending_together():
+        with outliving_readers() as streams, ending_together():
             quiet_deepspeed()
             with Phase("starting"):  # ranks meet, and DeepSpeed compiles what it lacks
                 options = parse(argv)
+            streams.log = Path(str(options.training.output_dir)) / LOG
             hub = Hub.of(options.training)
             run(options)
     finally:
@@ -90,12 +85,20 @@ def train(options: Options) -> dict[str, float]:
 
     Returns the last evaluation's metrics (empty without held-out comparisons).
     """
-    began, args = time.monotonic(), options.training
     _require_names(options)
-    _require_writable(str(args.output_dir))
-    resume = resume_point(str(args.output_dir), args.resume_from_checkpoint)
+    require_apart(options)
+    with prepare(options) as lock:
+        return _train_in(options, lock)
+
+
+def _train_in(options: Options, lock: OutputLock) -> dict[str, float]:
+    """Train in an output folder that no other run writes to."""
+    began, args = time.monotonic(), options.training
+    resume, unusable = choose(str(args.output_dir), args.resume_from_checkpoint, args.world_size)
+    restart = is_restart(args.resume_from_checkpoint)
     limits = fit_max_length(options)
-    terms = Terms.of(options)
+    every_byte = _hash_of_base(options)
+    terms = Terms.of(options, every_byte)
     if resume is not None:
         say(*reconcile(Terms.load(resume), terms, args, resume))
     set_seed(args.seed)
@@ -120,11 +123,13 @@ def train(options: Options) -> dict[str, float]:
     train_set = _comparisons_with_signal(data.train, options, "training")
     held_out = None if data.held_out is None else _comparisons_with_signal(data.held_out, options, "held-out")
     _require_kept(args, len(train_set))
-    if args.resume_from_checkpoint and (steps := finished_steps(args, len(train_set))):
+    if args.resume_from_checkpoint and not restart and (steps := finished_steps(args, len(train_set))):
         say(f"{args.output_dir} is complete: {steps} steps. To train on, raise --num_train_epochs or --max_steps.")
         return {}
+    began_at = (step_of(resume) or 0) if resume else 0
+    require_free_names(str(args.output_dir), began_at, planned_steps(args, len(train_set)), foreign=restart)
 
-    manifest = _describe(options, tokenization, data, limits)
+    manifest = _describe(options, tokenization, data, limits, every_byte)
     preflight(options, manifest, train_set, resume)
     _require_same_contract(manifest, resume)
 
@@ -133,13 +138,14 @@ def train(options: Options) -> dict[str, float]:
     manifest = replace(manifest, contract=replace(manifest.contract, score_position=score_position(model)))
     say(*inventory(model))
     trainer = _make_trainer(options, model, tokenizer, train_set, held_out)
+    trainer.replaces_foreign, trainer.spared, trainer.before_save = restart, set(unusable), lambda: lock.lost
     trainer.checkpoint_files = [manifest.save, replace(terms, accumulation=args.gradient_accumulation_steps).save]
     with trainer.termination.watch(), Live.of(trainer):
         say(f"going on from {resume}" if resume else f"training on {len(train_set):,} comparisons")
         if resume is not None and terms.is_sharded:
             take_share(resume, trainer.accelerator)
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-        metrics = _finish(trainer, manifest, data, tokenization)
+        metrics = finish(trainer, manifest, data, tokenization)
     say_result(*summary(options, metrics, held_out, trainer.state.global_step, time.monotonic() - began))
     return metrics
 
@@ -211,16 +217,6 @@ def _trained_pad(options: Options, resume: Path | None) -> int | None:
         if folder is not None and (Path(folder) / MANIFEST).exists():
             return Manifest.load(folder).contract.pad_token_id
     return None
-
-
-def _require_writable(output_dir: str) -> None:
-    folder = Path(output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output_dir {folder} cannot be made: {error.strerror}.") from error
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"--output_dir {folder} is not writable.")
 
 
 def _require_same_data(fingerprint: str, resume: Path | None) -> None:
@@ -295,7 +291,29 @@ def _make_trainer(
     return trainer
 
 
-def _describe(options: Options, tokenization: Tokenization, data: PreferenceData, limits: Limits) -> Manifest:
+def _hash_of_base(options: Options) -> str | None:
+    """sha256 of every byte of the base under `--verify_base full`, computed by one process of each host.
+
+    Raises:
+        UserError: two hosts have different copies of the base.
+    """
+    args, backbone = options.training, options.backbone
+    if backbone.verify_base != "full":
+        return None
+    mine = None
+    if args.local_process_index == 0:
+        mine = hash_of_base(str(backbone.model_name_or_path), backbone.model_revision)
+    found = sorted({sha256 for sha256 in exchange(mine, args.world_size) if sha256 is not None})
+    require(
+        len(found) < 2, f"The hosts have different copies of the base {backbone.model_name_or_path}. Copy it again."
+    )
+    require(bool(found), f"--verify_base full: {backbone.model_name_or_path} has no weight files that can be read.")
+    return found[0]
+
+
+def _describe(
+    options: Options, tokenization: Tokenization, data: PreferenceData, limits: Limits, every_byte: str | None
+) -> Manifest:
     """The manifest as it stands before training: everything but where the score is read, steps, golden scores and reward
     statistics."""
     args, backbone = options.training, options.backbone
@@ -303,7 +321,7 @@ def _describe(options: Options, tokenization: Tokenization, data: PreferenceData
         contract=make_contract(
             tokenization.tokenizer, tokenization, rotary_length=limits.rotary_length, trained_on=data.trained_on
         ),
-        base=Base.of(str(backbone.model_name_or_path), backbone.model_revision),
+        base=replace(Base.of(str(backbone.model_name_or_path), backbone.model_revision), weights_sha256=every_byte),
         quantization=backbone.quantization,
         compute_dtype=NAMES[args.compute_dtype],
         training=Training(
@@ -313,92 +331,3 @@ def _describe(options: Options, tokenization: Tokenization, data: PreferenceData
             data_report=data.report.as_dict(),
         ),
     )
-
-
-def _finish(
-    trainer: PreferenceTrainer, manifest: Manifest, data: PreferenceData, tokenization: Tokenization
-) -> dict[str, float]:
-    """Evaluate once more, and save model, tokenizer, manifest and curves.
-
-    The manifest comes last: where it stands, everything else does. Without it the run is not complete, and resuming it
-    comes here again from its last checkpoint.
-
-    Every rank computes the golden scores: under ZeRO-3 a forward pass needs them all.
-    """
-    output = Path(str(trainer.args.output_dir))
-    metrics = trainer.evaluate() if data.held_out is not None else {}
-    with written_whole(output, removed=False):
-        if trainer.args.should_save:
-            (output / MANIFEST).unlink(missing_ok=True)  # an earlier model's, if it was trained on
-        trainer.accelerator.wait_for_everyone()
-        trainer.save_model(str(output))
-        if trainer.args.should_save:
-            _require_weights(output)
-        golden = make_golden(data.golden_candidates, tokenization, partial(_score, trainer))
-        noise = _noise(trainer, golden, DTYPES[manifest.compute_dtype])
-        trainer.accelerator.wait_for_everyone()
-        if trainer.args.should_save:
-            trainer.save_state()
-            draw_curves(trainer.state.log_history, output / "curves.png")
-            flush(output, below=False)
-            after_training(manifest, trainer.state.global_step, golden, noise, metrics, data).save(output)
-            flush(output, below=False)
-    trainer.accelerator.wait_for_everyone()
-    return metrics
-
-
-def _require_weights(output: Path) -> None:
-    """Before a manifest vouches for them: transformers 5.23 may save none, or a file without any, and end well, with a
-    warning in the log.
-
-    Raises:
-        RuntimeError: there are none.
-    """
-    for file in (output / name for name in WEIGHTS if (output / name).exists()):
-        if file.suffix == ".json":
-            return
-        with safe_open(file, framework="pt") as opened:
-            if opened.keys():
-                return
-    raise RuntimeError(
-        f"the model was saved to {output} without an error, but none of {', '.join(WEIGHTS)} is there with weights; the last "
-        f"whole checkpoint is {last_whole(str(output))}"
-    )
-
-
-def _score(trainer: PreferenceTrainer, sequences: list[list[int]]) -> torch.Tensor:
-    """Scores as training computed them: through the engine's own forward pass and autocast."""
-    with Phase("golden scores"):
-        return score_sequences(trainer.model_wrapped, sequences, pad_token_id=trainer.pad_token_id)
-
-
-def _noise(trainer: PreferenceTrainer, golden: list[GoldenItem], trained_in: torch.dtype) -> dict[str, Noise]:
-    """How far rounding moves the golden scores, by dtype; said, since it decides in which dtype the model can serve."""
-    if is_deepspeed_zero3_enabled():
-        say("noise of the golden scores: not measured on sharded weights; fixed tolerances apply")
-        return {}
-    model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-    with Phase("noise of the golden scores"):
-        noise = measure_noise(model, golden, trainer.pad_token_id, trained_in)
-    if noise:
-        spread = ", ".join(f"{one.largest:.2g} in {name}" for name, one in noise.items())
-        say(f"noise of the golden scores: at most {spread}")
-    return noise
-
-
-def after_training(
-    manifest: Manifest,
-    steps: int,
-    golden: list[GoldenItem],
-    noise: dict[str, Noise],
-    metrics: dict[str, float],
-    data: PreferenceData,
-) -> Manifest:
-    """The manifest of a finished run."""
-    assert manifest.training is not None
-    reward = None
-    if data.held_out is not None:
-        n = sum(len(responses) for responses in data.held_out["response_ids"])
-        reward = Reward(metrics["eval_mean_reward"], metrics["eval_std_reward"], n)
-    trained = replace(manifest.training, steps=steps)
-    return replace(manifest, training=trained, golden=golden, noise=noise, reward=reward)

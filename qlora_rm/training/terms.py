@@ -79,8 +79,12 @@ class Terms:
     base: dict[str, str | None]
 
     @classmethod
-    def of(cls, options: Options) -> Self:
-        """The terms of a command."""
+    def of(cls, options: Options, weights_sha256: str | None = None) -> Self:
+        """The terms of a command.
+
+        Arguments:
+            weights_sha256: of every byte of the base, under `--verify_base full`.
+        """
         args = options.training
         given = {**asdict(options.objective), **asdict(options.adapter), **vars(options.data), **vars(options.backbone)}
         given |= vars(args) | {"compute_dtype": str(args.compute_dtype)}
@@ -94,7 +98,8 @@ class Terms:
             world_size=args.world_size,
             micro_batch=args.per_device_train_batch_size,
             accumulation=args.gradient_accumulation_steps,
-            base=identity(str(options.backbone.model_name_or_path), options.backbone.model_revision),
+            base=identity(str(options.backbone.model_name_or_path), options.backbone.model_revision)
+            | ({"every byte of its weights": weights_sha256} if weights_sha256 else {}),
         )
 
     @property
@@ -115,7 +120,7 @@ class Terms:
         """The terms of the run that wrote `folder`, or a `UserError`."""
         try:
             return cls(**json.loads((folder / FILE_NAME).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise UserError(f"{folder} cannot be resumed: its {FILE_NAME} cannot be read ({error}).") from None
 
 
@@ -131,7 +136,9 @@ def reconcile(before: Terms, now: Terms, args: Any, folder: Path) -> list[str]:
     Raises:
         UserError: something changed that a resumed run cannot obey, or ignore in silence.
     """
-    differing = [name for name in before.base if before.base[name] != now.base.get(name)]
+    hashed = "every byte of its weights"  # compared where both runs were told --verify_base full
+    names = [name for name in before.base if name != hashed or hashed in now.base]
+    differing = [name for name in names if before.base[name] != now.base.get(name)]
     require(
         not differing,
         f"{folder} was trained on another base than this command's: its {' and '.join(differing)} differ. An adapter fits "
@@ -234,10 +241,13 @@ def finished_steps(args: Any, comparisons: int) -> int | None:
     if not (Path(args.output_dir) / MANIFEST).exists():
         return None
     training = Manifest.load(args.output_dir).training
+    return training.steps if training is not None and training.steps >= planned_steps(args, comparisons) else None
+
+
+def planned_steps(args: Any, comparisons: int) -> int:
+    """Optimizer steps of a command that trains on so many comparisons."""
     if args.max_steps > 0:
-        planned = int(args.max_steps)
-    else:
-        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        kept = comparisons_kept(comparisons, args.per_device_train_batch_size, args.dataloader_drop_last)
-        planned = math.ceil(args.num_train_epochs * max(math.ceil(kept / batch), 1))
-    return training.steps if training is not None and training.steps >= planned else None
+        return int(args.max_steps)
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    kept = comparisons_kept(comparisons, args.per_device_train_batch_size, args.dataloader_drop_last)
+    return math.ceil(args.num_train_epochs * max(math.ceil(kept / batch), 1))

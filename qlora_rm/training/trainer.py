@@ -15,11 +15,13 @@ from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBas
 from qlora_rm.backbone.packed import dense_width, model_inputs, row_multiple, sharing_model
 from qlora_rm.training.arguments import TrainingConfig
 from qlora_rm.training.collate import Collator
+from qlora_rm.training.engine import any_process
+from qlora_rm.training.finite import FiniteWatch, weights_are_finite
 from qlora_rm.training.objective import EVALUATION, Objective, evaluate_batch, summarize
 from qlora_rm.training.resumable import ResumableTrainer
 from qlora_rm.training.sampling import StepSampler, length_grouped_order, random_order, sequential_order
 
-COLUMNS = ["prompt_ids", "response_ids", "wins", "ties", "margins", "weight", "length", "tokens"]
+COLUMNS = ["prompt_ids", "response_ids", "wins", "ties", "margins", "weight", "length", "tokens", "origin"]
 """Of the data set: what the collator reads, and the sizes that samplers read."""
 
 
@@ -52,6 +54,9 @@ class PreferenceTrainer(ResumableTrainer):
         self.comparisons = len(train)
         self.drop_last = args.dataloader_drop_last
         self._micro_batches: list[Tensor] = []  # logged sums of the optimizer step at work
+        self.finite = FiniteWatch(str(args.output_dir), fp16=args.fp16)
+        self._last_inputs: dict[str, Tensor] | None = None
+        args.logging_nan_inf_filter = False  # it would log a loss of 0.0, where this trainer stops
         self.shares_prefix = sharing_model(model) is not None
         with keep_trainables(model):
             super().__init__(
@@ -117,7 +122,7 @@ class PreferenceTrainer(ResumableTrainer):
         return self.accelerator.gather(count.to(device)[None]).sum()
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The micro-batch's share in the mean loss of the optimizer step; in evaluation the mean over the batch.
 
@@ -127,10 +132,11 @@ class PreferenceTrainer(ResumableTrainer):
         losses = self.objective.losses(scores, inputs)
         if return_outputs:
             return losses.mean(), evaluate_batch(scores, losses, inputs)
+        self._last_inputs = inputs
         self._log_batch(scores.detach(), losses.detach(), inputs)
         return losses.sum() * self.accelerator.num_processes / num_items_in_batch
 
-    def _log_batch(self, scores: Tensor, losses: Tensor, inputs: dict[str, Tensor]) -> None:
+    def _log_batch(self, scores: Tensor, losses: Tensor, inputs: dict[str, Any]) -> None:
         """Running means under TRL's names, over all comparisons of a step; one gather a step."""
         counts = inputs["counts"]
         scored = counts[inputs["comparison"]]
@@ -138,10 +144,12 @@ class PreferenceTrainer(ResumableTrainer):
         tokens = (inputs["input_ids"] != self.pad_token_id).sum().float()
         sums = evaluate_batch(scores, losses, inputs)[counts].sum(0)
         self._micro_batches.append(torch.cat([sums, torch.stack([least.min(), most.max(), tokens])]))
+        self.finite.note(losses, inputs.get("origin", []))
         if not self.accelerator.sync_gradients:
             return
         gathered = self.accelerator.gather(torch.stack(self._micro_batches))
         self._micro_batches.clear()
+        self.finite.require_step(gathered[:, : len(EVALUATION)], self.state.global_step + 1)
         step = summarize(gathered[:, : len(EVALUATION)])
         least, most, tokens = gathered[:, len(EVALUATION) :].unbind(-1)
         self._total_train_tokens += int(tokens.sum())
@@ -163,6 +171,39 @@ class PreferenceTrainer(ResumableTrainer):
             _, sums = self.compute_loss(model, inputs, return_outputs=True)
         return None, sums, sums[:, 0]
 
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        self.finite.note_norm(norm, self.state.global_step + 1)
+        return norm
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        if self.control.should_log or self.control.should_evaluate or self.control.should_save:
+            self.finite.require_norm()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluation that ends the run where its figures are not finite."""
+        metrics = super().evaluate(*args, **kwargs)
+        self.finite.require_metrics(metrics, self.state.global_step)
+        return metrics
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save, unless the weights have stopped to give finite scores: then the checkpoints before stay as they are."""
+        if self.state.global_step != self._saved_step:
+            self.finite.require_norm()
+            self._require_finite_weights(model)
+        super()._save_checkpoint(model, trial)
+
+    def _require_finite_weights(self, model: nn.Module) -> None:
+        """Score the last micro-batch with the weights that are about to be saved. A step may make them useless although its own
+        loss was finite, and the next loss would say so only after older checkpoints were deleted."""
+        fine = weights_are_finite(model)
+        if fine and self._last_inputs is not None and self.finite.evaluated_at != self.state.global_step:
+            model.eval()
+            with torch.no_grad(), self.compute_loss_context_manager():
+                fine = bool(score_batch(model, self._last_inputs).isfinite().all())
+        self.finite.require_weights(not any_process(not fine, self.args.device), self.state.global_step)
+
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """TRL's card names neither the data nor the scoring contract; the manifest does."""
 
@@ -178,6 +219,7 @@ def with_filler(train: Dataset) -> Dataset:
         "ties": [],
         "margins": [],
         "weight": 0.0,
+        **({"origin": ""} if "origin" in row else {}),
     }
     return concatenate_datasets([train, Dataset.from_list([row | nothing], features=train.features)])
 

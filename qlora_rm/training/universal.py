@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import re
 import shutil
 from argparse import Namespace
 from pathlib import Path
@@ -11,11 +12,14 @@ from deepspeed import DeepSpeedEngine
 from deepspeed.checkpoint import ds_to_universal
 
 from qlora_rm.console import say
-from qlora_rm.training.checkpoints import flush, written_whole
+from qlora_rm.errors import UserError
+from qlora_rm.training.checkpoints import flush, is_real, mark_whole, written_whole
+from qlora_rm.training.safe_loading import reading
 from qlora_rm.training.terms import Terms
+from qlora_rm.training.wholeness import read_mark
 
 LATEST = "latest_universal"
-"""The file DeepSpeed reads the universal folder's name from; written last, so that half a conversion is none."""
+"""The file that DeepSpeed reads the universal folder's name from. A conversion counts once `COMPLETE` lists it."""
 
 
 def take_share(checkpoint: Path, accelerator: Any, engine: DeepSpeedEngine | None = None) -> None:
@@ -36,6 +40,7 @@ def take_share(checkpoint: Path, accelerator: Any, engine: DeepSpeedEngine | Non
 def _universal_if_others(checkpoint: Path, accelerator: Any) -> bool:
     """Whether other than as many processes wrote `checkpoint`; it is converted then."""
     processes, writers = accelerator.num_processes, Terms.load(checkpoint).world_size
+    tag_of(checkpoint)
     if processes == writers:
         return False
     if accelerator.is_main_process:
@@ -53,21 +58,45 @@ def convert(checkpoint: Path) -> None:
     Raises:
         UserError: it could not be written.
     """
-    if (checkpoint / LATEST).exists():
+    if LATEST in read_mark(checkpoint):
         return
-    tag = (checkpoint / "latest").read_text().strip()
+    if not is_real(checkpoint):
+        raise UserError(
+            f"{checkpoint} is a link, and another number of processes needs a converted copy of it. Copy the folder, then go on "
+            "from the copy."
+        )
+    tag = tag_of(checkpoint)
     name, beside = f"{tag}_universal", checkpoint / ".universal"
+    (checkpoint / LATEST).unlink(missing_ok=True)
     for stale in (beside, checkpoint / name):
         shutil.rmtree(stale, ignore_errors=True)
-    with written_whole(checkpoint, removed=False):
+    with written_whole(checkpoint, checkpoint.parent, removed=False), reading(checkpoint):
         beside.mkdir()
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             ds_to_universal.main(_arguments(checkpoint / tag, beside / name))
         flush(beside)
         (beside / name).replace(checkpoint / name)
         (beside / LATEST).replace(checkpoint / LATEST)
+        shutil.rmtree(beside)
         flush(checkpoint)
-    shutil.rmtree(beside)
+        mark_whole(checkpoint, changed=False)
+
+
+def tag_of(checkpoint: Path) -> str:
+    """The name of the folder inside `checkpoint` that DeepSpeed wrote, as its file `latest` gives it.
+
+    Raises:
+        UserError: it cannot be read, or names another place.
+    """
+    try:
+        tag = (checkpoint / "latest").read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{checkpoint / 'latest'} cannot be read: {error}. Go on from another checkpoint.") from error
+    if not re.fullmatch(r"global_step[0-9]+", tag) or not is_real(checkpoint / tag):
+        raise UserError(
+            f"{checkpoint / 'latest'} names {tag!r:.60}, which is no folder of DeepSpeed in this checkpoint."
+        )
+    return tag
 
 
 def _arguments(source: Path, target: Path) -> Namespace:

@@ -48,3 +48,15 @@ class Counter:
 def pytest_configure(config: pytest.Config) -> None:
     if file := os.environ.get(COUNTS):
         config.pluginmanager.register(Counter(Path(file)))
+
+
+def contents_of(folder: Path) -> dict[str, bytes | str]:
+    """Every file and link below a folder with what it holds, to compare before and after an attack."""
+    found: dict[str, bytes | str] = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_symlink():
+            found[name] = f"link to {path.readlink()}"
+        elif path.is_file():
+            found[name] = path.read_bytes()
+    return found

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from qlora_rm.training.checkpoints import checkpoints, last_whole, mark_whole, prune
+from qlora_rm.training.checkpoints import begin, checkpoints, last_whole, mark_whole, prune
 from qlora_rm.training.collate import Collator
 from qlora_rm.training.curves import draw_curves
 from qlora_rm.training.engine import engine_in_force
@@ -68,13 +68,15 @@ def test_curves_are_drawn_from_whatever_the_log_holds(tmp_path):
 
 
 def test_old_checkpoints_go_by_what_is_whole(tmp_path):
-    """A broken one counts for none that is kept; one that has lost a file is broken, whatever its mark says."""
-    for step in (2, 4, 6, 8, 10):
+    """A broken one counts for none that is kept and stays; one cut off in a save goes; a later one is none of this run."""
+    for step in (2, 4, 6, 8, 9, 10, 12):
         folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
+        begin(folder)
         (folder / "state").write_text("x" * step)
-        if step != 8:
+        if step == 8:
+            (folder / "INCOMPLETE").unlink()
+        elif step != 9:
             mark_whole(folder)
     (tmp_path / "checkpoint-6/state").write_text("cut")
-    prune(str(tmp_path), 2, str(tmp_path / "checkpoint-2"))
-    assert [path.name for path in checkpoints(str(tmp_path))] == ["checkpoint-2", "checkpoint-4", "checkpoint-10"]
+    prune(str(tmp_path), 1, str(tmp_path / "checkpoint-2"), upto=10)
+    assert [path.name for path in checkpoints(str(tmp_path))] == [f"checkpoint-{step}" for step in (2, 6, 8, 10, 12)]

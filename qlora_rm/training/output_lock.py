@@ -1,0 +1,257 @@
+"""One run at a time in an output folder: `.lock` names the process that writes there, and its age says whether it lives.
+
+Locks of the kernel do not reach across every shared file system; a file made with O_EXCL does. Its writer touches it every
+`HEARTBEAT` seconds. On one machine a process that has ended is known at once; of another machine only silence tells.
+"""
+
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Self
+
+from qlora_rm.console import WARNING, say
+from qlora_rm.errors import UserError
+
+FILE_NAME = ".lock"
+HEARTBEAT = 20.0
+"""Seconds between two signs of life."""
+STALE_AFTER = 90.0
+"""Seconds without one after which a lock of another machine is taken over."""
+LOOK_EVERY = 1.0
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The process that holds a lock.
+
+    Attributes:
+        host: name of its machine.
+        machine: what tells this start of this machine, and the process numbers seen there, from others.
+        started: when the process started, in the kernel's count; tells it from a later one of the same number.
+        job, restart: of SLURM; null outside.
+        token: of this lock.
+    """
+
+    host: str
+    machine: str
+    pid: int
+    started: str | None
+    job: str | None
+    restart: int
+    token: str
+
+    @classmethod
+    def of_this_process(cls) -> Self:
+        return cls(
+            host=socket.gethostname(),
+            machine=_machine(),
+            pid=os.getpid(),
+            started=_started(os.getpid()),
+            job=os.environ.get("SLURM_JOB_ID"),
+            restart=_number(os.environ.get("SLURM_RESTART_COUNT")),
+            token=uuid.uuid4().hex,
+        )
+
+    def __str__(self) -> str:
+        job = f", SLURM job {self.job}" if self.job else ""
+        return f"process {self.pid} on {self.host}{job}"
+
+
+class OutputLock:
+    """The lock of this process on an output folder.
+
+    Attributes:
+        lost: why the lock is no longer this process's, once another run has taken it.
+    """
+
+    def __init__(self, folder: Path):
+        self.path, self.mine = folder / FILE_NAME, Holder.of_this_process()
+        self.lost: str | None = None
+        self._stop = threading.Event()
+        self._beating: threading.Thread | None = None
+
+    def take(self) -> None:
+        """Take the lock; wait for a process of another machine until it is known to live or to have ended.
+
+        Raises:
+            UserError: another run holds it, or the folder cannot be written to.
+        """
+        deadline = time.monotonic() + STALE_AFTER + HEARTBEAT
+        told = False
+        seen: float | None = None
+        while not self._created():
+            holder, beat = self._read()
+            if beat is None:
+                continue  # gone since
+            if reason := self._has_ended(holder, beat):
+                self._remove_of(holder, reason)
+                continue
+            alive = holder is not None and self._is_neighbour(holder)
+            if alive or (seen is not None and beat != seen) or time.monotonic() > deadline:
+                raise UserError(self._refusal(holder))
+            seen = beat if seen is None else seen
+            if not told:
+                say(
+                    f"waiting up to {STALE_AFTER:.0f} s: {self.path} says that {holder or 'another process'} trains there"
+                )
+                told = True
+            time.sleep(LOOK_EVERY)
+        self._beating = threading.Thread(target=self._beat, name="lock of the output folder", daemon=True)
+        self._beating.start()
+
+    def release(self) -> None:
+        """Remove the lock, if it is still this process's."""
+        self._stop.set()
+        if self._beating is not None:
+            self._beating.join()
+        holder, _ = self._read()
+        if holder == self.mine:
+            with suppress(OSError):
+                self.path.unlink(missing_ok=True)
+
+    def _created(self) -> bool:
+        try:
+            handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        except FileExistsError:
+            if self.path.is_dir():
+                raise UserError(
+                    f"{self.path} is a folder, and a run locks its output by a file of that name. Move it."
+                ) from None
+            return False
+        except OSError as error:
+            raise UserError(f"--output_dir {self.path.parent} is not writable: {error.strerror}.") from error
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(self.mine)) + "\n")
+        except OSError as error:
+            self.path.unlink(missing_ok=True)
+            raise UserError(
+                f"{self.path} cannot be written: {error.strerror}. Free space there, or choose another --output_dir."
+            ) from error
+        return True
+
+    def _read(self) -> tuple[Holder | None, float | None]:
+        """Who holds the lock (None where the file does not say), and when it last gave a sign; None for no lock."""
+        try:
+            beat = self.path.lstat().st_mtime
+        except OSError:
+            return None, None
+        try:
+            return Holder(**json.loads(self.path.read_text(encoding="utf-8"))), beat
+        except (OSError, ValueError, TypeError):
+            return None, beat
+
+    def _has_ended(self, holder: Holder | None, beat: float) -> str | None:
+        """Why the lock may be taken over, if it may."""
+        if holder is not None:
+            if self._is_neighbour(holder):
+                return None if _started(holder.pid) == holder.started is not None else "it has ended"
+            if holder.job is not None and holder.job == self.mine.job and holder.restart < self.mine.restart:
+                return "SLURM has started its job again"
+        silent = self._now_there() - beat
+        return f"it has given no sign for {silent:.0f} s" if silent > STALE_AFTER else None
+
+    def _is_neighbour(self, holder: Holder) -> bool:
+        return (holder.host, holder.machine) == (self.mine.host, self.mine.machine)
+
+    def _now_there(self) -> float:
+        """The time by the clock of the folder's file system, which may not be this machine's."""
+        probe = self.path.with_name(f"{FILE_NAME}-{self.mine.token}")
+        try:
+            probe.touch()
+            return probe.stat().st_mtime
+        except OSError:
+            return time.time()
+        finally:
+            with suppress(OSError):
+                probe.unlink(missing_ok=True)
+
+    def _remove_of(self, holder: Holder | None, reason: str) -> None:
+        """Remove the lock of `holder`; put it back where another run took it over meanwhile."""
+        aside = self.path.with_name(f"{FILE_NAME}-{self.mine.token}")
+        try:
+            self.path.rename(aside)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise UserError(
+                f"{self.path} of {holder or 'another run'} cannot be taken over: {error.strerror}."
+            ) from error
+        found, _ = OutputLock._read_at(aside)
+        if found != holder:
+            with suppress(OSError):
+                os.link(aside, self.path)
+        else:
+            say(f"lock: taken over from {holder or 'an unknown process'}; {reason}")
+        aside.unlink(missing_ok=True)
+
+    @staticmethod
+    def _read_at(path: Path) -> tuple[Holder | None, float | None]:
+        reader = OutputLock.__new__(OutputLock)
+        reader.path = path
+        return reader._read()
+
+    def _refusal(self, holder: Holder | None) -> str:
+        if holder is None:
+            return f"{self.path} is the lock of another run, and does not say whose. Remove it if no run writes there."
+        return (
+            f"--output_dir {self.path.parent} is in use: {holder} trains there. Wait for it, end it, or choose another "
+            "--output_dir."
+        )
+
+    def _beat(self) -> None:
+        while not self._stop.wait(HEARTBEAT):
+            holder, _ = self._read()
+            if holder == self.mine:
+                with suppress(OSError):
+                    os.utime(self.path)
+            elif holder is not None:
+                self.lost = f"{self.path} was taken over by {holder}: this run gave no sign for too long. It saves nothing more."
+                say(f"{WARNING}{self.lost}")
+                return
+            elif not os.path.lexists(self.path):
+                with suppress(UserError):
+                    self._created()
+
+
+def _machine() -> str:
+    parts = []
+    for read in (
+        lambda: Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip(),
+        lambda: os.readlink("/proc/self/ns/pid"),
+    ):
+        try:
+            parts.append(read())
+        except OSError:
+            parts.append("")
+    return " ".join(parts)
+
+
+def _started(pid: int) -> str | None:
+    """When a process of this machine started, as the kernel counts; None where it has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return _signalled(pid) if not os.path.isdir("/proc/self") else None
+    return None if fields[0] in ("Z", "X") else fields[19]
+
+
+def _signalled(pid: int) -> str | None:
+    """For systems without /proc: "alive", or None."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except OSError:
+        pass
+    return "alive"
+
+
+def _number(text: str | None) -> int:
+    return int(text) if text and text.isdecimal() else 0

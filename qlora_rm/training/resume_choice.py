@@ -1,0 +1,135 @@
+"""Which checkpoint a run goes on from, and what to say of those that it cannot."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from qlora_rm.console import WARNING, is_main_process, say
+from qlora_rm.errors import UserError
+from qlora_rm.training.checkpoints import checkpoints, is_cut_off, step_of
+from qlora_rm.training.ranks import exchange
+from qlora_rm.training.wholeness import fault, notes_sizes_only
+
+RESTART = "restart"
+
+
+class Choice(NamedTuple):
+    """Where a run begins.
+
+    Attributes:
+        folder: the checkpoint it goes on from; None: it begins at step 0.
+        unusable: what was found and is not used. It counts for no checkpoint of the run, and only a save of its step replaces it.
+    """
+
+    folder: Path | None
+    unusable: frozenset[Path] = frozenset()
+
+
+def is_restart(resume: str | None) -> bool:
+    """Whether `--resume` asks for a new beginning beside checkpoints that are not usable."""
+    return resume is not None and resume.lower() == RESTART
+
+
+def choose(output_dir: str, resume: str | None, world_size: int = 1) -> Choice:
+    """The checkpoint to go on from. Says what was found and is not used.
+
+    Rank 0 compares contents with their hashes, each rank compares sizes. Collective.
+
+    Arguments:
+        resume: None (begin), "auto" (the last usable one, if any), "restart" (begin beside what is not usable), or a folder.
+
+    Raises:
+        UserError: the folder named is not usable, or a later one is; nothing is usable of what is there ("auto"); something
+            is ("restart"); or anything is there (None).
+    """
+    if resume is None:
+        if checkpoints(output_dir):
+            raise UserError(
+                f"{output_dir} holds checkpoints of an earlier run. Go on with it by --resume auto, or choose another "
+                "--output_dir."
+            )
+        return Choice(None)
+    if resume.lower() in ("auto", "true"):
+        return _auto(output_dir, world_size)
+    if is_restart(resume):
+        return _restart(output_dir, world_size)
+    return _named(Path(resume), output_dir, world_size)
+
+
+def _auto(output_dir: str, world_size: int) -> Choice:
+    usable, reasons = _last_usable(checkpoints(output_dir), world_size)
+    refused = {path: reason for path, reason in reasons.items() if not is_cut_off(path) and path.is_dir()}
+    if usable is None and refused:
+        raise UserError(
+            f"None of the checkpoints in {output_dir} can be used: {_listed(refused)}. Restore one, choose another --output_dir, "
+            f"or pass --resume {RESTART} to begin at step 0; it replaces a checkpoint only when it saves the same step again."
+        )
+    if reasons:
+        going_on = f"the run goes on from {usable}" if usable else "the run begins at step 0"
+        say(f"{WARNING}not usable: {_listed(reasons)}; {going_on}")
+    if usable is not None:
+        _note(usable)
+    return Choice(usable, frozenset(reasons))
+
+
+def _restart(output_dir: str, world_size: int) -> Choice:
+    found = checkpoints(output_dir)
+    usable, reasons = _last_usable(found, world_size)
+    if usable is not None:
+        raise UserError(
+            f"--resume {RESTART} begins at step 0, and {usable} is a usable checkpoint of an earlier run. Go on with it by "
+            "--resume auto, choose another --output_dir, or move the checkpoints."
+        )
+    if found:
+        say(
+            f"{WARNING}the run begins at step 0. Left in {output_dir}: {_listed(reasons)}. A checkpoint is replaced when the "
+            "same step is saved again."
+        )
+    return Choice(None, frozenset(found))
+
+
+def _named(folder: Path, output_dir: str, world_size: int) -> Choice:
+    if not folder.is_dir():
+        raise UserError(f"--resume {folder}: there is no such folder.")
+    known = checkpoints(output_dir)
+    if reason := _fault_on_rank_0(folder, world_size) or fault(folder):
+        last, _ = _last_usable(known, world_size)
+        hint = f"The last usable one is {last}." if last else "There is no usable one."
+        raise UserError(f"--resume {folder} cannot be used: {reason}. {hint}")
+    later, unusable = _last_usable(
+        [path for path in known if (step_of(path) or 0) > (step_of(folder) or 0)], world_size
+    )
+    if later is not None:
+        raise UserError(
+            f"--resume {folder}: {output_dir} holds a later checkpoint, {later.name}, which --resume auto would take the "
+            "next time. Remove what is later, or choose another --output_dir."
+        )
+    _note(folder)
+    return Choice(folder, frozenset(unusable))
+
+
+def _last_usable(found: list[Path], world_size: int) -> tuple[Path | None, dict[Path, str]]:
+    """The last of these folders that is whole with the contents it was saved with, and why later ones are not."""
+    reasons: dict[Path, str] = {}
+    for path in reversed(found):
+        reason = _fault_on_rank_0(path, world_size) or fault(path)
+        if reason is None:
+            return path, reasons
+        reasons[path] = reason
+    return None, reasons
+
+
+def _fault_on_rank_0(folder: Path, world_size: int) -> str | None:
+    """`fault` with contents, which rank 0 reads for all."""
+    mine = fault(folder, contents=True) if is_main_process() else None
+    return exchange(mine, world_size)[0]
+
+
+def _listed(reasons: dict[Path, str]) -> str:
+    return "; ".join(
+        f"{path.name}: {reason}" for path, reason in sorted(reasons.items(), key=lambda item: step_of(item[0]) or 0)
+    )
+
+
+def _note(usable: Path) -> None:
+    if notes_sizes_only(usable):
+        say(f"{usable} was saved by an earlier version, which noted sizes only: its contents are not compared")
