@@ -299,6 +299,11 @@ class ScoringConfig:
     )
     share_prefix: SharePrefix = option("auto", SHARE_PREFIX_HELP)
     trust_remote_code: bool = option(False, "Run the model code that a hub repository brings with it.")
+    skip_checks: bool = option(
+        False,
+        "Score without comparing the folder's files and configuration with the hashes in its manifest. Use it for a model "
+        "that you changed on purpose.",
+    )
 
     def __post_init__(self) -> None:
         require(self.tokens_per_batch > 0, f"--tokens_per_batch {self.tokens_per_batch} must be above 0.")

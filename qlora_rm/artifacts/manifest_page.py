@@ -6,12 +6,12 @@ python -m qlora_rm.artifacts.manifest_page > docs/manifest.md
 import dataclasses
 import inspect
 import re
-from typing import Any, get_type_hints
+import types
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from qlora_rm.artifacts.golden import ROUNDED, SAME, GoldenItem
 from qlora_rm.artifacts.manifest import (
     FILE_NAME,
-    SCHEMA_VERSION,
     Base,
     Contract,
     Manifest,
@@ -20,6 +20,7 @@ from qlora_rm.artifacts.manifest import (
     Step,
     Training,
 )
+from qlora_rm.artifacts.manifest_versions import SCHEMA_VERSION
 from qlora_rm.artifacts.noise import FP32_WIDEST, LARGEST, TYPICAL, Noise
 
 OBJECTS = (Manifest, Contract, Base, Training, Reward, GoldenItem, Noise, Merge, Step)
@@ -80,12 +81,17 @@ def _described(cls: Any) -> tuple[str, dict[str, str]]:
 
 
 def _type_name(hint: Any) -> str:
-    """As JSON's readers would say it: `str | null`, `list of GoldenItem`."""
-    text = re.sub(
-        r"qlora_rm\.[\w.]*\.", "", str(hint) if not isinstance(hint, type) or "[" in str(hint) else hint.__name__
-    )
-    text = text.replace("None", "null").replace("typing.Any", "any").replace(" | ", " or ")
-    return re.sub(r"list\[(.+)\]", r"list of \1", re.sub(r"dict\[(\w+), (\w+)\]", r"object of \2", text))
+    """As JSON's readers would say it: `str or null`, `list of GoldenItem`, `"none" or "4bit"`."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return " or ".join(f'"{word}"' for word in inner)
+    if origin in (types.UnionType, Union):
+        return " or ".join(map(_type_name, inner))
+    if origin is list:
+        return f"list of {_type_name(inner[0])}"
+    if origin is dict:
+        return f"object of {_type_name(inner[1])}"
+    return {Any: "any", type(None): "null"}.get(hint) or hint.__name__
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from qlora_rm.backbone.in_force import disable_dropout
 from qlora_rm.backbone.inventory import inventory
 from qlora_rm.backbone.layouts import score_position
 from qlora_rm.backbone.load import load_backbone
-from qlora_rm.backbone.precision import DTYPES, NAMES, best_dtype
+from qlora_rm.backbone.precision import DTYPES, NAMES, DtypeName, best_dtype
 from qlora_rm.backbone.scoring import score_sequences
 from qlora_rm.backbone.tokenizer import load_tokenizer
 from qlora_rm.backbone.zero3 import sharded_loading
@@ -372,7 +372,7 @@ def _score(trainer: PreferenceTrainer, sequences: list[list[int]]) -> torch.Tens
         return score_sequences(trainer.model_wrapped, sequences, pad_token_id=trainer.pad_token_id)
 
 
-def _noise(trainer: PreferenceTrainer, golden: list[GoldenItem], trained_in: torch.dtype) -> dict[str, Noise]:
+def _noise(trainer: PreferenceTrainer, golden: list[GoldenItem], trained_in: torch.dtype) -> dict[DtypeName, Noise]:
     """How far rounding moves the golden scores, by dtype; said, since it decides in which dtype the model can serve."""
     if is_deepspeed_zero3_enabled():
         say("noise of the golden scores: not measured on sharded weights; fixed tolerances apply")
@@ -390,7 +390,7 @@ def after_training(
     manifest: Manifest,
     steps: int,
     golden: list[GoldenItem],
-    noise: dict[str, Noise],
+    noise: dict[DtypeName, Noise],
     metrics: dict[str, float],
     data: PreferenceData,
 ) -> Manifest:
