@@ -154,6 +154,11 @@ class AdapterConfig:
 
     use_lora: bool = option(True, "Train a LoRA adapter; --no_use_lora fine-tunes the whole (unquantized) backbone.")
     adapter: str | None = option(None, "Go on training this adapter directory (its own shape and base are used).")
+    skip_checks: bool = option(
+        False,
+        "Train an --adapter on without comparing its files and configuration with the hashes in its manifest. Use it for an "
+        "adapter that you changed on purpose.",
+    )
     lora_r: int = option(16, "Rank of the adapter.")
     lora_alpha: int = option(32, "Scale of the adapter: the update is alpha/r (alpha/sqrt(r) with rsLoRA) times B A.")
     lora_dropout: float = option(0.0, "Dropout on the adapter's input.")

@@ -36,6 +36,7 @@ from qlora_rm.backbone.tokenizer import load_tokenizer
 from qlora_rm.config import BackboneConfig, Quantization, SharePrefix, require
 from qlora_rm.console import say
 from qlora_rm.errors import UserError, first_line
+from qlora_rm.preferences.bounded_templates import bound_templates
 from qlora_rm.preferences.clock import fix_date, now
 from qlora_rm.preferences.comparison import Candidates
 from qlora_rm.preferences.faults import RowFault
@@ -234,6 +235,7 @@ def read_tokenizer(folder: str, trust_remote_code: bool = False) -> PreTrainedTo
     """The tokenizer saved with a model, as it is: its pad token is part of the contract."""
     if not any((Path(folder) / name).exists() for name in ("tokenizer_config.json", "tokenizer.json")):
         raise UserError(f"{folder} has no tokenizer: copy the tokenizer files of the training run's output into it.")
+    bound_templates()
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers raises bare Exception for a broken file

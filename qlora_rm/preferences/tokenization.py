@@ -10,6 +10,7 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING, Literal
 
 from qlora_rm.errors import UserError
+from qlora_rm.preferences.bounded_templates import bound_templates
 from qlora_rm.preferences.comparison import Candidates, Content, Pair, Tokens
 from qlora_rm.preferences.contents import kind_of
 from qlora_rm.preferences.faults import RowFault
@@ -62,6 +63,7 @@ class Tokenization:
             )
         if max_length is not None and max_length < 1:
             raise UserError(f"--max_length {max_length} must be at least 1.")
+        bound_templates()
         self.tokenizer, self.max_length, self.over_long = tokenizer, max_length, over_long
         self.vocabulary, self.positions = vocabulary, positions
         self._begins = {tokenizer.bos_token_id, tokenizer.cls_token_id} - {None}
