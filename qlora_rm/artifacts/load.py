@@ -28,7 +28,7 @@ from qlora_rm.backbone.load import (
     skeleton,
 )
 from qlora_rm.backbone.paths import is_local
-from qlora_rm.backbone.plausible import require_held
+from qlora_rm.backbone.plausible import require_held, require_plausible_config
 from qlora_rm.backbone.positions import inner_model, usable_positions
 from qlora_rm.backbone.precision import DTYPES, NAMES, Precision
 from qlora_rm.backbone.scoring import TOKENS_PER_BATCH, Layout, score_sequences
@@ -236,6 +236,7 @@ def read_tokenizer(folder: str, trust_remote_code: bool = False) -> PreTrainedTo
     if not any((Path(folder) / name).exists() for name in ("tokenizer_config.json", "tokenizer.json")):
         raise UserError(f"{folder} has no tokenizer: copy the tokenizer files of the training run's output into it.")
     bound_templates()
+    require_plausible_config(folder)  # which transformers reads to choose the tokenizer's class
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers raises bare Exception for a broken file

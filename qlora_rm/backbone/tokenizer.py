@@ -4,6 +4,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qlora_rm.backbone.pad_token import choose_pad_token
 from qlora_rm.backbone.paths import require_folder
+from qlora_rm.backbone.plausible import require_plausible_config
 from qlora_rm.errors import UserError, first_line
 from qlora_rm.preferences.bounded_templates import bound_templates
 from qlora_rm.shipped import here_or_shipped
@@ -29,6 +30,7 @@ def load_tokenizer(
     """
     require_folder(name)
     bound_templates()
+    require_plausible_config(name, revision)  # which transformers reads to choose the tokenizer's class
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers raises bare Exception for a broken file
