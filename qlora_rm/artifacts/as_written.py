@@ -75,12 +75,12 @@ def config_changes(folder: str, manifest: Manifest) -> list[str]:
     path = Path(folder) / "adapter_config.json"
     if path.exists():
         return list(_adapter_changes(_object(path), manifest))
-    return list(_model_changes(_object(Path(folder) / "config.json"), manifest))
+    return list(_model_changes(_object(Path(folder) / "config.json", strict=False), manifest))
 
 
-def _object(path: Path) -> dict[str, Any]:
+def _object(path: Path, strict: bool = True) -> dict[str, Any]:
     try:
-        found = read_json(path, RESTORE)
+        found = read_json(path, RESTORE, strict=strict)
     except FileNotFoundError:
         raise UserError(f"{path} is gone. {RESTORE}") from None
     if not isinstance(found, dict):

@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from qlora_rm.artifacts.allowed import allowed_between_layouts, allowed_drift
 from qlora_rm.artifacts.as_written import NO_HASHES, config_changes, file_changes
 from qlora_rm.artifacts.golden import GoldenItem, Tolerance, drift, scores_of
-from qlora_rm.artifacts.load import tokenization_of
 from qlora_rm.artifacts.manifest import SCORE_POSITION, Manifest, has_trained_template
+from qlora_rm.artifacts.own_tokenizer import tokenization_of
 from qlora_rm.backbone.json_files import read_json
 from qlora_rm.backbone.layouts import SCORE_POSITIONS, layouts_of, score_position
 from qlora_rm.backbone.load import embedding_rows
@@ -152,7 +152,7 @@ def check_leftovers(folder: str, manifest: Manifest) -> Iterator[Check]:
     quantized on purpose."""
     if any(step.name == "requantize" for step in manifest.history):
         return
-    config = read_json(Path(folder) / "config.json", f"{RESTORE.capitalize()}.")
+    config = read_json(Path(folder) / "config.json", f"{RESTORE.capitalize()}.", strict=False)
     found = ["quantization_config in config.json"] if "quantization_config" in config else []
     for path in sorted(Path(folder).glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:

@@ -4,45 +4,40 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from qlora_rm.artifacts.allowed import allowed_drift
-from qlora_rm.artifacts.arithmetic import compute_dtype, compute_in_fp32, lacks_16_bit_units, to_accelerator
+from qlora_rm.artifacts.arithmetic import compute_dtype, compute_in_fp32, to_accelerator
 from qlora_rm.artifacts.as_written import require_as_written
 from qlora_rm.artifacts.golden import drift, scores_of
-from qlora_rm.artifacts.manifest import FILE_NAME, Manifest, has_trained_template, hash_of_config
+from qlora_rm.artifacts.manifest import FILE_NAME, Manifest, hash_of_config
+from qlora_rm.artifacts.own_tokenizer import read_tokenizer, require_trained_template, tokenization_of
 from qlora_rm.artifacts.trained_text import trained_text
-from qlora_rm.artifacts.training_date import fix_to_training
 from qlora_rm.backbone.adapter import load_adapter
 from qlora_rm.backbone.in_force import compute_quantized_layers_in
 from qlora_rm.backbone.load import (
     Backbone,
     embedding_rows,
     load_backbone,
-    quiet_transformers,
     read_model_config,
-    skeleton,
 )
 from qlora_rm.backbone.paths import is_local
-from qlora_rm.backbone.plausible import require_held, require_plausible_config
 from qlora_rm.backbone.positions import inner_model, usable_positions
 from qlora_rm.backbone.precision import DTYPES, NAMES, Precision
 from qlora_rm.backbone.scoring import TOKENS_PER_BATCH, Layout, score_sequences
 from qlora_rm.backbone.tokenizer import load_tokenizer
 from qlora_rm.config import BackboneConfig, Quantization, SharePrefix, require
 from qlora_rm.console import say
-from qlora_rm.errors import UserError, first_line
-from qlora_rm.preferences.bounded_templates import bound_templates
+from qlora_rm.errors import UserError
 from qlora_rm.preferences.clock import fix_date, now
 from qlora_rm.preferences.comparison import Candidates
 from qlora_rm.preferences.faults import RowFault
 from qlora_rm.preferences.text_as import TrainedText
 from qlora_rm.preferences.tokenization import Tokenization
-from qlora_rm.progress import Phase
 
 Kind = Literal["adapter", "model"]
 
@@ -125,7 +120,7 @@ class RewardModel:
         else:
             tokenization = tokenization_of(manifest, tokenizer)
             if compare:
-                _require_trained_template(folder, manifest, tokenizer)
+                require_trained_template(folder, manifest, tokenizer)
         if kind == "adapter":
             assert manifest is not None
             model = _load_adapter(folder, manifest, tokenizer, base, quantization, share_prefix, trust_remote_code)
@@ -229,68 +224,6 @@ def artefact_kind(folder: str) -> Kind:
     hint = f" Did you mean {path / inside[-1]}?" if inside else ""
     what = "is empty" if not any(path.iterdir()) else "holds neither adapter_config.json nor config.json"
     raise UserError(f"{folder} is no reward model: it {what}.{hint}")
-
-
-def read_tokenizer(folder: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer saved with a model, as it is: its pad token is part of the contract."""
-    if not any((Path(folder) / name).exists() for name in ("tokenizer_config.json", "tokenizer.json")):
-        raise UserError(f"{folder} has no tokenizer: copy the tokenizer files of the training run's output into it.")
-    bound_templates()
-    require_plausible_config(folder)  # which transformers reads to choose the tokenizer's class
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # tokenizers raises bare Exception for a broken file
-        raise UserError(f"The tokenizer in {folder} could not be loaded: {first_line(error)}") from error
-    tokenizer.padding_side = "right"
-    fix_to_training(tokenizer, folder)
-    return tokenizer
-
-
-def _require_trained_template(folder: str, manifest: Manifest, tokenizer: PreTrainedTokenizerBase) -> None:
-    """A template that was not trained with is never rendered."""
-    if not has_trained_template(tokenizer, manifest.contract):
-        raise UserError(
-            f"The chat template in {folder} is not the one the model was trained with. Restore the tokenizer files of the "
-            "training run's output. To score with it all the same, pass --skip_checks."
-        )
-
-
-def tokenization_of(manifest: Manifest, tokenizer: PreTrainedTokenizerBase) -> Tokenization:
-    """The tokenization that the manifest's contract asks for."""
-    contract = manifest.contract
-    if tokenizer.pad_token_id != contract.pad_token_id:
-        raise UserError(
-            f"The tokenizer pads with id {tokenizer.pad_token_id}, the model was trained with {contract.pad_token_id}: "
-            "scores would be read at other tokens. Restore the tokenizer files of the training run's output."
-        )
-    return Tokenization(tokenizer, contract.max_length, contract.over_long)
-
-
-def load_stock(folder: str, trust_remote_code: bool = False) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The model as any reader loads it, by transformers' Auto class alone, and its loading report.
-
-    It is loaded in the dtype it is stored in, or widened to fp32 on a CPU without 16-bit units.
-    """
-    dtype = torch.float32 if lacks_16_bit_units() else "auto"
-    config = read_model_config(folder, trust_remote_code=trust_remote_code)
-    try:
-        require_held(folder, None, skeleton(config, trust_remote_code))
-        with Phase("loading"), quiet_transformers():
-            model, info = AutoModelForSequenceClassification.from_pretrained(
-                folder,
-                dtype=dtype,
-                output_loading_info=True,
-                trust_remote_code=trust_remote_code,
-                use_safetensors=True,  # this project writes no others, which are loaded by running code
-            )
-    except UserError:
-        raise
-    except Exception as error:  # safetensors raises its own error type for a truncated file
-        raise UserError(f"The model in {folder} could not be loaded: {first_line(error)}") from error
-    if dtype is torch.float32:
-        compute_in_fp32(model)
-    to_accelerator(model).eval()
-    return model, info
 
 
 def _load_adapter(

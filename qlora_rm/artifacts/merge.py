@@ -10,12 +10,13 @@ from qlora_rm.artifacts.as_written import require_as_written
 from qlora_rm.artifacts.checks import check_golden_ids, check_tokenizer
 from qlora_rm.artifacts.folders import new_folder
 from qlora_rm.artifacts.golden import GoldenItem, drift, make_golden, scores_of
-from qlora_rm.artifacts.load import RewardModel, artefact_kind, read_tokenizer
+from qlora_rm.artifacts.load import RewardModel, artefact_kind
 from qlora_rm.artifacts.manifest import Manifest, Merge, Step
 from qlora_rm.artifacts.merging.in_memory import merge_in_memory
 from qlora_rm.artifacts.merging.plan import NotStreamable
 from qlora_rm.artifacts.merging.stream import Source, Stream
 from qlora_rm.artifacts.noise import tolerance
+from qlora_rm.artifacts.own_tokenizer import read_tokenizer
 from qlora_rm.artifacts.read_back import fits, read_adapter, read_back
 from qlora_rm.backbone.load import read_model_config
 from qlora_rm.backbone.precision import DTYPES

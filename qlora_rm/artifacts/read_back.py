@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from qlora_rm.artifacts.arithmetic import lacks_16_bit_units
 from qlora_rm.artifacts.golden import GoldenItem, scores_of
-from qlora_rm.artifacts.load import load_stock
+from qlora_rm.artifacts.stock import load_stock
 from qlora_rm.backbone.adapter import load_adapter
 from qlora_rm.backbone.checkpoint import Checkpoint
 from qlora_rm.backbone.head import compute_in_own_precision, head_modules

@@ -21,10 +21,12 @@ from qlora_rm.artifacts.checks import (
     check_weights,
 )
 from qlora_rm.artifacts.exporting.files import HEAD_BIAS
-from qlora_rm.artifacts.load import BaseIsMissing, RewardModel, artefact_kind, load_stock, read_tokenizer
+from qlora_rm.artifacts.load import BaseIsMissing, RewardModel, artefact_kind
 from qlora_rm.artifacts.manifest import Manifest
 from qlora_rm.artifacts.manifest_versions import NoManifest
+from qlora_rm.artifacts.own_tokenizer import read_tokenizer
 from qlora_rm.artifacts.signature import check_signature, public_key
+from qlora_rm.artifacts.stock import load_stock
 from qlora_rm.backbone.checkpoint import Checkpoint
 from qlora_rm.backbone.head import head_modules, is_in_head
 from qlora_rm.backbone.precision import NAMES

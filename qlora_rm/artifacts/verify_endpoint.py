@@ -9,8 +9,8 @@ from qlora_rm.artifacts.allowed import allowed_between_layouts, allowed_drift
 from qlora_rm.artifacts.checks import Check, check_golden_ids, check_tokenizer
 from qlora_rm.artifacts.endpoint import Endpoint, NoAnswer, Protocol, Question, connect
 from qlora_rm.artifacts.golden import GoldenItem, Tolerance, drift
-from qlora_rm.artifacts.load import read_tokenizer, tokenization_of
 from qlora_rm.artifacts.manifest import Manifest, Reward
+from qlora_rm.artifacts.own_tokenizer import read_tokenizer, tokenization_of
 from qlora_rm.artifacts.proof import is_of_kind
 from qlora_rm.artifacts.trained_text import trained_text
 from qlora_rm.backbone.precision import DTYPES

@@ -19,11 +19,13 @@ LARGEST_WHOLE = 1 << 63
 """Whole numbers stay below it in size."""
 
 
-def read_json(path: Path, remedy: str) -> Any:
+def read_json(path: Path, remedy: str, *, strict: bool = True) -> Any:
     """The content of a JSON file, without NaN, infinite numbers, repeated keys and deep nesting.
 
     Arguments:
         remedy: the sentence that ends each error message.
+        strict: False for a model's configuration, which others write: those of Mamba 2 and its relatives hold Infinity. Then
+            only its size and depth are bounded, and its whole numbers.
 
     Raises:
         UserError: the file cannot be read, or is no such JSON.
@@ -32,7 +34,7 @@ def read_json(path: Path, remedy: str) -> Any:
     try:
         if path.stat().st_size > LARGEST:
             raise UserError(f"{path} has more than {LARGEST >> 20} MiB, which no such file needs. {remedy}")
-        return parse_json(path.read_text(encoding="utf-8"), str(path), remedy)
+        return parse_json(path.read_text(encoding="utf-8"), str(path), remedy, strict=strict)
     except FileNotFoundError:
         raise
     except (OSError, UnicodeDecodeError) as error:
@@ -40,7 +42,7 @@ def read_json(path: Path, remedy: str) -> Any:
         raise UserError(f"{path} cannot be read: {reason}. {remedy}") from None
 
 
-def parse_json(text: str, where: str, remedy: str) -> Any:
+def parse_json(text: str, where: str, remedy: str, *, strict: bool = True) -> Any:
     """The content of JSON text, under the same rules as `read_json`.
 
     Arguments:
@@ -53,14 +55,15 @@ def parse_json(text: str, where: str, remedy: str) -> Any:
     def refuse(what: str) -> NoReturn:
         raise UserError(f"{where} cannot be read: {what}. {remedy}")
 
+    hooks: dict[str, Any] = {"parse_int": lambda digits: _whole(digits, refuse)}
+    if strict:
+        hooks |= {
+            "parse_constant": lambda word: refuse(f"it holds {word}, which is no JSON number"),
+            "parse_float": lambda digits: _finite(digits, refuse),
+            "object_pairs_hook": lambda pairs: _once(pairs, refuse),
+        }
     try:
-        found = json.loads(
-            text,
-            parse_constant=lambda word: refuse(f"it holds {word}, which is no JSON number"),
-            parse_float=lambda digits: _finite(digits, refuse),
-            parse_int=lambda digits: _whole(digits, refuse),
-            object_pairs_hook=lambda pairs: _once(pairs, refuse),
-        )
+        found = json.loads(text, **hooks)
     except RecursionError:
         refuse("it is nested too deeply")
     except ValueError as error:

@@ -53,7 +53,7 @@ def require_plausible_config(name: str, revision: str | None = None) -> None:
     path = _config_file(name, revision)
     if path is None:
         return
-    content = read_json(path, REMEDY)
+    content = read_json(path, REMEDY, strict=False)
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold an object, not {content!r:.60}. {REMEDY}")
     for key, value in _entries(content):
@@ -88,7 +88,7 @@ def require_held(name: str, revision: str | None, bones: PreTrainedModel) -> Non
 def is_quantized(name: str, revision: str | None) -> bool:
     """Whether a model's config.json says that its files are quantized."""
     path = _config_file(name, revision)
-    return path is not None and bool(read_json(path, REMEDY).get("quantization_config"))
+    return path is not None and bool(read_json(path, REMEDY, strict=False).get("quantization_config"))
 
 
 def as_user_error(name: str, error: Exception) -> UserError:

@@ -13,11 +13,11 @@ from functools import cache, lru_cache, wraps
 from typing import Any
 
 from jinja2 import TemplateError, nodes
-from jinja2.compiler import CodeGenerator
 from jinja2.environment import Template
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
 from jinja2.utils import Namespace
 
+from qlora_rm.preferences.template_code import LITERAL, LOOP, Generator, watched
 from qlora_rm.preferences.template_sizes import FILTERS, METHODS, NUMBER, TooLarge, formatted, weight
 
 SECONDS = 5.0
@@ -122,40 +122,6 @@ class _Ticked:
         return len(self.inner)  # type: ignore[arg-type]  # a TypeError where it has none, as without this class
 
 
-class _Generator(CodeGenerator):
-    """Compiles `~` and slices, which pass by jinja's sandbox, to calls of the environment; and `+`, which is frequent, to a call
-    that is quicker than the sandbox's."""
-
-    def visit_Add(self, node: nodes.BinExpr, frame: Any) -> None:
-        parts: list[Any] = [node.right, node.left]
-        while isinstance(parts[-1], nodes.Add):  # a + b + c in one call
-            first = parts.pop()
-            parts += [first.right, first.left]
-        self.write("environment.added((")
-        for part in reversed(parts):
-            self.visit(part, frame)
-            self.write(", ")
-        self.write("))")
-
-    def visit_Concat(self, node: nodes.Concat, frame: Any) -> None:
-        self.write("environment.joined((")
-        for part in node.nodes:
-            self.visit(part, frame)
-            self.write(", ")
-        self.write("))")
-
-    def visit_Getitem(self, node: nodes.Getitem, frame: Any) -> None:
-        if not isinstance(node.arg, nodes.Slice):
-            super().visit_Getitem(node, frame)
-            return
-        self.write("environment.sliced(")
-        self.visit(node.node, frame)
-        for part in (node.arg.start, node.arg.stop, node.arg.step):
-            self.write(", ")
-            self.visit(part, frame) if part is not None else self.write("None")
-        self.write(")")
-
-
 class _Formatter(SandboxedFormatter):
     def format_field(self, value: Any, format_spec: str) -> Any:
         formatted(format_spec, (value,), LARGEST)
@@ -183,7 +149,7 @@ class _Template(Template):
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    code_generator_class = _Generator
+    code_generator_class = Generator
     template_class = _Template
     intercepted_binops = frozenset({"+", "*", "%", "**"})  # so that none is computed while a template is compiled
 
@@ -255,22 +221,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         return wraps(value)(bounded)
 
     def _generate(self, source: nodes.Template, *args: Any, **kwargs: Any) -> str:
-        for loop in list(source.find_all(nodes.For)):
-            loop.iter = nodes.Filter(loop.iter, "_ticked", [], [], None, None, lineno=loop.lineno)
-        return super()._generate(_Literals().visit(source), *args, **kwargs)
-
-
-class _Literals:
-    """Puts `_small` around every list, tuple and object that an expression makes."""
-
-    def visit(self, node: Any) -> Any:
-        for name, value in node.iter_fields():
-            if isinstance(value, list):
-                value[:] = [self.visit(item) if isinstance(item, nodes.Node) else item for item in value]
-            elif isinstance(value, nodes.Node):
-                setattr(node, name, self.visit(value))
-        makes = isinstance(node, (nodes.List, nodes.Dict)) or (isinstance(node, nodes.Tuple) and node.ctx == "load")
-        return nodes.Filter(node, "_small", [], [], None, None, lineno=node.lineno) if makes else node
+        return super()._generate(watched(source), *args, **kwargs)
 
 
 def _require_modest(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -328,7 +279,7 @@ def compiled(template: str) -> Template:
     environment.globals.update(theirs.globals)
     environment.globals.pop("lipsum", None)  # writes as much as it is asked for, and no conversation
     environment.filters.update({name: _bounded_filter(name, function) for name, function in theirs.filters.items()})
-    environment.filters |= {"_ticked": _Ticked, "_small": _small}
+    environment.filters |= {LOOP: _Ticked, LITERAL: _small}
     return environment.from_string(template)
 
 

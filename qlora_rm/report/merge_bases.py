@@ -13,9 +13,10 @@ from torch import Tensor
 
 from qlora_rm.artifacts.as_written import require_as_written
 from qlora_rm.artifacts.folders import new_folder
-from qlora_rm.artifacts.load import RewardModel, read_tokenizer, tokenization_of
+from qlora_rm.artifacts.load import RewardModel
 from qlora_rm.artifacts.manifest import Manifest
 from qlora_rm.artifacts.merge import MergeBase, MergeDtype, merge
+from qlora_rm.artifacts.own_tokenizer import read_tokenizer, tokenization_of
 from qlora_rm.artifacts.trained_text import trained_text
 from qlora_rm.config import DataConfig
 from qlora_rm.console import say, table

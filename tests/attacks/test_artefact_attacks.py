@@ -447,6 +447,16 @@ def test_without_the_library_a_signature_is_refused_with_a_message(
         assert "qlora_rm[sign]" in capsys.readouterr().err
 
 
+def test_a_configuration_of_others_may_hold_infinity(tmp_path: Path) -> None:
+    """As those of Mamba 2 do: {"time_step_limit": [0.0, Infinity]}."""
+    from qlora_rm.backbone.load import read_model_config
+
+    base = copy_of(llama_adapter().parent / "base", tmp_path / "base")
+    text = (base / "config.json").read_text(encoding="utf-8")
+    (base / "config.json").write_text(text.replace("{", '{"time_step_limit": [0.0, Infinity],', 1), encoding="utf-8")
+    assert read_model_config(str(base)).time_step_limit == [0.0, math.inf]
+
+
 # 6. templates and configurations that take all time or memory
 
 BOMBS = {

@@ -13,8 +13,9 @@ from qlora_rm.artifacts.exporting.choice import reader_named, require_readable
 from qlora_rm.artifacts.exporting.reader import Reader
 from qlora_rm.artifacts.exporting.write import V4, VALUE, stored_dtype, write_adapter, write_whole
 from qlora_rm.artifacts.folders import new_folder
-from qlora_rm.artifacts.load import artefact_kind, read_tokenizer
+from qlora_rm.artifacts.load import artefact_kind
 from qlora_rm.artifacts.manifest import FILE_NAME, Manifest, Step
+from qlora_rm.artifacts.own_tokenizer import read_tokenizer
 from qlora_rm.artifacts.verify import load_whole, verify
 from qlora_rm.config import ExportConfig, require
 from qlora_rm.errors import UserError
