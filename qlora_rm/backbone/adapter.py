@@ -125,7 +125,7 @@ def read_adapter_config(folder: str) -> dict:
         raise UserError(f"{folder} holds no adapter: there is no adapter_config.json.") from None
     if not isinstance(found, dict):
         raise UserError(f"{path} must hold an object, not {found!r:.60}.")
-    if found.get("peft_type") != "LORA":
+    if found.get("peft_type", "LORA") != "LORA":
         raise UserError(f"{path} describes an adapter of type {found.get('peft_type')!r:.60}; this project reads LORA.")
     return found
 
