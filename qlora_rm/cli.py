@@ -9,7 +9,7 @@ from typing import NoReturn
 from qlora_rm import __version__
 from qlora_rm.config import OutputConfig
 from qlora_rm.console import printable, rank_prefix, speaking
-from qlora_rm.doors.artefacts import add_export, add_merge, add_verify
+from qlora_rm.doors.artefacts import add_export, add_merge, add_sign, add_verify
 from qlora_rm.doors.scoring import add_eval, add_score, add_serve
 from qlora_rm.doors.training import add_bench, add_demo, add_plan, add_recipes, add_train
 from qlora_rm.errors import Terminated, UserError
@@ -29,19 +29,15 @@ class Parser(argparse.ArgumentParser):
 def main(argv: list[str] | None = None) -> int:
     """Run one command.
 
-    Returns: 0, or 1 where a check of `verify` failed, 2 for a mistake of the user's, 130 after Ctrl-C, 143 after SIGTERM.
+    Returns: 0, or 1 where a check of `verify` failed, 2 for a mistake of the user's, a check that could not be made or an
+    output that cannot be written, 130 after Ctrl-C, 143 after SIGTERM.
     """
     prepare_streams()
     argv = sys.argv[1:] if argv is None else argv
     try:
-        require_readable(argv)
-        if argv[:1] == ["train"] and not {"-h", "--help"} & set(argv):
-            return _train(argv[1:])
-        options = _parser().parse_args(argv)
-        with speaking(quiet=options.quiet, verbose=options.verbose):
-            prepare_caches()
-            quiet_libraries()
-            return options.run(options) or 0
+        status = _run(argv)
+        _flush()
+        return status
     except UserError as error:
         with suppress(BrokenPipeError):  # nobody reads it; the status is what is left
             print(f"{rank_prefix()}error: {printable(error, lines=True)}", file=sys.stderr)
@@ -50,9 +46,49 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except Terminated:
         return 143
-    except BrokenPipeError:  # whoever reads our output has seen enough; Python flushes once more on its way out
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # whoever reads our output has seen enough
+        _print_no_more()
         return 1
+    except OSError as error:
+        if not _output_fails():
+            raise
+        _print_no_more()
+        print(f"{rank_prefix()}error: standard output cannot be written: {error.strerror}.", file=sys.stderr)
+        return 2
+
+
+def _run(argv: list[str]) -> int:
+    require_readable(argv)
+    if argv[:1] == ["train"] and not {"-h", "--help"} & set(argv):
+        return _train(argv[1:])
+    try:
+        options = _parser().parse_args(argv)
+    except SystemExit:  # after the help
+        _flush()
+        raise
+    with speaking(quiet=options.quiet, verbose=options.verbose):
+        prepare_caches()
+        quiet_libraries()
+        return options.run(options) or 0
+
+
+def _flush() -> None:
+    """Write what was printed, as long as an error can still be told; Python would flush at its end, behind every handler."""
+    if sys.stdout is not None:
+        sys.stdout.flush()
+
+
+def _output_fails() -> bool:
+    try:
+        _flush()
+    except OSError:
+        return True
+    return False
+
+
+def _print_no_more() -> None:
+    """Python flushes standard output once more at its end; what is left then goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _train(argv: list[str]) -> int:
@@ -79,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
         ("merge", "Make one stock model of an adapter and its base, and prove its scores.", add_merge),
         ("export", "Make a folder as a reader of reward models wants it, and prove how it scores there.", add_export),
         ("verify", "Prove that a model still gives the scores it was trained to give.", add_verify),
+        ("sign", "Sign the manifest of a model folder, so that others can see who wrote it.", add_sign),
         ("serve", "Score over HTTP, requests that come together in one batch.", add_serve),
         ("recipes", "Print where the recipes and launch configurations are, or copy them into a folder.", add_recipes),
         ("bench", "Measure what computing shared prompts once gains, beside TRL's trainer.", add_bench),

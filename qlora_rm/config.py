@@ -177,6 +177,11 @@ class AdapterConfig:
 
     use_lora: bool = option(True, "Train a LoRA adapter; --no_use_lora fine-tunes the whole (unquantized) backbone.")
     adapter: str | None = option(None, "Go on training this adapter directory (its own shape and base are used).")
+    skip_checks: bool = option(
+        False,
+        "Train an --adapter on without comparing its files and configuration with the hashes in its manifest. Use it for an "
+        "adapter that you changed on purpose.",
+    )
     lora_r: int = option(16, "Rank of the adapter.")
     lora_alpha: int = option(32, "Scale of the adapter: the update is alpha/r (alpha/sqrt(r) with rsLoRA) times B A.")
     lora_dropout: float = option(0.0, "Dropout on the adapter's input.")
@@ -322,6 +327,11 @@ class ScoringConfig:
     )
     share_prefix: SharePrefix = option("auto", SHARE_PREFIX_HELP)
     trust_remote_code: bool = option(False, "Run the model code that a hub repository brings with it.")
+    skip_checks: bool = option(
+        False,
+        "Score without comparing the folder's files and configuration with the hashes in its manifest. Use it for a model "
+        "that you changed on purpose.",
+    )
 
     def __post_init__(self) -> None:
         require(self.tokens_per_batch > 0, f"--tokens_per_batch {self.tokens_per_batch} must be above 0.")

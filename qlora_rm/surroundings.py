@@ -64,16 +64,17 @@ def _caches() -> dict[str, Path]:
         "HF_DATASETS_CACHE": _hub_home() / "datasets",
         "HF_MODULES_CACHE": _hub_home() / "modules",
         "MPLCONFIGDIR": config / "matplotlib",
-        "TORCH_EXTENSIONS_DIR": _cache_home() / "torch_extensions",
+        "TORCH_EXTENSIONS_DIR": cache_home() / "torch_extensions",
         "TRITON_CACHE_DIR": _in_home(".triton") / "cache",
     }
 
 
 def _hub_home() -> Path:
-    return Path(os.environ.get("HF_HOME") or _cache_home() / "huggingface")
+    return Path(os.environ.get("HF_HOME") or cache_home() / "huggingface")
 
 
-def _cache_home() -> Path:
+def cache_home() -> Path:
+    """The user's folder for caches, which may not exist or not be writable."""
     return Path(os.environ.get("XDG_CACHE_HOME") or _in_home(".cache"))
 
 

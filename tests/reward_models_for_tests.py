@@ -12,8 +12,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from qlora_rm.artifacts.golden import make_golden
-from qlora_rm.artifacts.manifest import Base, Manifest, Reward, Training, make_contract
+from qlora_rm.artifacts.manifest import FILE_NAME, Base, Manifest, Reward, Training, make_contract
+from qlora_rm.artifacts.manifest_versions import SINCE, content_hash
 from qlora_rm.artifacts.noise import measure_noise
+from qlora_rm.artifacts.seal import hash_files
 from qlora_rm.backbone.adapter import attach_adapter
 from qlora_rm.backbone.load import load_backbone
 from qlora_rm.backbone.precision import DTYPES
@@ -120,5 +122,25 @@ def copy_of(folder: Path, target: Path) -> Path:
 
 
 def edit_json(path: Path, **changes: object) -> None:
-    content = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps(content | changes), encoding="utf-8")
+    """Change keys of a JSON file; of a manifest also its own hash, as whoever edits one on purpose would."""
+    content = json.loads(path.read_text(encoding="utf-8")) | changes
+    if "content_sha256" in content:
+        content["content_sha256"] = content_hash(content)
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def seal_again(folder: Path) -> None:
+    """Update the hashes in the manifest to what now is in the folder, as a careful forger would."""
+    edit_json(folder / FILE_NAME, files=hash_files(folder))
+
+
+def as_version_1(folder: Path) -> None:
+    """Turn a manifest into what the first version would have written: no hashes, no noise, no history."""
+    path = folder / FILE_NAME
+    content = json.loads(path.read_text(encoding="utf-8")) | {"schema_version": 1}
+    for added in SINCE.values():
+        for name, keys in added.items():
+            holder = content if not name else content[name] or {}
+            for key in keys:
+                holder.pop(key, None)
+    path.write_text(json.dumps(content), encoding="utf-8")

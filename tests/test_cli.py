@@ -13,7 +13,7 @@ import pytest
 from qlora_rm.artifacts.manifest import Manifest
 from qlora_rm.artifacts.merge import merge
 from qlora_rm.cli import main
-from tests.reward_models_for_tests import copy_of, edit_json, llama_adapter
+from tests.reward_models_for_tests import copy_of, edit_json, llama_adapter, seal_again
 
 COMMANDS = ("train", "plan", "eval", "score", "merge", "export", "verify", "serve", "recipes", "demo")
 ROWS = [
@@ -202,7 +202,9 @@ class TestMergeAndVerify:
         folder = copy_of(llama_adapter(), tmp_path / "adapter")
         base = Manifest.load(folder).base
         edit_json(folder / "rm_manifest.json", base={**vars(base), "name_or_path": str(tmp_path / "gone")})
-        assert main(["verify", str(folder)]) == 1
+        edit_json(folder / "adapter_config.json", base_model_name_or_path=str(tmp_path / "gone"))
+        seal_again(folder)
+        assert main(["verify", str(folder)]) == 2
         assert "--base" in capsys.readouterr().out
         assert main(["verify", str(folder), "--base", base.name_or_path]) == 0
 

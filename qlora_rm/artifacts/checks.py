@@ -1,6 +1,5 @@
 """What must hold for a reward model on disk to be the one that was trained, check by check."""
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations
@@ -13,11 +12,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from qlora_rm.artifacts.allowed import allowed_between_layouts, allowed_drift
+from qlora_rm.artifacts.as_written import NO_HASHES, config_changes, file_changes
 from qlora_rm.artifacts.golden import GoldenItem, Tolerance, drift, scores_of
-from qlora_rm.artifacts.load import tokenization_of
 from qlora_rm.artifacts.manifest import SCORE_POSITION, Manifest, has_trained_template
-from qlora_rm.artifacts.proof import allowed_between_layouts, allowed_drift
-from qlora_rm.artifacts.seal import changed_files
+from qlora_rm.artifacts.own_tokenizer import tokenization_of
+from qlora_rm.backbone.json_files import read_json
 from qlora_rm.backbone.layouts import SCORE_POSITIONS, layouts_of, score_position
 from qlora_rm.backbone.load import embedding_rows
 from qlora_rm.backbone.precision import DTYPES
@@ -30,11 +30,16 @@ RESTORE = "restore it from the training run's output"
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that must hold, whether it does, and what was seen or what to do."""
+    """One thing that must hold, whether it does, and what was seen or what to do.
+
+    Attributes:
+        checked: False where nothing could be found out, so that the check shows nothing about the model; `ok` is False then.
+    """
 
     name: str
     ok: bool
     detail: str = ""
+    checked: bool = True
 
 
 @dataclass(frozen=True)
@@ -83,12 +88,16 @@ def check_tokenizer(manifest: Manifest, tokenizer: PreTrainedTokenizerBase) -> I
 
 
 def check_golden_ids(manifest: Manifest, tokenizer: PreTrainedTokenizerBase) -> Iterator[Check]:
-    """The golden texts still become the golden token ids."""
+    """The golden texts still become the golden token ids. A chat template that has changed is not rendered: it is a program."""
     items, pad = manifest.golden, manifest.contract.pad_token_id
     unfinished = "none: a checkpoint of an unfinished run has none; finish the run and verify its output"
     yield Check("golden items are there", bool(items), str(len(items)) if items else unfinished)
     padded = sum(pad in ids for item in items for ids in item.token_ids)
     yield Check("no pad token in golden ids", padded == 0, f"{padded} sequences hold it" if padded else "")
+    name = "golden texts give the golden token ids"
+    if not has_trained_template(tokenizer, manifest.contract):
+        yield Check(name, False, f"not tried: tokenizer or template have changed; {RESTORE}")
+        return
     results = tokenization_of(manifest, tokenizer).tokenize_each([item.candidates() for item in items])
     wrong = [
         place
@@ -97,7 +106,7 @@ def check_golden_ids(manifest: Manifest, tokenizer: PreTrainedTokenizerBase) -> 
     ]
     seen = f"{len(items) - len(wrong)} of {len(items)} items"
     changed = f"{seen}, item {wrong[0]} does not: tokenizer or template have changed; {RESTORE}" if wrong else seen
-    yield Check("golden texts give the golden token ids", not wrong, changed)
+    yield Check(name, not wrong, changed)
 
 
 def check_weights(subject: Subject) -> Iterator[Check]:
@@ -143,7 +152,7 @@ def check_leftovers(folder: str, manifest: Manifest) -> Iterator[Check]:
     quantized on purpose."""
     if any(step.name == "requantize" for step in manifest.history):
         return
-    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    config = read_json(Path(folder) / "config.json", f"{RESTORE.capitalize()}.", strict=False)
     found = ["quantization_config in config.json"] if "quantization_config" in config else []
     for path in sorted(Path(folder).glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
@@ -154,13 +163,20 @@ def check_leftovers(folder: str, manifest: Manifest) -> Iterator[Check]:
 
 
 def check_files(folder: str, manifest: Manifest) -> Iterator[Check]:
-    """Weights and tokenizer are, bit for bit, those beside which the manifest was written."""
-    if not manifest.files:
-        yield Check("files are those that were written", True, "not tried: an earlier version wrote no hashes of them")
+    """Everything that a reader loads is, bit for bit, what was there when the manifest was written."""
+    name = "files are those that were written"
+    if manifest.schema_version <= NO_HASHES:
+        yield Check(name, True, "not tried: schema version 1 holds no hashes of them")
         return
-    changes = changed_files(folder, manifest.files)
+    changes = file_changes(folder, manifest)
     kept = f"{len(manifest.files)} files"
-    yield Check("files are those that were written", not changes, _listed(changes, RESTORE) if changes else kept)
+    yield Check(name, not changes, _listed(changes, RESTORE) if changes else kept)
+
+
+def check_configuration(folder: str, manifest: Manifest) -> Iterator[Check]:
+    """What readers take from config.json or adapter_config.json is what the manifest says."""
+    changes = config_changes(folder, manifest)
+    yield Check("configuration is the manifest's", not changes, _listed(changes, RESTORE))
 
 
 def check_base(manifest: Manifest, base: str | None, *, scores_hold: bool) -> Iterator[Check]:
@@ -203,7 +219,7 @@ def _check_swap(subject: Subject, items: list[GoldenItem], pad: int) -> Check:
     ahead, behind = (scores_of(order, lambda ids: subject.score(ids, pad)) for order in (items, backwards))
     margins = [a - b for scores in ahead for a, b in combinations(scores, 2)]
     swapped = [b - a for scores in behind for a, b in combinations(scores[::-1], 2)]
-    clear = [(margin, other) for margin, other in zip(margins, swapped, strict=True) if abs(margin) > 1e-3]
+    clear = [(margin, other) for margin, other in zip(margins, swapped, strict=True) if not abs(margin) <= 1e-3]
     reversed_ = sum(margin * other < 0 for margin, other in clear)
     name = "preferences reverse when responses are swapped"
     return Check(name, reversed_ == len(clear), f"{reversed_} of {len(clear)} pairs")

@@ -4,19 +4,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from qlora_rm.artifacts.arithmetic import compute_dtype, compute_in_fp32, lacks_16_bit_units, to_accelerator
+from qlora_rm.artifacts.allowed import allowed_drift
+from qlora_rm.artifacts.arithmetic import compute_dtype, compute_in_fp32, to_accelerator
+from qlora_rm.artifacts.as_written import require_as_written
+from qlora_rm.artifacts.golden import drift, scores_of
 from qlora_rm.artifacts.manifest import FILE_NAME, Manifest, hash_of_config
+from qlora_rm.artifacts.own_tokenizer import read_tokenizer, require_trained_template, tokenization_of
 from qlora_rm.artifacts.trained_text import trained_text
-from qlora_rm.artifacts.training_date import fix_to_training
 from qlora_rm.backbone.adapter import load_adapter
 from qlora_rm.backbone.in_force import compute_quantized_layers_in
-from qlora_rm.backbone.load import Backbone, embedding_rows, load_backbone, quiet_transformers, read_model_config
+from qlora_rm.backbone.load import (
+    Backbone,
+    embedding_rows,
+    load_backbone,
+    read_model_config,
+)
 from qlora_rm.backbone.paths import is_local
 from qlora_rm.backbone.positions import inner_model, usable_positions
 from qlora_rm.backbone.precision import DTYPES, NAMES, Precision
@@ -24,15 +32,18 @@ from qlora_rm.backbone.scoring import TOKENS_PER_BATCH, Layout, score_sequences
 from qlora_rm.backbone.tokenizer import load_tokenizer
 from qlora_rm.config import BackboneConfig, Quantization, SharePrefix, require
 from qlora_rm.console import say
-from qlora_rm.errors import UserError, first_line
+from qlora_rm.errors import UserError
 from qlora_rm.preferences.clock import fix_date, now
 from qlora_rm.preferences.comparison import Candidates
 from qlora_rm.preferences.faults import RowFault
 from qlora_rm.preferences.text_as import TrainedText
 from qlora_rm.preferences.tokenization import Tokenization
-from qlora_rm.progress import Phase
 
 Kind = Literal["adapter", "model"]
+
+
+class BaseIsMissing(UserError):
+    """The adapter's base cannot be found or read, so that nothing can be scored."""
 
 
 @dataclass
@@ -69,20 +80,32 @@ class RewardModel:
         tokens_per_batch: int = TOKENS_PER_BATCH,
         share_prefix: SharePrefix = "auto",
         trust_remote_code: bool = False,
+        skip_checks: bool = False,
+        compare: bool = True,
     ) -> Self:
         """Load an adapter folder, a merged or fully fine-tuned folder, or a reward model from the hub.
+
+        A folder with a manifest is compared with it first (`as_written`). An adapter on a base that has changed must give
+        its golden scores.
 
         Arguments:
             base: another place of the adapter's base than the manifest names.
             quantization: of the base or model; unset: as trained.
             precision: of the arithmetic; "auto" as trained, but fp32 on a CPU without 16-bit units.
+            skip_checks: compare nothing, and say so.
+            compare: False for a caller that compares by itself.
 
         Raises:
-            UserError: there is no reward model, or a part of it is missing.
+            UserError: there is no reward model, a part of it is missing, or it is not as its manifest says.
         """
         kind = artefact_kind(folder)
         known = kind == "adapter" or (Path(folder) / FILE_NAME).exists()
         manifest = Manifest.load(folder) if known else None
+        compare = compare and not skip_checks
+        if skip_checks:
+            say(f"warning: {folder} is not compared with its manifest (--skip_checks): other files give other scores")
+        elif manifest is not None and compare:
+            require_as_written(folder, manifest, "To score it all the same, pass --skip_checks.")
         tokenizer = (
             read_tokenizer(folder, trust_remote_code)
             if known
@@ -96,6 +119,8 @@ class RewardModel:
             tokenization = Tokenization(tokenizer)
         else:
             tokenization = tokenization_of(manifest, tokenizer)
+            if compare:
+                require_trained_template(folder, manifest, tokenizer)
         if kind == "adapter":
             assert manifest is not None
             model = _load_adapter(folder, manifest, tokenizer, base, quantization, share_prefix, trust_remote_code)
@@ -108,7 +133,29 @@ class RewardModel:
             compute_quantized_layers_in(model, compute)
         model.requires_grad_(False)
         autocast = None if compute is torch.float32 else compute
-        return cls(to_accelerator(model).eval(), tokenization, manifest, autocast, tokens_per_batch)
+        loaded = cls(to_accelerator(model).eval(), tokenization, manifest, autocast, tokens_per_batch)
+        if kind == "adapter" and compare:
+            loaded._require_trained_base(folder, base)
+        return loaded
+
+    def _require_trained_base(self, folder: str, base: str | None) -> None:
+        """Where the adapter's base has changed, the golden scores decide whether it may be used."""
+        manifest = self.manifest
+        assert manifest is not None
+        changes = " and ".join(manifest.base.changes(base))
+        if not changes:
+            return
+        where = f"{changes} of the base of {folder} changed since training"
+        if not manifest.golden:
+            say(f"warning: {where}, and without golden scores nothing shows whether its scores do")
+            return
+        items, allowed = manifest.expected(), allowed_drift(manifest, self.computes_in)
+        moved = drift(items, scores_of(items, self.score_token_ids), allowed)
+        if not moved.ok:
+            raise UserError(
+                f"{where}, and the golden scores with it ({moved}; allowed {allowed}). Pass --base with the base it was "
+                "trained on. To score all the same, pass --skip_checks."
+            )
 
     @cached_property
     def text(self) -> TrainedText:
@@ -179,49 +226,6 @@ def artefact_kind(folder: str) -> Kind:
     raise UserError(f"{folder} is no reward model: it {what}.{hint}")
 
 
-def read_tokenizer(folder: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer saved with a model, as it is: its pad token is part of the contract."""
-    if not any((Path(folder) / name).exists() for name in ("tokenizer_config.json", "tokenizer.json")):
-        raise UserError(f"{folder} has no tokenizer: copy the tokenizer files of the training run's output into it.")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # tokenizers raises bare Exception for a broken file
-        raise UserError(f"The tokenizer in {folder} could not be loaded: {first_line(error)}") from error
-    tokenizer.padding_side = "right"
-    fix_to_training(tokenizer, folder)
-    return tokenizer
-
-
-def tokenization_of(manifest: Manifest, tokenizer: PreTrainedTokenizerBase) -> Tokenization:
-    """The tokenization that the manifest's contract asks for."""
-    contract = manifest.contract
-    if tokenizer.pad_token_id != contract.pad_token_id:
-        raise UserError(
-            f"The tokenizer pads with id {tokenizer.pad_token_id}, the model was trained with {contract.pad_token_id}: "
-            "scores would be read at other tokens. Restore the tokenizer files of the training run's output."
-        )
-    return Tokenization(tokenizer, contract.max_length, contract.over_long)  # type: ignore[arg-type]
-
-
-def load_stock(folder: str, trust_remote_code: bool = False) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The model as any reader loads it, by transformers' Auto class alone, and its loading report.
-
-    It is loaded in the dtype it is stored in, or widened to fp32 on a CPU without 16-bit units.
-    """
-    dtype = torch.float32 if lacks_16_bit_units() else "auto"
-    try:
-        with Phase("loading"), quiet_transformers():
-            model, info = AutoModelForSequenceClassification.from_pretrained(
-                folder, dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code
-            )
-    except Exception as error:  # safetensors raises its own error type for a truncated file
-        raise UserError(f"The model in {folder} could not be loaded: {first_line(error)}") from error
-    if dtype is torch.float32:
-        compute_in_fp32(model)
-    to_accelerator(model).eval()
-    return model, info
-
-
 def _load_adapter(
     folder: str,
     manifest: Manifest,
@@ -237,7 +241,7 @@ def _load_adapter(
     try:
         read_model_config(name, revision, trust_remote_code)
     except UserError as error:
-        raise UserError(
+        raise BaseIsMissing(
             f"The base of the adapter {folder} is not there: {error} Pass --base FOLDER_OR_HUB_ID."
         ) from error
     if hash_of_config(name, revision) != manifest.base.config_sha256:
@@ -245,7 +249,7 @@ def _load_adapter(
     config = BackboneConfig(
         model_name_or_path=name,
         model_revision=revision,
-        quantization=quantization or manifest.quantization,  # type: ignore[arg-type]
+        quantization=quantization or manifest.quantization,
         max_unquantized=1,
         share_prefix=share_prefix,
     )

@@ -13,27 +13,30 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from qlora_rm.artifacts.base_hash import hash_of_base
 from qlora_rm.artifacts.golden import Drift, GoldenItem, make_golden
+from qlora_rm.artifacts.manifest_bounds import require_sane
+from qlora_rm.artifacts.manifest_versions import SCHEMA_VERSION, content_hash, content_of, require_own_hash
 from qlora_rm.artifacts.noise import Noise
 from qlora_rm.artifacts.seal import fingerprint, hash_files
 from qlora_rm.artifacts.typed_json import read_as
-from qlora_rm.backbone.layouts import LAST
+from qlora_rm.backbone.layouts import LAST, ScorePosition
 from qlora_rm.backbone.paths import is_local
+from qlora_rm.backbone.precision import DtypeName
+from qlora_rm.config import Quantization
 from qlora_rm.errors import UserError
 from qlora_rm.preferences.clock import fixed_date, original
-from qlora_rm.preferences.text_as import text_as_of
-from qlora_rm.preferences.tokenization import EOS_RULE, Tokenization
+from qlora_rm.preferences.text_as import Kind, text_as_of
+from qlora_rm.preferences.tokenization import EOS_RULE, OverLong, Tokenization
 
 __all__ = ["Base", "Contract", "Manifest", "Merge", "Reward", "Step", "Training", "make_contract", "make_golden"]
 
 FILE_NAME = "rm_manifest.json"
-SCHEMA_VERSION = 3
 SCORE_POSITION = LAST
 """Of files of versions 1 and 2, whatever the model."""
 LIBRARIES = (
@@ -76,12 +79,12 @@ class Contract:
     pad_token_id: int
     eos_rule: str
     max_length: int | None
-    over_long: str
+    over_long: OverLong
     rotary_length: int | None = None
-    score_position: str = SCORE_POSITION
+    score_position: ScorePosition = SCORE_POSITION
     date: str | None = None
-    trained_on: list[str] | None = None
-    text_as: str | None = None
+    trained_on: list[Kind] | None = None
+    text_as: Literal["turns", "text"] | None = None
 
 
 @dataclass(frozen=True)
@@ -166,10 +169,13 @@ class Merge:
     """
 
     method: str
-    dtype: str
-    compared_in: str
+    dtype: Literal["bf16", "fp32"]
+    compared_in: DtypeName
     drift: float
-    base: str = "dequantized"
+    base: Literal["dequantized", "original"] = "dequantized"
+
+
+StepName = Literal["merge", "requantize", "export"]
 
 
 @dataclass(frozen=True)
@@ -177,7 +183,7 @@ class Step:
     """What was done to the model after training, and what became of its golden scores.
 
     Attributes:
-        name: "merge", "requantize", "export", ...
+        name: "merge", "requantize" or "export".
         settings: by name.
         drift: largest distance of a golden score, computed with what was written, from the one it had before; null for a
             step that leaves every weight as it is.
@@ -188,17 +194,17 @@ class Step:
         versions: of the libraries that did it.
     """
 
-    name: str
+    name: StepName
     settings: dict[str, Any]
     drift: float | None
     flips: int
     pairs: int
-    scores: list[Any] | None = None
+    scores: list[list[float]] | None = None
     versions: dict[str, str] = field(default_factory=lambda: library_versions())
 
     @classmethod
     def of(
-        cls, name: str, settings: dict[str, Any], moved: Drift | None, scores: list[list[float]] | None = None
+        cls, name: StepName, settings: dict[str, Any], moved: Drift | None, scores: list[list[float]] | None = None
     ) -> Self:
         if moved is None:
             return cls(name, settings, None, 0, 0, scores)
@@ -221,24 +227,28 @@ class Manifest:
             dtype that was not measured is absent.
         merge: null for adapters and fully fine-tuned models.
         history: what was done since training, in order.
-        files: sha256 of the folder's weights and tokenizer files by name, as they were when this file was written.
+        files: sha256 by name of the folder's files that a reader loads (weights, configurations, tokenizer, template, code), as
+            they were when this file was written.
         versions: of the libraries under which it was trained.
-        schema_version: of this file.
+        schema_version: of this file. Version 1 holds no hashes of files, versions 2 and 3 none of configurations and code.
+        content_sha256: of all other content of this file, so that a change by accident is noticed; null in a file written by
+            hand and in files of earlier versions. It is computed over the JSON with sorted keys and without white space.
     """
 
     contract: Contract
     base: Base
-    quantization: str
-    compute_dtype: str
+    quantization: Quantization
+    compute_dtype: DtypeName
     training: Training | None = None
     reward: Reward | None = None
     golden: list[GoldenItem] = field(default_factory=list)
-    noise: dict[str, Noise] = field(default_factory=dict)
+    noise: dict[DtypeName, Noise] = field(default_factory=dict)
     merge: Merge | None = None
     history: list[Step] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=lambda: library_versions())
     schema_version: int = SCHEMA_VERSION
+    content_sha256: str | None = field(default=None, compare=False)
 
     def expected(self) -> list[GoldenItem]:
         """The golden items with the scores that this copy of the model must give: training's, or those of the last
@@ -262,8 +272,17 @@ class Manifest:
         """
         path = Path(folder) / FILE_NAME
         beside = path.with_name(f"{FILE_NAME}.{os.getpid()}")
-        content = asdict(self) | {"files": hash_files(Path(folder), known)}
-        beside.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        content = asdict(self) | {"files": hash_files(Path(folder), known), "schema_version": SCHEMA_VERSION}
+        try:
+            content = json.loads(json.dumps(content, allow_nan=False))
+            content["content_sha256"] = content_hash(content)
+            text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
+        except ValueError:
+            raise UserError(
+                f"{path} was not written: a score or statistic of this model is not finite. Train again with a lower learning "
+                "rate."
+            ) from None
+        beside.write_text(text, encoding="utf-8")
         beside.replace(path)
 
     @classmethod
@@ -271,53 +290,15 @@ class Manifest:
         """The manifest of `folder`.
 
         Raises:
-            UserError: missing, not JSON, of another schema version, or with keys or types the schema does not have.
+            NoManifest: there is none, or only a newer qlora_rm can read it.
+            UserError: it is not JSON, has keys, types, words or numbers that the schema does not allow, or was changed.
         """
         path = Path(folder) / FILE_NAME
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UserError(
-                f"{folder} has no {FILE_NAME}: it was not written by qlora-rm, or not to the end."
-            ) from None
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read: {error}. Restore it from the training run's output.") from None
-        found = content.get("schema_version") if isinstance(content, dict) else None
-        if found == 1:
-            content = _from_version_1(content)
-        if found in (1, 2):
-            content = _from_version_2(content)
-        elif found != SCHEMA_VERSION:
-            raise UserError(
-                f"{path} has schema version {found!r}; this qlora_rm reads up to version {SCHEMA_VERSION}. Use the "
-                "qlora_rm that wrote it, or a newer one."
-            )
-        if isinstance(base := content.get("base"), dict):
-            base.setdefault("weights_sha256", None)  # version 3 files from before it
-        return read_as(cls, content, str(path))
-
-
-def _from_version_1(content: dict[str, Any]) -> dict[str, Any]:
-    """Version 1 knew no fingerprint of the base, no hashes of files, no history, and one way of merging."""
-    base, merge = content.get("base"), content.get("merge")
-    return content | {
-        "base": base | {"weights_fingerprint": None} if isinstance(base, dict) else base,
-        "merge": merge | {"base": "dequantized"} if isinstance(merge, dict) else merge,
-        "history": [],
-        "files": {},
-    }
-
-
-def _from_version_2(content: dict[str, Any]) -> dict[str, Any]:
-    """Version 2 measured no noise: fixed tolerances apply (`noise.tolerance`). It left rotary scaling to each batch, and its
-    contract had neither the date of the template nor the kind of the training rows."""
-    contract = content.get("contract")
-    unknown = {"rotary_length": None, "date": None, "trained_on": None, "text_as": None}
-    return content | {
-        "schema_version": SCHEMA_VERSION,
-        "noise": {},
-        "contract": contract | unknown if isinstance(contract, dict) else contract,
-    }
+        content = content_of(path)
+        manifest = read_as(cls, content, str(path))
+        require_sane(content, str(path))
+        require_own_hash(content, path)
+        return manifest
 
 
 def make_contract(
@@ -325,7 +306,7 @@ def make_contract(
     tokenization: Tokenization,
     *,
     rotary_length: int | None = None,
-    trained_on: Sequence[str] | None = None,
+    trained_on: Sequence[Kind] | None = None,
 ) -> Contract:
     """The contract that this tokenizer under this tokenization fulfils; a loaded model decides where the score is read.
 

@@ -6,12 +6,12 @@ python -m qlora_rm.artifacts.manifest_page > docs/manifest.md
 import dataclasses
 import inspect
 import re
-from typing import Any, get_type_hints
+import types
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from qlora_rm.artifacts.golden import ROUNDED, SAME, GoldenItem
 from qlora_rm.artifacts.manifest import (
     FILE_NAME,
-    SCHEMA_VERSION,
     Base,
     Contract,
     Manifest,
@@ -20,6 +20,7 @@ from qlora_rm.artifacts.manifest import (
     Step,
     Training,
 )
+from qlora_rm.artifacts.manifest_versions import SCHEMA_VERSION
 from qlora_rm.artifacts.noise import FP32_WIDEST, LARGEST, TYPICAL, Noise
 
 OBJECTS = (Manifest, Contract, Base, Training, Reward, GoldenItem, Noise, Merge, Step)
@@ -29,7 +30,27 @@ HEAD = f"""# {FILE_NAME}, version {SCHEMA_VERSION}
 Every model folder of this project holds one: what a reader must know to give a model's sequences the scores that it was
 trained to give. It is written at the end of training; every later step (merge, re-quantization, export) carries it
 along and adds a record of itself. Every key is there and no other; what is unknown is null. A file of version 1 is
-read as one without hashes and history, a file of version 2 as one without noise and without the last three keys of the contract. This page is made from the schema by `python -m qlora_rm.artifacts.manifest_page`.
+read as one without hashes and history, a file of version 2 as one without noise and without the last three keys of the contract, a
+file of version 3 as one without hashes of configurations. Words and numbers that the tables do not allow are refused when
+the file is read. This page is made from the schema by `python -m qlora_rm.artifacts.manifest_page`.
+"""
+
+PROOF = """## What hashes, golden scores and signatures prove
+
+`files` lists every file of the folder that a reader loads. `score`, `eval`, `serve`, `merge`, `export` and `train --adapter` compare
+the folder with it before they load anything, and `verify` does so in full. `--skip_checks` goes without.
+
+Hashes and golden scores are not signatures. They find accidents, and careless changes. **Whoever can write the folder can edit
+files, hashes and golden scores consistently, and then every check holds.** To know who wrote a folder, use one of these:
+
+- Keep the manifest's sha256 in a place that others cannot write to, and compare it.
+- Sign the manifest: `qlora-rm sign DIR --key KEY.pem` writes `rm_manifest.json.sig`, an Ed25519 signature in base64 of the
+  manifest's bytes, which hold the hashes of all other files. `qlora-rm verify DIR --key PUBLIC.pem` checks it before it reads anything
+  else. Both need `pip install 'qlora_rm[sign]'`. `openssl genpkey -algorithm ed25519 -out KEY.pem` makes a key, and `openssl pkey
+  -in KEY.pem -pubout -out PUBLIC.pem` its public half.
+
+A merged or exported folder has a manifest of its own, which needs a signature of its own. An adapter's signature covers of its base
+the hash of config.json and the fingerprint of the weights, which is made of samples.
 """
 
 RULE = f"""## How far scores may move
@@ -57,7 +78,7 @@ Training prints the noise. If a merge to bf16 is refused, the model's scores do 
 
 def page() -> str:
     """The whole page."""
-    return "\n".join([HEAD, *(line for cls in OBJECTS for line in _section(cls)), RULE])
+    return "\n".join([HEAD, *(line for cls in OBJECTS for line in _section(cls)), PROOF, RULE])
 
 
 def _section(cls: Any) -> list[str]:
@@ -80,12 +101,17 @@ def _described(cls: Any) -> tuple[str, dict[str, str]]:
 
 
 def _type_name(hint: Any) -> str:
-    """As JSON's readers would say it: `str | null`, `list of GoldenItem`."""
-    text = re.sub(
-        r"qlora_rm\.[\w.]*\.", "", str(hint) if not isinstance(hint, type) or "[" in str(hint) else hint.__name__
-    )
-    text = text.replace("None", "null").replace("typing.Any", "any").replace(" | ", " or ")
-    return re.sub(r"list\[(.+)\]", r"list of \1", re.sub(r"dict\[(\w+), (\w+)\]", r"object of \2", text))
+    """As JSON's readers would say it: `str or null`, `list of GoldenItem`, `"none" or "4bit"`."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return " or ".join(f'"{word}"' for word in inner)
+    if origin in (types.UnionType, Union):
+        return " or ".join(map(_type_name, inner))
+    if origin is list:
+        return f"list of {_type_name(inner[0])}"
+    if origin is dict:
+        return f"object of {_type_name(inner[1])}"
+    return {Any: "any", type(None): "null"}.get(hint) or hint.__name__
 
 
 if __name__ == "__main__":

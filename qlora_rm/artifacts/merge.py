@@ -5,18 +5,19 @@ from itertools import chain
 from pathlib import Path
 from typing import Literal
 
+from qlora_rm.artifacts.allowed import allowed_drift
+from qlora_rm.artifacts.as_written import require_as_written
 from qlora_rm.artifacts.checks import check_golden_ids, check_tokenizer
 from qlora_rm.artifacts.folders import new_folder
 from qlora_rm.artifacts.golden import GoldenItem, drift, make_golden, scores_of
-from qlora_rm.artifacts.load import RewardModel, artefact_kind, read_tokenizer
+from qlora_rm.artifacts.load import RewardModel, artefact_kind
 from qlora_rm.artifacts.manifest import Manifest, Merge, Step
 from qlora_rm.artifacts.merging.in_memory import merge_in_memory
 from qlora_rm.artifacts.merging.plan import NotStreamable
 from qlora_rm.artifacts.merging.stream import Source, Stream
 from qlora_rm.artifacts.noise import tolerance
-from qlora_rm.artifacts.proof import allowed_drift
+from qlora_rm.artifacts.own_tokenizer import read_tokenizer
 from qlora_rm.artifacts.read_back import fits, read_adapter, read_back
-from qlora_rm.artifacts.seal import changed_files
 from qlora_rm.backbone.load import read_model_config
 from qlora_rm.backbone.precision import DTYPES
 from qlora_rm.backbone.saved_quantization import saved_quantization
@@ -79,6 +80,7 @@ class _Job:
     ):
         self.folder, self.beside, self.dtype, self.base, self.trusted = folder, beside, dtype, base, trust_remote_code
         self.manifest, self.base_model = Manifest.load(folder), base_model
+        require_as_written(folder, self.manifest)
         self.tokenizer = read_tokenizer(folder, trust_remote_code)
         self._require_tokenizer()
         self.changes = self.manifest.base.changes(base_model)
@@ -86,7 +88,6 @@ class _Job:
         self._require_original()
 
     def run(self) -> Merge:
-        self._require_untouched()
         golden = self.manifest.golden or self._golden_of_adapter()
         if self.changes:
             self._require_own_scores(self._load())
@@ -120,14 +121,6 @@ class _Job:
                 "--base_model with a copy in 16 bit, or merge with --base dequantized."
             )
 
-    def _require_untouched(self) -> None:
-        """The files are those that training wrote; asked last, for what is broken in them has by then been named."""
-        changes = changed_files(self.folder, self.manifest.files)
-        if changes:
-            raise UserError(
-                f"{self.folder} is not as training left it: {changes[0]}. Restore it from the run's output."
-            )
-
     def _golden_of_adapter(self) -> list[GoldenItem]:
         """Made here for an adapter that has none."""
         if self.changes:
@@ -141,7 +134,11 @@ class _Job:
 
     def _load(self, quantization: Quantization | None = None) -> RewardModel:
         return RewardModel.load(
-            self.folder, base=self.base_model, quantization=quantization, trust_remote_code=self.trusted
+            self.folder,
+            base=self.base_model,
+            quantization=quantization,
+            trust_remote_code=self.trusted,
+            compare=False,
         )
 
     def _require_own_scores(self, adapted: RewardModel) -> None:
@@ -167,7 +164,7 @@ class _Job:
             adapter=self.folder,
             base=base,
             revision=revision,
-            quantization=manifest.quantization,  # type: ignore[arg-type]
+            quantization=manifest.quantization,
             dtype=DTYPES[manifest.compute_dtype],
             dequantized=self.base == "dequantized",
             pad=self.tokenizer.pad_token_id,

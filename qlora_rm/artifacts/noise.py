@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import bitsandbytes as bnb
 import torch
@@ -12,10 +13,10 @@ from torch import Tensor, nn
 from qlora_rm.artifacts.golden import ROUNDED, SAME, GoldenItem, Tolerance
 from qlora_rm.backbone.head import OwnPrecision
 from qlora_rm.backbone.layouts import layouts_of
-from qlora_rm.backbone.precision import NAMES
+from qlora_rm.backbone.precision import NAMES, DtypeName
 from qlora_rm.backbone.scoring import Layout, score_sequences
 from qlora_rm.console import say
-from qlora_rm.errors import first_line
+from qlora_rm.errors import UserError, first_line
 
 LARGEST, TYPICAL = 4.0, 3.0
 """How many times the measured noise a copy's scores may move: the farthest of them, and their root mean square.
@@ -27,6 +28,9 @@ bf16: its router chose another expert for one sequence, whose score moved by 12 
 
 WIDEST = 0.5
 """Share of the golden scores' standard deviation that a tolerance never exceeds, unless that is below `ROUNDED`."""
+
+NARROWER = {"bf16", "fp16", "8bit"}
+"""What rounds further than fp32 does."""
 
 FP32_WIDEST = 100 * SAME.absolute
 """What fp32 arithmetic never exceeds."""
@@ -52,7 +56,7 @@ class Noise:
 
 def measure_noise(
     model: nn.Module, items: Sequence[GoldenItem], pad_token_id: int, trained_in: torch.dtype
-) -> dict[str, Noise]:
+) -> dict[DtypeName, Noise]:
     """The noise of `model`, by the name of the dtype: fp32 and bf16, and fp16 on a GPU or where it was trained in.
 
     Arguments:
@@ -62,7 +66,7 @@ def measure_noise(
     wanted = [torch.float32, torch.bfloat16]
     if trained_in is torch.float16 or torch.cuda.is_available():
         wanted.append(torch.float16)
-    noise: dict[str, Noise] = {}
+    noise: dict[DtypeName, Noise] = {}
     if not items:
         return noise
     layouts = layouts_of(model)
@@ -136,7 +140,7 @@ def _outside_autocast(model: nn.Module) -> Iterator[None]:
         model.forward = wrapped
 
 
-def tolerance(items: Sequence[GoldenItem], noise: Mapping[str, Noise], *precisions: str) -> Tolerance:
+def tolerance(items: Sequence[GoldenItem], noise: Mapping[Any, Noise], *precisions: str) -> Tolerance:
     """How far scores may stand from those of `items`, given all that rounds either of them.
 
     4-bit weights are dequantized before they are multiplied, so only the dtypes count; LLM.int8() rounds activations, and
@@ -145,8 +149,15 @@ def tolerance(items: Sequence[GoldenItem], noise: Mapping[str, Noise], *precisio
     Arguments:
         noise: of the model, by dtype; what is absent was not measured.
         precisions: dtypes of arithmetic and storage, and quantization, by name.
+
+    Raises:
+        UserError: a name is none of these, so that a wrong word never widens the tolerance.
     """
-    rounding = set(precisions) - {"fp32", "4bit", "none"}
+    if unknown := set(precisions) - NARROWER - {"fp32", "4bit", "none"}:
+        raise UserError(
+            f"{', '.join(map(repr, sorted(unknown)))} is no dtype or quantization, so no tolerance follows."
+        )
+    rounding = set(precisions) & NARROWER
     exact = noise.get("fp32")
     if not rounding:
         absolute = max(SAME.absolute, LARGEST * exact.largest if exact else 0.0)
@@ -166,7 +177,7 @@ def tolerance(items: Sequence[GoldenItem], noise: Mapping[str, Noise], *precisio
 
 
 def layout_tolerance(
-    items: Sequence[GoldenItem], noise: Mapping[str, Noise], computes_in: str, quantization: str
+    items: Sequence[GoldenItem], noise: Mapping[Any, Noise], computes_in: str, quantization: str
 ) -> Tolerance:
     """How far two scores of one sequence may stand apart, alone or in any batch, computed in one dtype."""
     if quantization == "8bit" or (computes_in not in noise and computes_in != "fp32"):

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
+from qlora_rm.artifacts.allowed import allowed_drift
 from qlora_rm.artifacts.golden import Drift, GoldenItem, Tolerance, drift, scores_of
 from qlora_rm.artifacts.load import RewardModel
-from qlora_rm.artifacts.manifest import FILE_NAME, Manifest
-from qlora_rm.artifacts.noise import layout_tolerance, tolerance
+from qlora_rm.artifacts.manifest import FILE_NAME
 from qlora_rm.errors import UserError
 from qlora_rm.preferences.comparison import Candidates
 from qlora_rm.preferences.contents import kind_of
@@ -20,18 +20,6 @@ class Proof:
     drift: Drift
     items: int
     allowed: Tolerance
-
-
-def allowed_drift(manifest: Manifest, computes_in: str) -> Tolerance:
-    """How far scores computed in `computes_in` may stand from the golden ones, given what the model has gone through."""
-    rounding = [manifest.compute_dtype, manifest.quantization, computes_in]
-    stored = [manifest.merge.dtype] if manifest.merge else []
-    return tolerance(manifest.golden, manifest.noise, *rounding, *stored)
-
-
-def allowed_between_layouts(manifest: Manifest, computes_in: str) -> Tolerance:
-    """How far two scores of one sequence, computed in `computes_in`, may stand apart: alone or in any batch."""
-    return layout_tolerance(manifest.golden, manifest.noise, computes_in, manifest.quantization)
 
 
 def prove(model: RewardModel, folder: str) -> Proof:

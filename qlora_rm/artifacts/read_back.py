@@ -16,13 +16,13 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from qlora_rm.artifacts.arithmetic import lacks_16_bit_units
 from qlora_rm.artifacts.golden import GoldenItem, scores_of
-from qlora_rm.artifacts.load import load_stock
-from qlora_rm.artifacts.merging.checkpoint import Checkpoint
+from qlora_rm.artifacts.stock import load_stock
 from qlora_rm.backbone.adapter import load_adapter
+from qlora_rm.backbone.checkpoint import Checkpoint
 from qlora_rm.backbone.head import compute_in_own_precision, head_modules
 from qlora_rm.backbone.host import free_memory
 from qlora_rm.backbone.load import Backbone, read_model_config, skeleton
-from qlora_rm.backbone.precision import NAMES
+from qlora_rm.backbone.precision import NAMES, DtypeName
 from qlora_rm.backbone.rotary import pinned
 from qlora_rm.backbone.scoring import score_sequences
 from qlora_rm.console import say
@@ -36,7 +36,7 @@ class ReadBack:
     """Scores of the golden items' token ids, and the name of the dtype they were computed in."""
 
     scores: list[list[float]]
-    computed_in: str
+    computed_in: DtypeName
 
 
 def read_back(folder: str, items: Sequence[GoldenItem], pad: int, trust_remote_code: bool = False) -> ReadBack:

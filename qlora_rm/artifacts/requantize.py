@@ -8,8 +8,9 @@ from transformers import AutoModelForSequenceClassification
 
 from qlora_rm.artifacts.folders import new_folder
 from qlora_rm.artifacts.golden import Drift, GoldenItem, Tolerance, drift, scores_of
-from qlora_rm.artifacts.load import RewardModel, artefact_kind, read_tokenizer
+from qlora_rm.artifacts.load import RewardModel, artefact_kind
 from qlora_rm.artifacts.manifest import Manifest, Step
+from qlora_rm.artifacts.own_tokenizer import read_tokenizer
 from qlora_rm.backbone.experts import fused_experts
 from qlora_rm.backbone.head import head_modules
 from qlora_rm.backbone.load import quantization_config, quiet_transformers, read_model_config, skeleton

@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from qlora_rm.artifacts.golden import GoldenItem
-from qlora_rm.artifacts.manifest import FILE_NAME, Manifest
+from qlora_rm.artifacts.manifest import FILE_NAME, Manifest, has_trained_template
 from qlora_rm.console import say
 from qlora_rm.errors import UserError
 from qlora_rm.preferences.clock import Template, fixed, fixed_date, now, reads_clock, rendering_at
@@ -29,9 +29,12 @@ def fix_to_training(tokenizer: PreTrainedTokenizerBase, folder: str) -> None:
     if not reads_clock(template) or not (Path(folder) / FILE_NAME).exists():
         return
     try:
-        golden = Manifest.load(folder).golden
+        manifest = Manifest.load(folder)
     except UserError:  # whoever needs the manifest reports that
         return
+    if not has_trained_template(tokenizer, manifest.contract):  # it is not to be rendered, and whoever loads it says so
+        return
+    golden = manifest.golden
     items = [item for item in golden if kind_of_row(item.candidates()) == "turns"]
     found = (_day_of(item, template, tokenizer) for item in sorted(items, key=_length))
     when = next(filter(None, found), None)

@@ -5,13 +5,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
 
+from qlora_rm.artifacts.allowed import allowed_between_layouts, allowed_drift
 from qlora_rm.artifacts.bounded_client import NoAnswer
 from qlora_rm.artifacts.checks import Check, check_golden_ids, check_tokenizer
 from qlora_rm.artifacts.endpoint import Endpoint, Protocol, Question, connect
 from qlora_rm.artifacts.golden import GoldenItem, Tolerance, drift
-from qlora_rm.artifacts.load import read_tokenizer, tokenization_of
 from qlora_rm.artifacts.manifest import Manifest, Reward
-from qlora_rm.artifacts.proof import allowed_between_layouts, allowed_drift, is_of_kind
+from qlora_rm.artifacts.own_tokenizer import read_tokenizer, tokenization_of
+from qlora_rm.artifacts.proof import is_of_kind
 from qlora_rm.artifacts.trained_text import trained_text
 from qlora_rm.backbone.precision import DTYPES
 from qlora_rm.errors import UserError
@@ -97,8 +98,8 @@ class _Proof:
         whole = [q for q in taken if is_of_kind(q.item, as_turns) and not self._is_cut(q, as_turns)]
         self.questions, self.whole = (taken if endpoint.protocol == "score" else whole), whole
         self.left_out = len(questions) - len(self.questions)
-        computes_in = endpoint.about.get("computes_in")
-        self.computes_in = computes_in if isinstance(computes_in, str) and computes_in in DTYPES else None
+        self.said = endpoint.about.get("computes_in")
+        self.computes_in = self.said if isinstance(self.said, str) and self.said in DTYPES else None
         self.allowed = allowed_drift(manifest, self.computes_in or "bf16")
         self.same = allowed_between_layouts(manifest, self.computes_in or "bf16")
 
@@ -147,6 +148,8 @@ class _Proof:
     def _dtype(self, scores: list[float]) -> Check:
         """What the server computes in cannot be asked of strangers; how exact their scores are, can be seen."""
         name = "arithmetic"
+        if self.said is not None and self.computes_in is None:
+            return Check(name, False, f"the server names {self.said!r:.40}; known are {', '.join(DTYPES)}")
         if self.computes_in:
             return Check(
                 name, True, f"{self.computes_in}, as the server says; trained in {self.manifest.compute_dtype}"

@@ -1,6 +1,5 @@
 """The LoRA adapter: on the backbone's linear layers, never on the head, which is trained whole beside it."""
 
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_rm.backbone import targets
 from qlora_rm.backbone.experts import PROJECTIONS, expert_weights, fused_experts, gate_names, lora_modules
+from qlora_rm.backbone.json_files import read_json
 from qlora_rm.backbone.load import Backbone
 from qlora_rm.backbone.target_names import is_expression, named_modules
 from qlora_rm.backbone.targets import LINEAR
@@ -102,13 +102,15 @@ def load_adapter(backbone: Backbone, folder: str, *, trainable: bool) -> PeftMod
     Raises:
         UserError: the folder holds no adapter, or one without its head, or one of another shape.
     """
+    settings = read_adapter_config(folder)
     require_head(folder, backbone)
+    _require_rank(folder, settings)
     try:
         config = PeftConfig.from_pretrained(folder)
         if isinstance(config, LoraConfig):
             config._register_custom_module(lora_modules(backbone.model))  # type: ignore[arg-type]
         model = PeftModel.from_pretrained(backbone.model, folder, is_trainable=trainable, config=config)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"The adapter {folder} does not fit this backbone: {first_line(error)}") from error
     _train_only(model) if trainable else model.requires_grad_(False)
     return model
@@ -118,11 +120,26 @@ def read_adapter_config(folder: str) -> dict:
     """The adapter_config.json of a folder, or a `UserError`."""
     path = Path(folder) / "adapter_config.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path, "Restore it from the training run's output.")
     except FileNotFoundError:
         raise UserError(f"{folder} holds no adapter: there is no adapter_config.json.") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is broken: {error}.") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} must hold an object, not {found!r:.60}.")
+    if found.get("peft_type", "LORA") != "LORA":
+        raise UserError(f"{path} describes an adapter of type {found.get('peft_type')!r:.60}; this project reads LORA.")
+    return found
+
+
+def _require_rank(folder: str, settings: dict) -> None:
+    """Refuse a rank that is larger than any side of the adapter's tensors, before memory for it is taken."""
+    ranks = [settings.get("r"), *(settings.get("rank_pattern") or {}).values()]
+    with safe_open(Path(folder) / "adapter_model.safetensors", framework="pt") as file:
+        longest = max((max(file.get_slice(name).get_shape(), default=0) for name in file.keys()), default=0)  # noqa: SIM118
+    for rank in ranks:
+        if type(rank) is not int or not 0 < rank <= longest:
+            raise UserError(
+                f"The adapter {folder} names rank {rank!r:.60}, and its tensors have at most {longest} rows."
+            )
 
 
 def require_head(folder: str, backbone: Backbone) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -28,6 +29,7 @@ from qlora_rm.backbone.in_force import compute_quantized_layers_in, dequantize_t
 from qlora_rm.backbone.inventory import unquantized_share
 from qlora_rm.backbone.packed import share_prefixes
 from qlora_rm.backbone.paths import require_model
+from qlora_rm.backbone.plausible import as_user_error, require_held, require_plausible_config
 from qlora_rm.backbone.reach import freeze_unreached
 from qlora_rm.backbone.rotary import pinned
 from qlora_rm.backbone.saved_quantization import (
@@ -128,10 +130,13 @@ def load_backbone(
 def read_model_config(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
     """The configuration of a model folder or hub id, or a `UserError` that says what stands there instead."""
     require_model(name)
+    require_plausible_config(name, revision)
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(f"No model could be loaded from {name}: {first_line(error)}") from error
+    except Exception as error:  # each architecture checks its own values, or fails on them in its own way
+        raise as_user_error(name, error) from error
     if _is_classifier(config) and config.num_labels != 1:
         raise UserError(f"{name} is a classifier with {config.num_labels} labels; a reward model has one.")
     return config
@@ -171,7 +176,11 @@ def _load_model(
 ) -> tuple[PreTrainedModel, set[str]]:
     """The model and the names of the parameters its checkpoint did not hold."""
     name = str(config.model_name_or_path)
-    bones = skeleton(model_config, trust_remote_code)
+    try:
+        bones = skeleton(model_config, trust_remote_code)
+    except (RuntimeError, TypeError, AttributeError, ArithmeticError, IndexError, KeyError) as error:
+        raise as_user_error(name, error) from error
+    require_held(name, config.model_revision, bones)
     head = head_modules(bones)
     how: dict[str, Any] = {}
     saved = saved_quantization(model_config)
@@ -193,7 +202,7 @@ def _load_model(
                 output_loading_info=True,
                 **how,
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(f"The backbone {name} could not be loaded: {first_line(error)}") from error
     return model, set(info["missing_keys"])
 

@@ -5,8 +5,9 @@ from typing import Literal
 import torch
 
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
-DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DtypeName = Literal["bf16", "fp16", "fp32"]
+NAMES: dict[torch.dtype, DtypeName] = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+DTYPES: dict[str, torch.dtype] = {name: dtype for dtype, name in NAMES.items()}
 
 BLOCK, NESTED_BLOCK = 64, 256
 """NF4 as bitsandbytes loads it: a scale for 64 weights, itself in 8 bit with a scale for 256 of them (Dettmers et al. 2023,

@@ -4,7 +4,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qlora_rm.backbone.pad_token import choose_pad_token
 from qlora_rm.backbone.paths import require_folder
+from qlora_rm.backbone.plausible import require_plausible_config
 from qlora_rm.errors import UserError, first_line
+from qlora_rm.preferences.bounded_templates import bound_templates
 from qlora_rm.shipped import here_or_shipped
 
 
@@ -27,9 +29,11 @@ def load_tokenizer(
         trained_pad: id of the pad token with which a model was trained that is gone on with.
     """
     require_folder(name)
+    bound_templates()
+    require_plausible_config(name, revision)  # which transformers reads to choose the tokenizer's class
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # tokenizers raises bare Exception for a broken file
         raise UserError(f"No tokenizer could be loaded from {name}: {first_line(error)}") from error
     if eos_token is not None:
         if eos_token not in tokenizer.get_vocab():

@@ -5,9 +5,9 @@ from dataclasses import asdict
 from typing import Any
 
 from qlora_rm.bearer import read_token
-from qlora_rm.config import READER_NAMES, DataConfig, ExportConfig, ScoringConfig, ServeConfig
+from qlora_rm.config import READER_NAMES, DataConfig, ExportConfig, ScoringConfig, ServeConfig, require
 from qlora_rm.console import printable
-from qlora_rm.doors.common import EVALUATED, Run, lines_of
+from qlora_rm.doors.common import EVALUATED, Run, line_of, status_of
 from qlora_rm.errors import UserError
 from qlora_rm.options import add_options, read_options
 
@@ -112,7 +112,7 @@ def _export(options: argparse.Namespace) -> int:
     if options.json:
         print(as_json(exported.as_dict()), end="")
         return 0 if exported.ok else 1
-    print(*lines_of(exported.checks), sep="\n")
+    print(*map(line_of, exported.checks), sep="\n")
     print(*(f"note: {printable(note)}" for note in exported.notes), sep="\n")
     print(*(f"not checked: {printable(what)}" for what in exported.unchecked), sep="\n")
     failed = sum(not check.ok for check in exported.checks)
@@ -137,9 +137,33 @@ def _to_4bit(options: argparse.Namespace) -> int:
     return 0
 
 
+def add_sign(command: argparse.ArgumentParser) -> Run:
+    command.epilog = (
+        "Hashes show that a folder has not changed; whoever can write it can change both. A signature shows who wrote it. "
+        "`qlora-rm verify DIR --key PUBLIC.pem` checks it. openssl genpkey -algorithm ed25519 -out KEY.pem makes a key, and "
+        "openssl pkey -in KEY.pem -pubout -out PUBLIC.pem its public half."
+    )
+    command.add_argument("model", metavar="DIR", help="Folder of an adapter or whole model that qlora-rm wrote.")
+    command.add_argument("--key", metavar="FILE", required=True, help="Ed25519 private key in PEM.")
+    return _sign
+
+
+def _sign(options: argparse.Namespace) -> None:
+    from qlora_rm.artifacts.signature import sign
+
+    print(f"{sign(options.model, options.key)}: signed")
+
+
 def add_verify(command: argparse.ArgumentParser) -> Run:
+    command.epilog = (
+        "Exit status: 0 where all checks hold, 1 where one failed, 2 where one could not be made (a base that is gone, a "
+        "manifest that is not there, a mistake in the options)."
+    )
     command.add_argument("model", metavar="DIR", help="Folder of an adapter or whole model that qlora-rm wrote.")
     command.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
+    command.add_argument(
+        "--key", metavar="FILE", help="Ed25519 public key in PEM that must have signed the manifest (`qlora-rm sign`)."
+    )
     add_options(command, ScoringConfig, ["base", "trust_remote_code"])
     server = command.add_argument_group("A running server instead of the folder's weights")
     server.add_argument("--url", help="Where it is; DIR holds the manifest and the tokenizer of the model it serves.")
@@ -157,20 +181,39 @@ def _verify(options: argparse.Namespace) -> int:
     from qlora_rm.artifacts.verify import verify
     from qlora_rm.report.files import as_json
 
+    def tell(check: Any) -> None:
+        if not options.json:
+            print(line_of(check), flush=True)
+
     if options.url:
+        require(not options.key, "--key has no effect with --url: a server has no signature. Leave it out.")
         checks = _verify_endpoint(options)
+        for check in checks:
+            tell(check)
     else:
-        checks = verify(options.model, base=options.base, trust_remote_code=options.trust_remote_code)
-    failed = sum(not check.ok for check in checks)
-    if options.json:
-        print(as_json({"ok": failed == 0, "checks": [asdict(check) for check in checks]}), end="")
-    else:
-        print(*lines_of(checks), sep="\n")
-        print(
-            f"{options.url or options.model}: "
-            + (f"{failed} of {len(checks)} checks failed" if failed else f"all {len(checks)} checks hold")
+        checks = verify(
+            options.model,
+            base=options.base,
+            trust_remote_code=options.trust_remote_code,
+            key=options.key,
+            tell=tell,
         )
-    return 1 if failed else 0
+    status = status_of(checks)
+    if options.json:
+        print(as_json({"ok": status == 0, "status": status, "checks": [asdict(check) for check in checks]}), end="")
+    else:
+        print(f"{options.url or options.model}: {_summary(checks)}")
+    return status
+
+
+def _summary(checks: list[Any]) -> str:
+    failed, open_ = (sum(not c.ok and c.checked is checked for c in checks) for checked in (True, False))
+    if not failed + open_:
+        return f"all {len(checks)} checks hold"
+    words = [
+        f"{n} of {len(checks)} checks {what}" for n, what in ((failed, "failed"), (open_, "could not be made")) if n
+    ]
+    return ", ".join(words)
 
 
 def _verify_endpoint(options: argparse.Namespace) -> Any:

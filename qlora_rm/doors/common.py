@@ -16,10 +16,21 @@ EVALUATED = ("dataset", "dataset_config", "dataset_split", "columns", "hh_turns"
 """Options of `DataConfig` that say which rows to measure on."""
 
 
-def lines_of(checks: list[Any]) -> list[str]:
-    """Checks as lines of a table."""
-    width = max(len(check.name) for check in checks)
-    return [printable(f"{'ok  ' if c.ok else 'FAIL'}  {c.name.ljust(width)}  {c.detail}".rstrip()) for c in checks]
+WIDTH = 48
+"""Characters of the longest name of a check but for a few."""
+
+
+def line_of(check: Any) -> str:
+    """A check as a line of a table. What comes from a file under test is printed without control characters."""
+    word = "ok  " if check.ok else "FAIL" if check.checked else "????"
+    return printable(f"{word}  {check.name.ljust(WIDTH)}  {check.detail}".rstrip())
+
+
+def status_of(checks: list[Any]) -> int:
+    """The exit status: 0 where all checks hold, 1 where one failed, 2 where one could not be made."""
+    if any(check.checked and not check.ok for check in checks):
+        return 1
+    return 2 if any(not check.ok for check in checks) else 0
 
 
 def load_model(options: argparse.Namespace) -> Any:

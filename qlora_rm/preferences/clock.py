@@ -16,6 +16,7 @@ from jinja2 import TemplateError, nodes
 from jinja2.meta import find_undeclared_variables
 
 from qlora_rm.errors import UserError, first_line
+from qlora_rm.preferences.bounded_templates import compiled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -94,9 +95,7 @@ def _texts(template: Template | None) -> list[str]:
 
 
 def _compiled(template: str) -> Any:
-    from transformers.utils.chat_template_utils import _compile_jinja_template
-
-    return _compile_jinja_template(template)
+    return compiled(template)
 
 
 def _environment(template: str) -> Any:
@@ -111,7 +110,7 @@ def _reads_clock(template: str) -> bool:
         # jinja leaves out of "undeclared" what is a global
         environment.globals = {name: value for name, value in environment.globals.items() if name != CLOCK}
         return CLOCK in find_undeclared_variables(environment.parse(template))
-    except TemplateError:  # a broken template is refused where it is first rendered
+    except (TemplateError, RecursionError):  # a broken template is refused where it is first rendered
         return False
 
 

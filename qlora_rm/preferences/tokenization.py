@@ -12,6 +12,7 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING, Literal
 
 from qlora_rm.errors import UserError
+from qlora_rm.preferences.bounded_templates import bound_templates
 from qlora_rm.preferences.comparison import Candidates, Content, Pair, Tokens
 from qlora_rm.preferences.contents import encodable, kind_of, short
 from qlora_rm.preferences.faults import RowFault
@@ -25,6 +26,9 @@ OverLong = Literal["truncate_prompt", "drop", "error"]
 
 CHARACTERS_PER_TOKEN = 64
 """Servers take texts of so many characters, at least, for each token that the model takes: more than any text needs."""
+
+LARGEST_ID = 2**31
+"""Token ids are kept as int32."""
 
 LONGEST_TEXT = 2_000_000
 """Bytes of a prompt with one response. Tokenizers take some 200 bytes of memory for each; more are read where
@@ -77,6 +81,7 @@ class Tokenization:
             )
         if max_length is not None and max_length < 1:
             raise UserError(f"--max_length {max_length} must be at least 1.")
+        bound_templates()
         self.tokenizer, self.max_length, self.over_long = tokenizer, max_length, over_long
         self.vocabulary, self.positions = len(tokenizer) if vocabulary is None else vocabulary, positions
         self._begins = {tokenizer.bos_token_id, tokenizer.cls_token_id} - {None}

@@ -11,10 +11,12 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from qlora_rm.artifacts.as_written import require_as_written
 from qlora_rm.artifacts.folders import new_folder
-from qlora_rm.artifacts.load import RewardModel, read_tokenizer, tokenization_of
+from qlora_rm.artifacts.load import RewardModel
 from qlora_rm.artifacts.manifest import Manifest
 from qlora_rm.artifacts.merge import MergeBase, MergeDtype, merge
+from qlora_rm.artifacts.own_tokenizer import read_tokenizer, tokenization_of
 from qlora_rm.artifacts.trained_text import trained_text
 from qlora_rm.config import DataConfig
 from qlora_rm.console import say, table
@@ -103,6 +105,7 @@ def merge_better(adapter: str, output: str, data: DataConfig, *, dtype: MergeDty
 def token_ids_of(folder: str, data: DataConfig, trust_remote_code: bool = False) -> list[list[list[int]]]:
     """Token ids of the data's responses, grouped by prompt, as the model in `folder` was trained to see them."""
     manifest = Manifest.load(folder)
+    require_as_written(folder, manifest)
     tokenization = tokenization_of(manifest, read_tokenizer(folder, trust_remote_code))
     dataset, report = load_comparisons(data.dataset, data, tokenization, trained_text(manifest, tokenization))
     say(*report.lines())

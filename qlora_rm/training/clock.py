@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from qlora_rm.artifacts.load import read_tokenizer
 from qlora_rm.artifacts.manifest import Manifest, hash_of_template
+from qlora_rm.artifacts.own_tokenizer import read_tokenizer
 from qlora_rm.console import say
 from qlora_rm.errors import UserError
 from qlora_rm.preferences.clock import CLOCK, fix_date, fixed_date, now, original, reads_clock

@@ -15,7 +15,7 @@ from qlora_rm.artifacts.golden import GoldenItem, make_golden
 from qlora_rm.artifacts.manifest import FILE_NAME as MANIFEST
 from qlora_rm.artifacts.manifest import Manifest, Reward
 from qlora_rm.artifacts.noise import Noise, measure_noise
-from qlora_rm.backbone.precision import DTYPES
+from qlora_rm.backbone.precision import DTYPES, DtypeName
 from qlora_rm.backbone.scoring import score_sequences
 from qlora_rm.console import WARNING, say
 from qlora_rm.preferences import PreferenceData, Tokenization
@@ -90,7 +90,7 @@ def _score(trainer: PreferenceTrainer, sequences: list[list[int]]) -> torch.Tens
         return score_sequences(trainer.model_wrapped, sequences, pad_token_id=trainer.pad_token_id)
 
 
-def _noise(trainer: PreferenceTrainer, golden: list[GoldenItem], trained_in: torch.dtype) -> dict[str, Noise]:
+def _noise(trainer: PreferenceTrainer, golden: list[GoldenItem], trained_in: torch.dtype) -> dict[DtypeName, Noise]:
     """How far rounding moves the golden scores, by dtype; said, since it decides in which dtype the model can serve."""
     if is_deepspeed_zero3_enabled():
         say("noise of the golden scores: not measured on sharded weights; fixed tolerances apply")
@@ -111,7 +111,7 @@ def after_training(
     manifest: Manifest,
     steps: int,
     golden: list[GoldenItem],
-    noise: dict[str, Noise],
+    noise: dict[DtypeName, Noise],
     metrics: dict[str, float],
     data: PreferenceData,
 ) -> Manifest:

@@ -9,6 +9,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from qlora_rm.artifacts.as_written import require_as_written
 from qlora_rm.artifacts.base_hash import hash_of_base
 from qlora_rm.artifacts.manifest import FILE_NAME as MANIFEST
 from qlora_rm.artifacts.manifest import Base, Manifest, Training, make_contract
@@ -182,7 +183,7 @@ def _require_names(options: Options) -> None:
     """What must be given, and what cannot go together, before anything is loaded."""
     adapter, backbone = options.adapter, options.backbone
     if adapter.adapter:
-        _take_from_adapter(adapter.adapter, backbone)
+        _take_from_adapter(adapter.adapter, backbone, adapter.skip_checks)
     require(bool(backbone.model_name_or_path), "No backbone given: pass --model_name_or_path FOLDER_OR_HUB_ID.")
     require(
         not (options.data.group_by_prompt and options.objective.objective == "plackett_luce"),
@@ -195,14 +196,19 @@ def _require_names(options: Options) -> None:
     )
 
 
-def _take_from_adapter(folder: str, backbone: BackboneConfig) -> None:
+def _take_from_adapter(folder: str, backbone: BackboneConfig, skip_checks: bool) -> None:
     """Base and tokenizer (its template and pad token) are the adapter's, unless others are asked for."""
     base = read_adapter_config(folder).get("base_model_name_or_path")
     backbone.model_name_or_path = backbone.model_name_or_path or base
     if backbone.tokenizer_name_or_path is None and (Path(folder) / "tokenizer_config.json").exists():
         backbone.tokenizer_name_or_path = folder
     if (Path(folder) / MANIFEST).exists():
-        trained = Manifest.load(folder).quantization
+        manifest = Manifest.load(folder)
+        if skip_checks:
+            say(f"warning: {folder} is not compared with its manifest (--skip_checks)")
+        else:
+            require_as_written(folder, manifest, "To train on with it all the same, pass --skip_checks.")
+        trained = manifest.quantization
         if trained != backbone.quantization:
             say(
                 f"warning: the adapter {folder} was trained on a base in {trained}, this run loads it in {backbone.quantization}"

@@ -77,9 +77,19 @@ def test_another_place_of_the_base_can_be_given(tmp_path: Path) -> None:
 
 def test_another_base_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = copy_of(llama_adapter().parent / "base", tmp_path / "base")
-    edit_json(base / "config.json", rms_norm_eps=1e-3)
+    edit_json(base / "config.json", use_cache=False)  # which changes no score
     RewardModel.load(str(llama_adapter()), base=str(base))
     assert "is not the one the adapter was trained on" in capsys.readouterr().err
+
+
+def test_another_base_that_gives_other_scores_is_refused(tmp_path: Path) -> None:
+    base = copy_of(llama_adapter().parent / "base", tmp_path / "base")
+    edit_json(base / "config.json", rms_norm_eps=1e-2)
+    with pytest.raises(
+        UserError, match=r"its config.json of the base .* changed since training, and the golden scores"
+    ):
+        RewardModel.load(str(llama_adapter()), base=str(base))
+    RewardModel.load(str(llama_adapter()), base=str(base), skip_checks=True)
 
 
 class TestWrongFolder:
@@ -113,14 +123,18 @@ class TestWrongFolder:
         folder = copy_of(llama_adapter(), tmp_path / "model")
         for path in folder.glob("tokenizer*"):
             path.unlink()
-        with pytest.raises(UserError, match="has no tokenizer"):
+        with pytest.raises(UserError, match=r"tokenizer.json is gone"):
             RewardModel.load(str(folder))
+        with pytest.raises(UserError, match="has no tokenizer"):
+            RewardModel.load(str(folder), skip_checks=True)
 
     def test_with_another_pad_token(self, tmp_path: Path) -> None:
         folder = copy_of(llama_adapter(), tmp_path / "model")
         edit_json(folder / "tokenizer_config.json", pad_token="<|im_start|>")
-        with pytest.raises(UserError, match="the model was trained with 2"):
+        with pytest.raises(UserError, match=r"tokenizer_config.json has changed"):
             RewardModel.load(str(folder))
+        with pytest.raises(UserError, match="the model was trained with 2"):
+            RewardModel.load(str(folder), skip_checks=True)
 
     def test_an_adapter_without_a_manifest(self, tmp_path: Path) -> None:
         folder = copy_of(llama_adapter(), tmp_path / "model")

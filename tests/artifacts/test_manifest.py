@@ -36,14 +36,14 @@ def test_version_1_is_read(tmp_path: Path) -> None:
     """As the first release wrote it: no fingerprint of the base, no hashes, no history."""
     content = json.loads((llama_adapter() / FILE_NAME).read_text(encoding="utf-8"))
     merge = {"method": "by hand", "dtype": "bf16", "compared_in": "fp32", "drift": 0.25}
-    old = {key: value for key, value in content.items() if key not in ("history", "files", "noise")}
+    old = {key: value for key, value in content.items() if key not in ("history", "files", "noise", "content_sha256")}
     old |= {"schema_version": 1}
     old["contract"] = {key: old["contract"][key] for key in content["contract"] if key not in SINCE_VERSION_3}
     old |= {"merge": merge, "base": {k: v for k, v in content["base"].items() if k != "weights_fingerprint"}}
     (tmp_path / FILE_NAME).write_text(json.dumps(old), encoding="utf-8")
     manifest = Manifest.load(tmp_path)
     assert manifest.merge == Merge(**merge)
-    assert (manifest.schema_version, manifest.history, manifest.files) == (3, [], {})
+    assert (manifest.schema_version, manifest.history, manifest.files) == (1, [], {})
     assert manifest.golden == Manifest.load(llama_adapter()).golden
     assert manifest.base.changes() == []
 
@@ -51,11 +51,13 @@ def test_version_1_is_read(tmp_path: Path) -> None:
 def test_version_2_is_read(tmp_path: Path) -> None:
     """Nothing had measured how far rounding moves the scores."""
     content = json.loads((llama_adapter() / FILE_NAME).read_text(encoding="utf-8"))
-    old = {key: value for key, value in content.items() if key != "noise"} | {"schema_version": 2}
+    old = {key: value for key, value in content.items() if key not in ("noise", "content_sha256")} | {
+        "schema_version": 2
+    }
     old["contract"] = {key: old["contract"][key] for key in content["contract"] if key not in SINCE_VERSION_3}
     (tmp_path / FILE_NAME).write_text(json.dumps(old), encoding="utf-8")
     manifest = Manifest.load(tmp_path)
-    assert (manifest.schema_version, manifest.noise) == (3, {})
+    assert (manifest.schema_version, manifest.noise) == (2, {})
     assert [getattr(manifest.contract, key) for key in SINCE_VERSION_3] == [None] * 3
     assert manifest.golden == Manifest.load(llama_adapter()).golden
 
@@ -78,8 +80,9 @@ def test_expects_the_scores_of_the_last_step_that_changed_them() -> None:
 
 def test_knows_its_files_and_its_base(tmp_path: Path) -> None:
     manifest = Manifest.load(llama_adapter())
-    assert {"adapter_model.safetensors", "tokenizer.json", "chat_template.jinja"} <= manifest.files.keys()
-    assert not {"adapter_config.json", FILE_NAME} & manifest.files.keys()
+    read = {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "chat_template.jinja"}
+    assert read <= manifest.files.keys()
+    assert FILE_NAME not in manifest.files
     other = save_backbone(tmp_path, "llama", small_tokenizer(), seed=3)
     assert manifest.base.changes(other) == ["its weights"]
 
@@ -103,7 +106,7 @@ def test_hub_ids_stay_as_they_are() -> None:
         ({"schema_version": 7}, "schema version 7"),
         ({"qantization": "4bit"}, "unknown key 'qantization'. Did you mean 'quantization'?"),
         ({"golden": {}}, "golden must be a list"),
-        ({"compute_dtype": 32}, "compute_dtype must be of type str"),
+        ({"compute_dtype": 32}, "compute_dtype is 32. Allowed values: 'bf16', 'fp16', 'fp32'"),
         ({"contract": {}}, "contract lacks the key"),
         ({"golden": [{"prompt": ""}]}, "golden[0] lacks the key"),
         ({"reward": {"mean": "high", "std": 1, "n": 2}}, "reward: mean must be of type float"),

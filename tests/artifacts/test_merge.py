@@ -21,7 +21,7 @@ from qlora_rm.artifacts.verify import verify
 from qlora_rm.backbone.scoring import score_sequences
 from qlora_rm.errors import UserError
 from tests.models_for_tests import save_backbone
-from tests.reward_models_for_tests import copy_of, edit_json, llama_adapter, make_reward_model
+from tests.reward_models_for_tests import copy_of, edit_json, llama_adapter, make_reward_model, seal_again
 from tests.tokenizers_for_tests import small_tokenizer
 
 
@@ -137,7 +137,8 @@ class TestRefusals:
         tensors = load_file(folder / "adapter_model.safetensors")
         next(tensor for name, tensor in tensors.items() if "lora_B" in name)[0, 0] = float("nan")
         save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
-        edit_json(folder / FILE_NAME, golden=[], files={})
+        edit_json(folder / FILE_NAME, golden=[])
+        seal_again(folder)
         (tmp_path / "out").mkdir()
         with pytest.raises(UserError, match="no numbers"):
             merge(str(folder), str(tmp_path / "out" / "merged"))

@@ -31,12 +31,12 @@ from qlora_rm.artifacts.manifest import Manifest
 from qlora_rm.artifacts.merge import merge
 from qlora_rm.artifacts.merging import kernel
 from qlora_rm.artifacts.merging import shards as shards_module
-from qlora_rm.artifacts.merging.checkpoint import Checkpoint
 from qlora_rm.artifacts.merging.in_memory import merge_in_memory
 from qlora_rm.artifacts.merging.nf4 import PIECE, Rounded, pieces
 from qlora_rm.artifacts.merging.shards import Shards, Wanted
 from qlora_rm.artifacts.merging.stream import Source, Stream
 from qlora_rm.artifacts.verify import verify
+from qlora_rm.backbone.checkpoint import Checkpoint
 from qlora_rm.config import AdapterConfig
 from qlora_rm.errors import UserError
 from tests.reward_models_for_tests import edit_json, llama_adapter, make_reward_model

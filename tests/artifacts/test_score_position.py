@@ -57,7 +57,7 @@ def test_words_of_an_earlier_version_stay(tmp_path: Path) -> None:
     content = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
     contract = {key: value for key, value in content["contract"].items() if key != "rotary_length"}
     older = {key: value for key, value in content.items() if key != "noise"}
-    older |= {"schema_version": 2, "contract": contract | {"score_position": LAST}}
+    older |= {"schema_version": 2, "content_sha256": None, "contract": contract | {"score_position": LAST}}
     (folder / FILE_NAME).write_text(json.dumps(older), encoding="utf-8")
     checks = {check.name: check for check in verify(str(folder))}
     assert [check for check in checks.values() if not check.ok] == []

@@ -122,7 +122,7 @@ class TestOurs:
         assert main(["verify", str(llama_adapter()), "--url", f"{url}/nowhere", "--json"]) == 1
         result = json.loads(capsys.readouterr().out)
         assert result["ok"] is False
-        assert result["checks"][-1] == {"name": "server answers", "ok": False, "detail": "/get_reward: 404 Not Found, '{\"error\":\"Not Found\"}'; /classify: 404 Not Found, '{\"error\":\"Not Found\"}'"}  # fmt: skip
+        assert result["checks"][-1] == {"name": "server answers", "ok": False, "detail": "/get_reward: 404 Not Found, '{\"error\":\"Not Found\"}'; /classify: 404 Not Found, '{\"error\":\"Not Found\"}'", "checked": True}  # fmt: skip
         with served(model, llama_adapter(), token="secret") as service, running(service.app()) as closed:
             assert main(["verify", str(llama_adapter()), "--url", closed]) == 1
             assert "401, a token is wanted: set QLORA_RM_TOKEN" in capsys.readouterr().out

@@ -18,6 +18,7 @@ from qlora_rm.artifacts.load import RewardModel
 from qlora_rm.artifacts.manifest import FILE_NAME, Manifest, hash_of_template
 from qlora_rm.artifacts.merge import merge
 from qlora_rm.artifacts.requantize import requantize
+from qlora_rm.artifacts.seal import hash_files
 from qlora_rm.artifacts.verify import verify
 from qlora_rm.errors import UserError
 from qlora_rm.preferences.clock import original
@@ -161,16 +162,17 @@ def test_every_rank_takes_the_first_one_s_moment(monkeypatch: pytest.MonkeyPatch
 
 @pytest.fixture
 def of_an_earlier_version(trained: Path, tmp_path: Path) -> Path:
-    """The same model as version 2 would have left it: the template as the backbone has it, no date, no hashes."""
+    """The same model as version 2 would have left it: the template as the backbone has it, no date, no hashes of
+    configurations."""
     folder = tmp_path / "earlier"
     shutil.copytree(trained / "model", folder)
     for place in (folder, folder / "checkpoint-2"):
         (place / "chat_template.jinja").write_text(READS_CLOCK)
-        content = asdict(Manifest.load(place)) | {"schema_version": 2, "files": {}}
+        content = asdict(Manifest.load(place)) | {"schema_version": 2, "files": hash_files(place)}
         content["contract"]["chat_template_sha256"] = hash_of_template(small_tokenizer(chat_template=READS_CLOCK))
         for key in ("date", "trained_on", "text_as"):
             del content["contract"][key]
-        del content["noise"]
+        del content["noise"], content["content_sha256"]
         (place / FILE_NAME).write_text(json.dumps(content))
     return folder
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
+from qlora_rm.artifacts.allowed import allowed_drift
 from qlora_rm.artifacts.manifest import Manifest
 from qlora_rm.backbone.precision import best_dtype
 from qlora_rm.cli import main as qlora_rm
@@ -69,7 +70,6 @@ def test_trainable_weights_stay_fp32_in_bf16(flags, tmp_path: Path) -> None:
 def test_a_merged_model_read_in_bf16_stays_within_what_training_measured(flags, tmp_path: Path) -> None:
     """As a GPU's consumer reads it: in bf16 weights and arithmetic, which this project never chooses on a CPU."""
     from qlora_rm.artifacts.golden import drift, scores_of
-    from qlora_rm.artifacts.proof import allowed_drift
     from qlora_rm.backbone.scoring import score_sequences
 
     for asked in (None, True):

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from qlora_rm.artifacts.as_written import require_as_written
 from qlora_rm.artifacts.checks import Check, check_files
 from qlora_rm.artifacts.exporting import common_checks, reader_checks
 from qlora_rm.artifacts.exporting.card import write_card
@@ -12,8 +13,9 @@ from qlora_rm.artifacts.exporting.choice import reader_named, require_readable
 from qlora_rm.artifacts.exporting.reader import Reader
 from qlora_rm.artifacts.exporting.write import V4, VALUE, stored_dtype, write_adapter, write_whole
 from qlora_rm.artifacts.folders import new_folder
-from qlora_rm.artifacts.load import artefact_kind, read_tokenizer
-from qlora_rm.artifacts.manifest import Manifest, Step
+from qlora_rm.artifacts.load import artefact_kind
+from qlora_rm.artifacts.manifest import FILE_NAME, Manifest, Step
+from qlora_rm.artifacts.own_tokenizer import read_tokenizer
 from qlora_rm.artifacts.verify import load_whole, verify
 from qlora_rm.config import ExportConfig, require
 from qlora_rm.errors import UserError
@@ -75,6 +77,8 @@ def export(
     config = config or ExportConfig()
     readers = [reader_named(name) for name in dict.fromkeys(names)]
     kind = artefact_kind(folder)
+    if (Path(folder) / FILE_NAME).exists():
+        require_as_written(folder, Manifest.load(folder))
     require_readable(readers, folder, kind, trust_remote_code)
     _require_effect(kind, readers, config, base)
     manifest, evaluation = Manifest.load(folder), _read_evaluation(config.evaluation)

@@ -11,6 +11,7 @@ from peft import PeftConfig
 from torch import nn
 from transformers import AutoConfig, AutoModelForTokenClassification, PreTrainedModel, PreTrainedTokenizerBase
 
+from qlora_rm.artifacts.allowed import allowed_between_layouts, allowed_drift
 from qlora_rm.artifacts.checks import Check, Subject
 from qlora_rm.artifacts.exporting.common_checks import uncut_items
 from qlora_rm.artifacts.exporting.feeds import is_turns, texts_of
@@ -18,9 +19,8 @@ from qlora_rm.artifacts.exporting.files import HEAD_BIAS, head_names, read_tenso
 from qlora_rm.artifacts.exporting.reader import WITH_BIAS_IN_SGLANG, Reader
 from qlora_rm.artifacts.exporting.v4 import generic_ids
 from qlora_rm.artifacts.golden import ROUNDED, drift, scores_of
-from qlora_rm.artifacts.load import read_tokenizer
 from qlora_rm.artifacts.manifest import Manifest
-from qlora_rm.artifacts.proof import allowed_between_layouts, allowed_drift
+from qlora_rm.artifacts.own_tokenizer import read_tokenizer
 from qlora_rm.backbone.load import read_model_config
 from qlora_rm.backbone.paths import is_local
 from qlora_rm.backbone.precision import DTYPES

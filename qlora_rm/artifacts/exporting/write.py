@@ -20,8 +20,8 @@ from qlora_rm.artifacts.exporting.files import (
 )
 from qlora_rm.artifacts.exporting.reader import WITH_BIAS_IN_SGLANG, Reader, Writing
 from qlora_rm.artifacts.exporting.v4 import config_for_v4, edit_json, reads_the_same, tokenizer_config_for_v4
-from qlora_rm.artifacts.load import read_tokenizer
 from qlora_rm.artifacts.manifest import Manifest
+from qlora_rm.artifacts.own_tokenizer import read_tokenizer
 from qlora_rm.config import ExportConfig
 from qlora_rm.errors import UserError
 from qlora_rm.preferences.clock import reads_clock

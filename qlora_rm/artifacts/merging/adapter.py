@@ -13,9 +13,9 @@ from peft.tuners.lora import Embedding, Linear, LoraLayer, ParamWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from qlora_rm.artifacts.merging.checkpoint import Checkpoint
 from qlora_rm.artifacts.merging.nf4 import PIECE, pieces
 from qlora_rm.artifacts.merging.plan import NotStreamable
+from qlora_rm.backbone.checkpoint import Checkpoint
 from qlora_rm.backbone.head import head_modules, is_in_head
 from qlora_rm.backbone.skeleton import Skeleton
 from qlora_rm.errors import UserError

@@ -18,8 +18,8 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
-from qlora_rm.artifacts.merging.checkpoint import Checkpoint
 from qlora_rm.artifacts.merging.shards import Wanted
+from qlora_rm.backbone.checkpoint import Checkpoint
 from qlora_rm.backbone.skeleton import Skeleton
 from qlora_rm.errors import UserError
 

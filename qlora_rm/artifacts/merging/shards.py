@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from qlora_rm.artifacts.merging.checkpoint import NAMES
+from qlora_rm.backbone.checkpoint import NAMES
 
 SHARD_BYTES = 5_000_000_000
 """A new file is begun where one would grow beyond this; a larger tensor stands alone."""

@@ -13,11 +13,11 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
 from qlora_rm.artifacts.merging.adapter import Adapter
-from qlora_rm.artifacts.merging.checkpoint import Checkpoint
 from qlora_rm.artifacts.merging.nf4 import Packed, Rounded, is_slow, pieces
 from qlora_rm.artifacts.merging.plan import Group, NotStreamable, plan
 from qlora_rm.artifacts.merging.shards import Shards
 from qlora_rm.artifacts.merging.workers import Workers
+from qlora_rm.backbone.checkpoint import Checkpoint
 from qlora_rm.backbone.load import embedding_rows, read_model_config
 from qlora_rm.backbone.rotary import pinned
 from qlora_rm.backbone.skeleton import Skeleton

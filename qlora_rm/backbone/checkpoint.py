@@ -5,7 +5,6 @@ library's own reader maps a whole file, writable, which Linux refuses for one la
 mapped alone, for mapped pages count as resident until nothing uses the mapping.
 """
 
-import json
 import mmap
 import os
 from dataclasses import dataclass
@@ -17,8 +16,10 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+from qlora_rm.backbone.json_files import parse_json, read_json
 from qlora_rm.errors import UserError
 
+REMEDY = "Fetch or save it again."
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -26,6 +27,11 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "C64": torch.complex64,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -108,10 +114,13 @@ def model_files(name_or_path: str, revision: str | None = None) -> list[Path]:
     index = fetch(SAFE_WEIGHTS_INDEX_NAME)
     if index is None:
         return []
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{index} is broken: {error}. Fetch or save it again.") from error
+    content = read_json(index, REMEDY)
+    places = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
+        raise UserError(f"{index} is broken: it has no weight_map of names of files. {REMEDY}")
+    names = sorted(set(places.values()))
+    if odd := [name for name in names if "/" in name or "\\" in name or not name.endswith(".safetensors")]:
+        raise UserError(f"{index} names {odd[0]!r:.60}, which is no safetensors file of its folder. {REMEDY}")
     files = {name: fetch(name) for name in names}
     lost = [name for name, file in files.items() if file is None]
     if lost:
@@ -127,7 +136,7 @@ def _places(file: Path) -> dict[str, Stored]:
         raise UserError(f"{file} is broken or cut short: {error}") from error
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(length))
+        header = parse_json(opened.read(length).decode("utf-8", "replace"), f"The header of {file}", REMEDY)
     header.pop("__metadata__", None)
     unknown = {entry["dtype"] for entry in header.values()} - DTYPES.keys()
     if unknown:

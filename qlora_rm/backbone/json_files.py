@@ -1,0 +1,106 @@
+"""JSON files that may be damaged or hostile: read whole, or refused with a message."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from qlora_rm.errors import UserError
+
+LARGEST = 1 << 29
+"""Bytes of the largest JSON file that is read."""
+
+DEEPEST = 64
+"""How deep objects and lists may be nested."""
+
+LARGEST_WHOLE = 1 << 63
+"""Whole numbers stay below it in size."""
+
+
+def read_json(path: Path, remedy: str, *, strict: bool = True) -> Any:
+    """The content of a JSON file, without NaN, infinite numbers, repeated keys and deep nesting.
+
+    Arguments:
+        remedy: the sentence that ends each error message.
+        strict: False for a model's configuration, which others write: those of Mamba 2 and its relatives hold Infinity. Then
+            only its size and depth are bounded, and its whole numbers.
+
+    Raises:
+        UserError: the file cannot be read, or is no such JSON.
+        FileNotFoundError: there is no file.
+    """
+    try:
+        if path.stat().st_size > LARGEST:
+            raise UserError(f"{path} has more than {LARGEST >> 20} MiB, which no such file needs. {remedy}")
+        return parse_json(path.read_text(encoding="utf-8"), str(path), remedy, strict=strict)
+    except FileNotFoundError:
+        raise
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise UserError(f"{path} cannot be read: {reason}. {remedy}") from None
+
+
+def parse_json(text: str, where: str, remedy: str, *, strict: bool = True) -> Any:
+    """The content of JSON text, under the same rules as `read_json`.
+
+    Arguments:
+        where: what error messages name.
+
+    Raises:
+        UserError: it is no such JSON.
+    """
+
+    def refuse(what: str) -> NoReturn:
+        raise UserError(f"{where} cannot be read: {what}. {remedy}")
+
+    hooks: dict[str, Any] = {"parse_int": lambda digits: _whole(digits, refuse)}
+    if strict:
+        hooks |= {
+            "parse_constant": lambda word: refuse(f"it holds {word}, which is no JSON number"),
+            "parse_float": lambda digits: _finite(digits, refuse),
+            "object_pairs_hook": lambda pairs: _once(pairs, refuse),
+        }
+    try:
+        found = json.loads(text, **hooks)
+    except RecursionError:
+        refuse("it is nested too deeply")
+    except ValueError as error:
+        refuse(str(error))
+    if _is_deep(found):
+        refuse(f"it is nested more than {DEEPEST} levels deep")
+    return found
+
+
+def _finite(digits: str, refuse: Callable[[str], NoReturn]) -> float:
+    number = float(digits)
+    return number if math.isfinite(number) else refuse(f"it holds the number {digits:.20}, which is too large")
+
+
+def _whole(digits: str, refuse: Callable[[str], NoReturn]) -> int:
+    number = int(digits) if len(digits) <= 20 else LARGEST_WHOLE
+    return number if abs(number) < LARGEST_WHOLE else refuse(f"it holds the number {digits:.20}, which is too large")
+
+
+def _once(pairs: list[tuple[str, Any]], refuse: Callable[[str], NoReturn]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        repeated = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        refuse(f"it holds the key {repeated!r:.60} twice in one object")
+    return found
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, (dict, list))
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, (dict, list))
+        ]
+        if not level:
+            return False
+    return True

@@ -1,0 +1,301 @@
+"""Chat templates rendered within bounds of time and size.
+
+A chat template is a program. jinja's sandbox keeps it from files and processes, not from loops without end or texts of
+gigabytes, which one operation can make. This environment checks the size of a result before an operation that multiplies, adds up
+what all operations make, and looks at the clock in every loop and call. transformers renders all chat templates with it, once
+`bound_templates` was called.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import cache, lru_cache, wraps
+from typing import Any
+
+from jinja2 import TemplateError, nodes
+from jinja2.environment import Template
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
+from jinja2.utils import Namespace
+
+from qlora_rm.preferences.template_code import LITERAL, LOOP, Generator, watched
+from qlora_rm.preferences.template_sizes import FILTERS, METHODS, NUMBER, TooLarge, formatted, weight
+
+SECONDS = 5.0
+"""Of this thread's processor time, for one rendering."""
+
+WASTED = 30.0
+"""Seconds that failed renderings of one template may take together; then it is not rendered any more."""
+
+LARGEST = 100_000_000
+"""Characters of one text, and entries and characters of one list."""
+
+TOTAL = 400_000_000
+"""Characters and entries that all operations of one rendering may make."""
+
+LONGEST_TEMPLATE = 1_000_000
+"""Characters of a template. The largest known have 100,000."""
+
+BITS = 10_000
+"""Of a whole number."""
+
+LOOKS = 32
+"""Steps between two looks at the clock."""
+
+LINEAR = ("trim", "upper", "lower", "capitalize", "title", "safe", "list", "items", "reverse", "int", "float", "abs")
+"""Filters whose result is about as long as what they are given."""
+
+LAZY = ("default", "d", "length", "count", "first", "last", "map", "select", "selectattr", "reject", "rejectattr")
+"""Filters that make nothing by themselves, and so need no bound."""
+
+
+class OutOfTime(TemplateError):
+    """A rendering took too long."""
+
+
+class _Budget:
+    """What one rendering may still take."""
+
+    __slots__ = ("ends", "left", "steps")
+
+    def __init__(self) -> None:
+        self.left, self.steps, self.ends = TOTAL, 0, time.thread_time() + SECONDS
+
+    def tick(self) -> None:
+        self.steps += 1
+        if not self.steps % LOOKS:
+            self.look()
+
+    def look(self) -> None:
+        if time.thread_time() > self.ends:
+            raise OutOfTime(f"the template took more than {SECONDS:g} s")
+
+    def spend(self, size: int) -> None:
+        self.tick()
+        self.left -= size
+        if size > LARGEST or self.left < 0:
+            raise TooLarge(size if size > LARGEST else TOTAL)
+
+
+class _Now(threading.local):
+    budget: _Budget | None = None
+
+
+_now = _Now()
+
+
+def _budget() -> _Budget:
+    """That of the rendering in this thread; outside of one, while a template is compiled, a fresh one."""
+    return _now.budget or _Budget()
+
+
+def _counted(value: Any) -> Any:
+    """`value`, an operation's result, once it was counted."""
+    kind = type(value)
+    if kind is str or kind is bytes or kind is list or kind is tuple:
+        _budget().spend(len(value))
+    elif kind is int and value.bit_length() > BITS:
+        raise TooLarge(value.bit_length())
+    return value
+
+
+def _small(value: Any) -> Any:
+    """`value`, a new list, tuple or object, once everything in it was counted, as often as it stands there."""
+    _budget().spend(weight(value, LARGEST))
+    return value
+
+
+class _Ticked:
+    """What a loop runs over; each step looks at the clock."""
+
+    def __init__(self, inner: Iterable[Any]) -> None:
+        self.inner = inner
+
+    def __iter__(self) -> Iterator[Any]:
+        budget = _budget()
+        for item in self.inner:
+            budget.steps += 1
+            if not budget.steps % LOOKS:
+                budget.look()
+            yield item
+
+    def __len__(self) -> int:
+        return len(self.inner)  # type: ignore[arg-type]  # a TypeError where it has none, as without this class
+
+
+class _Formatter(SandboxedFormatter):
+    def format_field(self, value: Any, format_spec: str) -> Any:
+        formatted(format_spec, (value,), LARGEST)
+        return super().format_field(value, format_spec)
+
+
+class _Template(Template):
+    """Renders with a budget of its own, in the thread that renders."""
+
+    wasted = 0.0
+
+    def render(self, *args: Any, **kwargs: Any) -> str:
+        if self.wasted > WASTED:
+            raise OutOfTime(
+                f"renderings of this template that failed took more than {WASTED:g} s; it is not rendered any more"
+            )
+        before, _now.budget = _now.budget, _Budget()
+        try:
+            return super().render(*args, **kwargs)
+        except (OutOfTime, TooLarge):
+            self.wasted += time.thread_time() - (_now.budget.ends - SECONDS)
+            raise
+        finally:
+            _now.budget = before
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    code_generator_class = Generator
+    template_class = _Template
+    intercepted_binops = frozenset({"+", "*", "%", "**"})  # so that none is computed while a template is compiled
+
+    @staticmethod
+    def concat(parts: Iterable[str]) -> str:
+        whole = parts if isinstance(parts, list) else list(parts)
+        _budget().spend(sum(map(len, whole)))
+        return "".join(whole)
+
+    @staticmethod
+    def added(parts: tuple[Any, ...]) -> Any:
+        """`+`, from left to right."""
+        found = parts[0]
+        for part in parts[1:]:
+            before, found = found, found + part
+            if type(found) is not str:
+                grown = isinstance(found, (list, tuple)) and len(found).bit_length() > len(before).bit_length()
+                _small(found) if grown else _counted(found)  # a list that grows by appending is counted once in a while
+            elif len(found) > LARGEST:
+                raise TooLarge(len(found))
+        if type(found) is str:
+            budget = _now.budget or _Budget()
+            budget.left -= len(found)
+            if budget.left < 0:
+                raise TooLarge(TOTAL)
+        return found
+
+    def joined(self, parts: tuple[Any, ...]) -> str:
+        """`~`."""
+        return self.concat([part if type(part) is str else str(_printable(part)) for part in parts])
+
+    def sliced(self, value: Any, start: Any, stop: Any, step: Any) -> Any:
+        return _counted(value[start:stop:step])
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "*":
+            sizes = [one.bit_length() if type(one) is int else 0 for one in (left, right)]
+            length = next((len(one) for one in (left, right) if isinstance(one, (str, bytes, list, tuple))), None)
+            if length is None and sum(sizes) > BITS:
+                raise TooLarge(sum(sizes))
+            times = next((one for one in (left, right) if isinstance(one, int)), 0)
+            if length is not None and length * times > LARGEST:
+                raise TooLarge(length * times)
+        elif operator == "**" and isinstance(left, int) and isinstance(right, int):
+            if right > BITS or left.bit_length() * right > BITS:
+                raise TooLarge(left.bit_length() * right)
+        elif operator == "%" and isinstance(left, (str, bytes)):
+            formatted(left, right, LARGEST)
+        found = super().call_binop(context, operator, left, right)
+        return _small(found) if isinstance(found, (list, tuple)) else _counted(found)
+
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        _require_modest(__obj, args, kwargs)
+        found = super().call(__context, __obj, *args, **kwargs)
+        return _small(found) if type(found) is dict else _counted(found)
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        """`str.format`, its widths checked."""
+        if super().wrap_str_format(value) is None:
+            return None
+        text, by_map = value.__self__, value.__name__ == "format_map"
+
+        def bounded(*args: Any, **kwargs: Any) -> str:
+            if by_map:
+                args, kwargs = (), *args
+            formatted(text, (args, kwargs), LARGEST, mark="{")
+            return type(text)(_Formatter(self).vformat(text, args, kwargs))
+
+        return wraps(value)(bounded)
+
+    def _generate(self, source: nodes.Template, *args: Any, **kwargs: Any) -> str:
+        return super()._generate(watched(source), *args, **kwargs)
+
+
+def _require_modest(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """No number that a library's function is given is larger than a width may be, and no text grows by much."""
+    owner = getattr(function, "__self__", None)
+    if owner is None or isinstance(owner, type(threading)):
+        return
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, int) and abs(value) > NUMBER:
+            raise TooLarge(abs(value))
+    if isinstance(owner, (str, bytes)) and (bound := METHODS.get(getattr(function, "__name__", ""))):
+        bound(LARGEST, owner, *args, **kwargs)
+
+
+def _bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    if name in LAZY:
+        return function
+    if name in LINEAR:
+        return wraps(function)(lambda *args, **kwargs: _counted(function(*args, **kwargs)))
+    bound, given = FILTERS.get(name), 1 if hasattr(function, "jinja_pass_arg") else 0
+
+    @wraps(function)
+    def bounded(*args: Any, **kwargs: Any) -> Any:
+        for value in (*args[given + 1 :], *kwargs.values()):
+            if isinstance(value, int) and abs(value) > NUMBER:
+                raise TooLarge(abs(value))
+        if bound is not None:
+            bound(LARGEST, *args[given:], **kwargs)
+        return _counted(function(*args, **kwargs))
+
+    return bounded
+
+
+def _printable(value: Any) -> Any:
+    """`value`, once it is known that its text is not too long."""
+    if type(value) is str:
+        return value
+    if isinstance(value, (Mapping, Collection, Namespace)) and not isinstance(value, str):
+        _budget().spend(weight(value, LARGEST))
+    return value
+
+
+@lru_cache(maxsize=64)
+def compiled(template: str) -> Template:
+    """A template in an environment like transformers' own, with bounds.
+
+    Raises:
+        TemplateError: it is too long, or no template.
+    """
+    if len(template) > LONGEST_TEMPLATE:
+        raise TemplateError(f"the template has {len(template):,} characters; at most {LONGEST_TEMPLATE:,} are rendered")
+    theirs = _environment_of_transformers()
+    kinds = [type(extension) for extension in theirs.extensions.values()]
+    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=kinds, finalize=_printable)
+    environment.globals.update(theirs.globals)
+    environment.globals.pop("lipsum", None)  # writes as much as it is asked for, and no conversation
+    environment.filters.update({name: _bounded_filter(name, function) for name, function in theirs.filters.items()})
+    environment.filters |= {LOOP: _Ticked, LITERAL: _small}
+    return environment.from_string(template)
+
+
+@cache
+def _environment_of_transformers() -> Any:
+    from transformers.utils import chat_template_utils
+
+    return chat_template_utils._cached_compile_jinja_template("").environment
+
+
+def bound_templates() -> None:
+    """Have transformers render all chat templates in this process within bounds.
+
+    transformers 5.23 has neither a bound nor a way to choose the environment, so its cached compiler is replaced. Goes when it
+    has one.
+    """
+    from transformers.utils import chat_template_utils
+
+    chat_template_utils._compile_jinja_template = compiled
