@@ -3,7 +3,7 @@
 import hashlib
 from pathlib import Path
 
-from qlora_rm.artifacts.merging.checkpoint import model_files
+from qlora_rm.backbone.checkpoint import model_files
 from qlora_rm.backbone.paths import is_local
 from qlora_rm.errors import UserError
 from qlora_rm.progress import Phase
