@@ -8,7 +8,7 @@ from qlora_rm.errors import UserError
 from qlora_rm.preferences.contents import kind_of
 from qlora_rm.preferences.tokenization import LARGEST_ID
 
-LARGEST_SCORE = 1e6
+LARGEST_SCORE = 1e9
 """Scores, and what is measured on them, stay below it in size. Trained scores have a size of about 10."""
 
 LARGEST_COUNT = 1 << 48

@@ -88,7 +88,7 @@ def negate_head(folder: Path) -> None:
 # 1. numbers that prove anything
 
 
-@pytest.mark.parametrize("word", ["Infinity", "-Infinity", "NaN", "1e999", "1e7", "true", '"7"', "1" + "0" * 400])
+@pytest.mark.parametrize("word", ["Infinity", "-Infinity", "NaN", "1e999", "1e10", "true", '"7"', "1" + "0" * 400])
 def test_golden_scores_that_no_model_can_miss_are_refused(folder: Path, word: str) -> None:
     content = content_of(folder)
     content["golden"][0]["scores"] = ["SCORE" for _ in content["golden"][0]["scores"]]

@@ -21,7 +21,7 @@ from qlora_rm.artifacts.verify import verify
 from qlora_rm.cli import main
 from qlora_rm.config import READER_NAMES, AdapterConfig, ExportConfig
 from qlora_rm.errors import UserError
-from tests.reward_models_for_tests import copy_of, edit_json, llama_adapter, make_reward_model
+from tests.reward_models_for_tests import copy_of, edit_json, llama_adapter, make_reward_model, seal_again
 from tests.tokenizers_for_tests import BOS, CHATML, ENDS_WITH_EOS, small_tokenizer
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -129,6 +129,7 @@ class TestWrites:
     def test_an_adapter_with_its_base_named_for_anywhere(self, tmp_path):
         source = copy_of(llama_adapter(), tmp_path / "adapter")
         edit_json(source / "adapter_config.json", base_model_name_or_path="../base")
+        seal_again(source)
         exported = export(str(source), ["peft"], str(tmp_path / "out"))
         assert exported.ok, failed(exported)
         named = json.loads((tmp_path / "out/adapter_config.json").read_text(encoding="utf-8"))[
@@ -219,6 +220,7 @@ class TestRefuses:
         golden = json.loads((source / "rm_manifest.json").read_text(encoding="utf-8"))["golden"]
         golden = [item | {"scores": [score * 1e6 for score in item["scores"]]} for item in golden]
         edit_json(source / "rm_manifest.json", golden=golden)
+        seal_again(source)
         assert "vllm: scores in fp16" in self.refused(source, ["vllm"], tmp_path)
 
     def test_a_model_whose_scores_have_moved(self, llama, tmp_path):
@@ -226,6 +228,7 @@ class TestRefuses:
         tensors = load_file(source / "model.safetensors")
         tensors["model.norm.weight"] += 0.1
         save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+        seal_again(source)
         assert "golden scores are given again" in self.refused(source, ["transformers"], tmp_path)
 
     def test_what_needs_no_file_to_be_written(self, llama, qwen, tmp_path):
@@ -252,7 +255,7 @@ class TestRefuses:
 @pytest.mark.parametrize(
     ("lost", "message"),
     [
-        ("model.safetensors", "holds no model.safetensors"),
+        ("model.safetensors", "model.safetensors is gone"),
         ("tokenizer.json", "tokenizer"),
         ("rm_manifest.json", "not written by qlora-rm"),
         ("config.json", "neither adapter_config.json nor config.json"),
@@ -272,6 +275,7 @@ def test_a_source_cut_short_and_a_wrong_adapter(llama, tmp_path):
     source = copy_of(llama, tmp_path / "source")
     whole = (source / "model.safetensors").read_bytes()
     (source / "model.safetensors").write_bytes(whole[:-1000])
+    seal_again(source)
     with pytest.raises(UserError, match="broken or cut short"):
         export(str(source), ["trl"], str(tmp_path / "out"))
     with pytest.raises(UserError, match="missing, broken or cut short"):
