@@ -1,7 +1,8 @@
 # The first target on a fresh machine makes .venv with everything pinned.
 #   make demo          the whole road on a small model
-#   make test          every test                      make test-deep     with fresh seeds, more examples, every moment of a kill
-#   make check         lint, and the fast tests        make test-gpu      what only a GPU can show
+#   make test          all tests but the long ones     make test-long     those of half a minute and more
+#   make check         lint, and the fast tests        make test-deep     with fresh seeds, more examples, every moment of a kill
+#   make test-gpu      what only a GPU can show
 #   make lint          style and types                 make test-install  a wheel, installed and walked through
 #   make dist          wheel and sdist in dist/        make clean
 PYTHON ?= python3
@@ -20,20 +21,23 @@ ifndef SEED
 SEED := $(shell date +%s)
 endif
 
-.PHONY: demo test check test-deep test-gpu test-install lint dist clean env
+.PHONY: demo test check test-long test-deep test-gpu test-install lint dist clean env
 
 demo: env
 	$(BIN)/qlora-rm demo
 
 test: env
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not long and not gpu"
+
+test-long: env
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "long and not gpu"
 
 check: lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not long and not gpu"
 
 test-deep: env
 	@echo "make test-deep SEED=$(SEED)"
-	QLORA_RM_DEEP=$(SEED) $(BIN)/python -m pytest -n 2 --dist loadfile --hypothesis-seed=$(SEED)
+	QLORA_RM_DEEP=$(SEED) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --hypothesis-seed=$(SEED)
 
 test-gpu: env
 	$(BIN)/python -m pytest -m gpu

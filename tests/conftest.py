@@ -3,6 +3,7 @@
 import os
 import random
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,12 @@ settings.load_profile("deep" if SEED else "gate")
 def pytest_configure(config: pytest.Config) -> None:
     if asks_for_gpu(config.option.markexpr):
         show_gpu()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of slow tests first (`--no-loadscope-reorder` keeps the order): a worker that gets one last works on alone."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

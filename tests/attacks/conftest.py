@@ -29,10 +29,16 @@ class Counter:
         self.categories: dict[str, str] = {}
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        self.categories = {item.nodeid: item.module.CATEGORY for item in items if hasattr(item, "module")}  # type: ignore[attr-defined]
+        self.categories = {
+            item.nodeid: item.module.CATEGORY
+            for item in items
+            if isinstance(item, pytest.Function) and hasattr(item.module, "CATEGORY")
+        }
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.when != "call" and not report.failed:
+        if report.nodeid not in self.categories or (
+            report.when != "call" and not report.failed
+        ):  # xdist's controller has no items
             return
         number = next((value for name, value in report.user_properties if name == "tries"), 1)
         row = {

@@ -29,7 +29,7 @@ from qlora_rm.cli import main
 from qlora_rm.errors import UserError
 from tests.reward_models_for_tests import copy_of, edit_json, llama_adapter, seal_again
 
-CATEGORY = "tampered artefacts"
+CATEGORY = "Model folders: tampering and damage"
 DTYPES = ("fp32", "bf16")
 Change = Callable[[Path], None]
 

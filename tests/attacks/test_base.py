@@ -19,7 +19,7 @@ from tests.models_for_tests import save_backbone
 from tests.reward_models_for_tests import llama_adapter
 from tests.tokenizers_for_tests import small_tokenizer
 
-CATEGORY = "the base"
+CATEGORY = "Training: the base"
 
 
 @pytest.fixture(scope="module")

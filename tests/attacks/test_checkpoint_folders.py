@@ -13,7 +13,7 @@ from qlora_rm.training.universal import tag_of
 from qlora_rm.training.wholeness import fault, notes_sizes_only
 from tests.attacks.conftest import contents_of
 
-CATEGORY = "checkpoints on disk"
+CATEGORY = "Checkpoints: folders and files"
 
 
 def save(output_dir: Path, step: int) -> Path:

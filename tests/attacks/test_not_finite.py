@@ -10,7 +10,7 @@ from torch import nn
 from qlora_rm.errors import UserError
 from qlora_rm.training.finite import OVERFLOWS, FiniteWatch, require_finite_scores, weights_are_finite
 
-CATEGORY = "numbers that are not finite"
+CATEGORY = "Training: numbers that are not finite"
 BAD = [math.nan, math.inf, -math.inf]
 
 

@@ -22,7 +22,7 @@ from qlora_rm.training.output_folder import prepare, require_apart
 from qlora_rm.training.output_lock import STALE_AFTER, Holder, OutputLock
 from qlora_rm.training.permissions import open_to_umask
 
-CATEGORY = "output folder"
+CATEGORY = "Training: the output folder"
 
 
 def options(out: Path, **of_backbone: Any) -> Any:

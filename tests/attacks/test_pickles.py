@@ -22,7 +22,7 @@ from tests.models_for_tests import save_backbone
 from tests.tokenizers_for_tests import small_tokenizer
 from tests.training.conftest import preference_rows, write_rows
 
-CATEGORY = "pickles in checkpoints"
+CATEGORY = "Checkpoints: pickles"
 
 
 class Runs:

@@ -22,7 +22,7 @@ from tests.tokenizers_for_tests import small_tokenizer
 from tests.training.conftest import preference_rows, write_rows
 from tests.training.forking import Forks
 
-CATEGORY = "training and resuming"
+CATEGORY = "Training: interruptions"
 pytestmark = pytest.mark.slow
 
 RUN = {

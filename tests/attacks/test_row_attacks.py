@@ -35,7 +35,7 @@ from qlora_rm.report.scored_rows import score_rows
 from tests.preferences.rows_for_tests import FORMATS, IDS, RANKS, TEXT_EXPLICIT, TURNS_EXPLICIT, config, numbered, write
 from tests.tokenizers_for_tests import small_tokenizer
 
-CATEGORY = "poisoned rows"
+CATEGORY = "Rows"
 TOKENIZATION = Tokenization(small_tokenizer(), 512)
 KNOWN = len(TOKENIZATION.tokenizer)
 DEEP = "[" * 100_000 + "]" * 100_000
