@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from qlora_rm import __version__
 from qlora_rm.config import OutputConfig
@@ -23,6 +23,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}. See `{self.prog} --help`.")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Print the help; argparse's own method passes over an output that cannot be written."""
+        (file or sys.stdout).write(message)
 
 
 def main(argv: list[str] | None = None) -> int:
