@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         _print_no_more()
         return 1
     except OSError as error:
-        if not _output_fails():
+        if error.filename is not None or not _output_fails():
             raise
         _print_no_more()
         print(f"{rank_prefix()}error: standard output cannot be written: {error.strerror}.", file=sys.stderr)
@@ -81,8 +81,9 @@ def _flush() -> None:
 
 
 def _output_fails() -> bool:
+    """Whether standard output fails again; what failed before is dropped by then, so an empty line is tried."""
     try:
-        _flush()
+        print(flush=True)
     except OSError:
         return True
     return False
