@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 from contextlib import suppress
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from qlora_rm import __version__
 from qlora_rm.config import OutputConfig
@@ -24,6 +24,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}. See `{self.prog} --help`.")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Print the help; argparse's own method passes over an output that cannot be written."""
+        (file or sys.stdout).write(message)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         _print_no_more()
         return 1
     except OSError as error:
-        if not _output_fails():
+        if error.filename is not None or not _output_fails():
             raise
         _print_no_more()
         print(f"{rank_prefix()}error: standard output cannot be written: {error.strerror}.", file=sys.stderr)
@@ -79,8 +83,9 @@ def _flush() -> None:
 
 
 def _output_fails() -> bool:
+    """Whether standard output fails again; what failed before is dropped by then, so an empty line is tried."""
     try:
-        _flush()
+        print(flush=True)
     except OSError:
         return True
     return False

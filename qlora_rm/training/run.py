@@ -28,6 +28,7 @@ from qlora_rm.preferences import PreferenceData, Tokenization, load_preferences
 from qlora_rm.progress import Phase
 from qlora_rm.streams import outliving_readers
 from qlora_rm.training.arguments import Options, TrainingConfig, parse
+from qlora_rm.training.build_locks import clearing_build_locks
 from qlora_rm.training.checkpoints import last_whole, require_free_names, step_of
 from qlora_rm.training.clock import fix_training_date
 from qlora_rm.training.engine import EngineCheck, quiet_deepspeed
@@ -55,7 +56,7 @@ def main(argv: list[str]) -> None:
     try:
         with outliving_readers() as streams, ending_together():
             quiet_deepspeed()
-            with Phase("starting"):  # ranks meet, and DeepSpeed compiles what it lacks
+            with Phase("starting"), clearing_build_locks():  # ranks meet, and DeepSpeed compiles what it lacks
                 options = parse(argv)
             streams.log = Path(str(options.training.output_dir)) / LOG
             hub = Hub.of(options.training)

@@ -1,0 +1,69 @@
+"""Locks of compiled extensions that a killed process left behind: torch waits for them without end.
+
+torch 2.13 creates a file named `lock` while it compiles an extension, DeepSpeed's among them, and removes it afterwards. Where the
+process is killed in between, every later run waits for that file. Goes when
+torch holds pytorch #190543 (issue #189245).
+"""
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from torch.utils.cpp_extension import get_default_build_root
+
+from qlora_rm.console import WARNING, say
+
+STALE_AFTER = 600.0
+"""Seconds after which a lock that no process of this machine holds counts as left behind; another machine may hold it."""
+LOOK_EVERY = 5.0
+
+
+@contextmanager
+def clearing_build_locks() -> Iterator[None]:
+    """Remove locks that were left behind, at once and every few seconds while the block runs."""
+    done = threading.Event()
+
+    def look() -> None:
+        while True:
+            for lock in stale_locks(build_root()):
+                with suppress(OSError):
+                    lock.unlink()
+                    say(f"{WARNING}removed {lock}, which a killed process left while it compiled an extension")
+            if done.wait(LOOK_EVERY):
+                return
+
+    watcher = threading.Thread(target=look, name="locks of extensions", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
+
+
+def build_root() -> Path:
+    """The folder that torch compiles extensions in."""
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+
+
+def stale_locks(root: Path) -> list[Path]:
+    """Locks of extensions below `root` that are older than `STALE_AFTER` and that no process of this machine holds open."""
+    old = []
+    for lock in [*root.glob("*/lock"), *root.glob("*/*/lock")]:
+        with suppress(OSError):
+            if time.time() - lock.stat().st_mtime > STALE_AFTER:
+                old.append(lock)
+    held = _open_files() if old else set()
+    return [lock for lock in old if str(lock.resolve()) not in held]
+
+
+def _open_files() -> set[str]:
+    """Paths of the files that processes of this machine hold open, as far as they may be seen."""
+    found = set()
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with suppress(OSError):
+            found.add(os.readlink(link))
+    return found
