@@ -58,7 +58,7 @@ env: $(STAMP)
 # torch goes first and exactly: a host's own build of it (CPU or CUDA) then satisfies every later requirement.
 # deepspeed is published as source only; pip builds it in isolation, where it finds no torch, compiles nothing, and
 # leaves its operators to be compiled on use.
-$(STAMP): pyproject.toml setup.py constraints.txt qlora_rm/artifacts/merging/nf4.c | $(BIN)/python
+$(STAMP): pyproject.toml setup.py constraints.txt qlora_rm/merging/nf4.c | $(BIN)/python
 	$(BIN)/python -m pip install "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
 	touch $@

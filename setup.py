@@ -12,8 +12,8 @@ SHIPPED = ("recipes", "accelerate_configs", "ds_configs")
 
 # Without a C compiler the package installs all the same: bitsandbytes then does the work of nf4.c, slowly.
 NF4 = Extension(
-    "qlora_rm.artifacts.merging._nf4",
-    ["qlora_rm/artifacts/merging/nf4.c"],
+    "qlora_rm.merging._nf4",
+    ["qlora_rm/merging/nf4.c"],
     extra_compile_args=["-O3", "-ffp-contract=off"],
     optional=True,
 )

@@ -1,6 +1,6 @@
 """python -m benchmarks.memory [NAME ...]
 
-The memory that `qlora_rm.plan` predicts for a training step, beside what a real run of the train door takes: NF4
+The memory that `qlora_rm.planning` predicts for a training step, beside what a real run of the train door takes: NF4
 weights, real adapters, two optimizer steps, fp32 on one CPU thread, each setting in a process forked off one that has done
 nothing but its imports. Results go to
 benchmarks/results/memory_cpu.json, and from there into docs/scale.md.
@@ -30,10 +30,10 @@ from benchmarks.prefix_sharing import peak_memory, reset_peak_memory
 from qlora_rm.artifacts.manifest import library_versions
 from qlora_rm.backbone.load import read_model_config
 from qlora_rm.config import AdapterConfig, BackboneConfig
-from qlora_rm.plan.cards import processors
-from qlora_rm.plan.memory import Memory, Setting, memory
-from qlora_rm.plan.rehearsal import Batch, Rehearsal
-from qlora_rm.plan.skeleton import build, weigh
+from qlora_rm.planning.gpus import processors
+from qlora_rm.planning.memory import Memory, Setting, memory
+from qlora_rm.planning.rehearsal import Batch, Rehearsal
+from qlora_rm.planning.skeleton import build, weigh
 from qlora_rm.training import run as door
 from qlora_rm.training.engine import EngineCheck
 from tests.tokenizers_for_tests import small_tokenizer

@@ -33,9 +33,9 @@ from peft import LoraConfig, TaskType, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from qlora_rm.artifacts.merging.shards import Shards, Wanted
-from qlora_rm.artifacts.merging.stream import Source, Stream
-from qlora_rm.backbone.checkpoint import Checkpoint, model_files, size_of
+from qlora_rm.artifacts.safetensors_writer import Shards, Wanted
+from qlora_rm.backbone.safetensors_reader import Checkpoint, model_files, size_of
+from qlora_rm.merging.stream import Source, Stream
 
 LAYERS = (4, 14)
 ROUNDS = 3

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from qlora_rm.config import AdapterConfig, BackboneConfig
-from qlora_rm.plan.cards import CARDS, LIBRARIES
-from qlora_rm.plan.memory import Engine, Setting, memory
-from qlora_rm.plan.published import PUBLISHED, published
-from qlora_rm.plan.rehearsal import Step
-from qlora_rm.plan.report import gb
-from qlora_rm.plan.search import Planner
-from qlora_rm.plan.workload import Workload
+from qlora_rm.planning.gpus import CARDS, LIBRARIES
+from qlora_rm.planning.memory import Engine, Setting, memory
+from qlora_rm.planning.planner import Planner
+from qlora_rm.planning.published_shapes import PUBLISHED, published
+from qlora_rm.planning.rehearsal import Step
+from qlora_rm.planning.report import gb
+from qlora_rm.planning.workload import Workload
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "scale.md"
@@ -135,8 +135,8 @@ from its configuration, and with `--dataset` of your own comparisons' lengths:
     qlora-rm plan FOLDER_OR_HUB_ID --card 24 --dataset ROWS.jsonl --max_length 1024
 
 Weights are counted on a model without storage, made as the loader makes it; activations are what the model's own forward
-and backward pass keep, run on tensors that have shapes and no storage (`qlora_rm/plan/rehearsal.py`); what engines add
-is arithmetic, a function a term (`qlora_rm/plan/memory.py`).
+and backward pass keep, run on tensors that have shapes and no storage (`qlora_rm/planning/rehearsal.py`); what engines add
+is arithmetic, a function a term (`qlora_rm/planning/memory.py`).
 
 Assumed, and not measured here: on a card, 1 GB for CUDA and the libraries' workspaces, 0.5 GB for NCCL between ranks, and
 8 % of the activations for the allocator's fragmentation; a card's memory is its nominal size in units of 1e9 bytes. What
@@ -151,7 +151,7 @@ PER_RANK = """LoRA r=16 on all linear layers, accumulating. Under ZeRO-3 with wh
 ACTIVATIONS = f"""At the peak of a micro-batch of one comparison, two sequences of {LENGTH} tokens, half of them shared, in bf16: each
 prompt once (FlexAttention), or padded (SDPA, with a mask of its own in every layer)."""
 FITS = """The same comparisons, 64 in an optimizer step, LoRA r=16: engine, comparisons x accumulation, GB a card. Settings are
-ordered by a cost model that stands in `qlora_rm/plan/search.py`; a checkpoint costs a second forward pass, ZeRO-3 the
+ordered by a cost model that stands in `qlora_rm/planning/planner.py`; a checkpoint costs a second forward pass, ZeRO-3 the
 gathering of all packed weights in every pass."""
 
 

@@ -7,11 +7,11 @@ from contextlib import suppress
 from typing import Any, NoReturn
 
 from qlora_rm import __version__
+from qlora_rm.commands.artifacts import add_export, add_merge, add_sign, add_verify
+from qlora_rm.commands.scoring import add_eval, add_score, add_serve
+from qlora_rm.commands.training import add_bench, add_demo, add_plan, add_recipes, add_train
 from qlora_rm.config import OutputConfig
 from qlora_rm.console import printable, rank_prefix, speaking
-from qlora_rm.doors.artefacts import add_export, add_merge, add_sign, add_verify
-from qlora_rm.doors.scoring import add_eval, add_score, add_serve
-from qlora_rm.doors.training import add_bench, add_demo, add_plan, add_recipes, add_train
 from qlora_rm.errors import Terminated, UserError
 from qlora_rm.launchers import torchrun_variables
 from qlora_rm.libraries import quiet_libraries

@@ -395,7 +395,7 @@ READER_NAMES = (
     "rewardbench",
     "peft",
 )
-"""What `export --for` takes: the rows of `artifacts/exporting/readers.py`, named here so that help needs no library."""
+"""What `export --for` takes: the rows of `exporting/consumers.py`, named here so that help needs no library."""
 
 
 @dataclass

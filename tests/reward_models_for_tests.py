@@ -12,10 +12,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from qlora_rm.artifacts.golden import make_golden
+from qlora_rm.artifacts.hashes import hash_files
 from qlora_rm.artifacts.manifest import FILE_NAME, Base, Manifest, Reward, Training, make_contract
 from qlora_rm.artifacts.manifest_versions import SINCE, content_hash
 from qlora_rm.artifacts.noise import measure_noise
-from qlora_rm.artifacts.seal import hash_files
 from qlora_rm.backbone.adapter import attach_adapter
 from qlora_rm.backbone.load import load_backbone
 from qlora_rm.backbone.precision import DTYPES

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from qlora_rm.artifacts.manifest import Manifest
-from qlora_rm.artifacts.merge import merge
 from qlora_rm.cli import main
+from qlora_rm.merging.merge import merge
 from tests.reward_models_for_tests import copy_of, edit_json, llama_adapter, seal_again
 
 COMMANDS = ("train", "plan", "eval", "score", "merge", "export", "verify", "serve", "recipes", "demo")
@@ -302,7 +302,7 @@ def test_ctrl_c_is_status_130(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> N
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("qlora_rm.artifacts.verify.verify", interrupt)
+    monkeypatch.setattr("qlora_rm.verification.folder.verify", interrupt)
     assert main(["verify", "x"]) == 130
     assert "Traceback" not in capsys.readouterr().err
 
@@ -311,7 +311,7 @@ def test_defects_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def defect(*_: Any, **__: Any) -> None:
         raise RuntimeError("a defect")
 
-    monkeypatch.setattr("qlora_rm.artifacts.verify.verify", defect)
+    monkeypatch.setattr("qlora_rm.verification.folder.verify", defect)
     with pytest.raises(RuntimeError, match="a defect"):
         main(["verify", "x"])
 

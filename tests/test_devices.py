@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qlora_rm.backbone.precision import best_dtype
-from qlora_rm.plan.check import card_at_hand
+from qlora_rm.planning.fit_check import card_at_hand
 from tests import pretended_gpu
 from tests.devices import VISIBLE, asks_for_gpu
 

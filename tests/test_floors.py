@@ -1,4 +1,4 @@
-"""The house stands on floors: a module imports only from floors below its own, and the lower ones stay light."""
+"""A module imports only from packages below its own, so that no two packages import each other; the lower ones load nothing heavy."""
 
 import ast
 import sys
@@ -19,6 +19,7 @@ GROUND = [
     "launchers",
     "libraries",
     "options",
+    "output",
     "progress",
     "shipped",
     "streams",
@@ -28,13 +29,14 @@ FLOORS = {
     **dict.fromkeys(GROUND, 0),
     "preferences": 1,
     "backbone": 2,
-    "plan": 3,
-    **dict.fromkeys(["training", "artifacts", "report", "serve", "demo"], 4),
-    **dict.fromkeys(["cli", "doors", "train", "__main__"], 5),
+    "planning": 3,
+    "artifacts": 4,
+    **dict.fromkeys(["training", "verification", "evaluation"], 5),
+    **dict.fromkeys(["merging", "exporting", "serving", "demo"], 6),
+    **dict.fromkeys(["cli", "commands", "train", "__main__"], 7),
 }
-SHARED_FLOORS = (0, 5)  # the ground floor's nouns and the doors may name one another
-SIDEWAYS = {("training", "artifacts"), ("report", "artifacts"), ("serve", "artifacts")}  # public names only
-LIGHT = {*GROUND, "preferences", "cli", "doors"}  # what `qlora-rm --help` may load
+SHARED_FLOORS = (0, 7)  # modules of the ground floor, and commands, may import one another
+LIGHT = {*GROUND, "preferences", "cli", "commands"}  # what `qlora-rm --help` may load
 HEAVY = {
     "accelerate",
     "bitsandbytes",
@@ -61,7 +63,7 @@ class Import(NamedTuple):
     """Inside a function, or only for the type checker."""
 
 
-def room_of(module: Path) -> str:
+def package_of(module: Path) -> str:
     return module.parts[0].removesuffix(".py")
 
 
@@ -76,7 +78,7 @@ def imports_of(module: Path) -> list[Import]:
             base = ".".join(parents[: len(parents) + 1 - node.level]) if node.level else ""
             source = ".".join(filter(None, [base, node.module]))
             names = tuple(alias.name for alias in node.names)
-            if source == "qlora_rm":  # `from qlora_rm import config` names a room
+            if source == "qlora_rm":  # `from qlora_rm import config` names a package
                 return [Import(f"qlora_rm.{name}", (), late) for name in names]
             return [Import(source, names, late)]
         late = late or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
@@ -86,42 +88,39 @@ def imports_of(module: Path) -> list[Import]:
     return visit(ast.parse((PACKAGE / module).read_text(encoding="utf-8")), False)
 
 
-def room_named(imported: Import) -> str:
-    """The room an import of ours names; a plain `qlora_rm` or `qlora_rm.__version__` is `__init__`."""
-    room = [*imported.module.split("."), "__init__"][1]
-    return "__init__" if room.startswith("__") else room
+def package_named(imported: Import) -> str:
+    """The package an import of ours names; a plain `qlora_rm` or `qlora_rm.__version__` is `__init__`."""
+    package = [*imported.module.split("."), "__init__"][1]
+    return "__init__" if package.startswith("__") else package
 
 
-def allowed(room: str, imported: Import) -> bool:
-    other = room_named(imported)
-    if room == other or FLOORS[other] < FLOORS[room]:
+def allowed(package: str, imported: Import) -> bool:
+    other = package_named(imported)
+    if package == other or FLOORS[other] < FLOORS[package]:
         return True
-    if (room, other) in SIDEWAYS:
-        parts = (*imported.module.split("."), *imported.names)
-        return not any(part.startswith("_") for part in parts)
-    return FLOORS[room] == FLOORS[other] and FLOORS[room] in SHARED_FLOORS
+    return FLOORS[package] == FLOORS[other] and FLOORS[package] in SHARED_FLOORS
 
 
-def test_every_room_has_a_floor() -> None:
-    assert {room_of(module) for module in MODULES} <= set(FLOORS), "a new room: give it a floor in FLOORS"
+def test_every_package_has_a_floor() -> None:
+    assert {package_of(module) for module in MODULES} <= set(FLOORS), "a new package: add its floor to FLOORS"
 
 
 @pytest.mark.parametrize("module", MODULES, ids=str)
 def test_imports_point_downward(module: Path) -> None:
-    room = room_of(module)
+    package = package_of(module)
     ours = [found for found in imports_of(module) if found.module.split(".")[0] == "qlora_rm"]
-    upward = [found.module for found in ours if not allowed(room, found)]
-    assert not upward, f"{module} on floor {FLOORS[room]} imports {upward}"
-    late = [found.module for found in ours if found.late and room not in ("cli", "doors")]
+    upward = [found.module for found in ours if not allowed(package, found)]
+    assert not upward, f"{module} on floor {FLOORS[package]} imports {upward}"
+    late = [found.module for found in ours if found.late and package not in ("cli", "commands")]
     assert not late, f"{module} imports {late} inside a function: a circle to untie"
 
 
-@pytest.mark.parametrize("module", [module for module in MODULES if room_of(module) in LIGHT], ids=str)
+@pytest.mark.parametrize("module", [module for module in MODULES if package_of(module) in LIGHT], ids=str)
 def test_help_loads_nothing_heavy(module: Path) -> None:
     at_once = [found for found in imports_of(module) if not found.late]
     heavy = {found.module for found in at_once if found.module.split(".")[0] in HEAVY}
     heavy |= {
-        found.module for found in at_once if found.module.startswith("qlora_rm.") and room_named(found) not in LIGHT
+        found.module for found in at_once if found.module.startswith("qlora_rm.") and package_named(found) not in LIGHT
     }
     assert not heavy, f"{module} imports {heavy} at module level; import it in the function that needs it"
 

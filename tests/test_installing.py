@@ -64,7 +64,7 @@ def test_a_wheel_with_the_compiled_part_is_for_one_platform(tmp_path: Path) -> N
     wheel, _ = build(tmp_path)
     with zipfile.ZipFile(wheel) as content:
         compiled = [name for name in content.namelist() if name.endswith(".so")]
-    assert len(compiled) == 1 and compiled[0].startswith("qlora_rm/artifacts/merging/_nf4.")
+    assert len(compiled) == 1 and compiled[0].startswith("qlora_rm/merging/_nf4.")
     assert not wheel.name.endswith("-any.whl")
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from qlora_rm import surroundings
 from qlora_rm.errors import UserError
-from qlora_rm.report.files import as_json, json_line, writing
+from qlora_rm.output import as_json, json_line, writing
 from qlora_rm.surroundings import prepare_caches, prepare_streams, require_readable
 
 TEXT = "Köln 中文 😀 \udce6"

@@ -16,10 +16,10 @@ from benchmarks.gpu.passes import free
 from benchmarks.gpu.resume import trained
 from benchmarks.gpu.suite import ROOT, Finding, Setting
 from qlora_rm.artifacts.load import RewardModel
-from qlora_rm.artifacts.merge import merge
-from qlora_rm.artifacts.proof import prove
-from qlora_rm.artifacts.verify import verify
 from qlora_rm.errors import UserError
+from qlora_rm.merging.merge import merge
+from qlora_rm.verification.folder import verify
+from qlora_rm.verification.golden_proof import prove
 
 Precision = Literal["bf16", "fp32"]
 

@@ -19,11 +19,11 @@ from benchmarks.gpu.passes import (
     within,
 )
 from benchmarks.gpu.suite import Finding, Setting
-from qlora_rm.artifacts.merging.in_memory import dequantize
 from qlora_rm.backbone.adapter import attach_adapter
 from qlora_rm.backbone.load import Backbone, load_backbone
 from qlora_rm.backbone.scoring import pad_batch
 from qlora_rm.config import AdapterConfig, BackboneConfig
+from qlora_rm.merging.in_memory import dequantize
 
 ARCHITECTURES = ("mixtral", "gpt_oss")
 """Experts stored [out, in] without biases, and [in, out] with them."""

@@ -14,10 +14,10 @@ from benchmarks.gpu.suite import Finding, Setting, Skipped
 from qlora_rm.backbone.adapter import attach_adapter
 from qlora_rm.backbone.load import load_backbone, read_model_config
 from qlora_rm.config import AdapterConfig, BackboneConfig, ObjectiveConfig
-from qlora_rm.plan.check import card_at_hand
-from qlora_rm.plan.memory import Setting as Planned
-from qlora_rm.plan.search import Planner
-from qlora_rm.plan.workload import Workload
+from qlora_rm.planning.fit_check import card_at_hand
+from qlora_rm.planning.memory import Setting as Planned
+from qlora_rm.planning.planner import Planner
+from qlora_rm.planning.workload import Workload
 from qlora_rm.training.arguments import TrainingConfig
 from qlora_rm.training.objective import Objective
 from qlora_rm.training.trainer import PreferenceTrainer

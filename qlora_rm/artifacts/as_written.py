@@ -8,8 +8,8 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from qlora_rm.artifacts.hashes import changed_files
 from qlora_rm.artifacts.manifest import Manifest
-from qlora_rm.artifacts.seal import changed_files
 from qlora_rm.backbone.json_files import read_json
 from qlora_rm.backbone.paths import is_local
 from qlora_rm.errors import UserError

@@ -3,8 +3,8 @@
 import hashlib
 from pathlib import Path
 
-from qlora_rm.backbone.checkpoint import model_files
 from qlora_rm.backbone.paths import is_local
+from qlora_rm.backbone.safetensors_reader import model_files
 from qlora_rm.errors import UserError
 from qlora_rm.progress import Phase
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from qlora_rm.preferences.comparison import Candidates, Content
-from qlora_rm.preferences.faults import RowFault
+from qlora_rm.preferences.row_errors import RowFault
 from qlora_rm.preferences.tokenization import Tokenization
 
 Score = Callable[[list[list[int]]], Tensor]

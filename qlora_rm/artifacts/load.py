@@ -35,7 +35,7 @@ from qlora_rm.console import say
 from qlora_rm.errors import UserError
 from qlora_rm.preferences.clock import fix_date, now
 from qlora_rm.preferences.comparison import Candidates
-from qlora_rm.preferences.faults import RowFault
+from qlora_rm.preferences.row_errors import RowFault
 from qlora_rm.preferences.text_as import TrainedText
 from qlora_rm.preferences.tokenization import Tokenization
 

@@ -20,10 +20,10 @@ from transformers.utils import cached_file
 
 from qlora_rm.artifacts.base_hash import hash_of_base
 from qlora_rm.artifacts.golden import Drift, GoldenItem, make_golden
+from qlora_rm.artifacts.hashes import fingerprint, hash_files
 from qlora_rm.artifacts.manifest_bounds import require_sane
 from qlora_rm.artifacts.manifest_versions import SCHEMA_VERSION, content_hash, content_of, require_own_hash
 from qlora_rm.artifacts.noise import Noise
-from qlora_rm.artifacts.seal import fingerprint, hash_files
 from qlora_rm.artifacts.typed_json import read_as
 from qlora_rm.backbone.layouts import LAST, ScorePosition
 from qlora_rm.backbone.paths import is_local

@@ -5,8 +5,8 @@ from datetime import datetime
 from typing import Any
 
 from qlora_rm.errors import UserError
-from qlora_rm.preferences.contents import kind_of
 from qlora_rm.preferences.tokenization import LARGEST_ID
+from qlora_rm.preferences.values import kind_of
 
 LARGEST_SCORE = 1e9
 """Scores, and what is measured on them, stay below it in size. Trained scores have a size of about 10."""

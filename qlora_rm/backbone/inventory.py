@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from qlora_rm.backbone.head import head_modules
 from qlora_rm.backbone.in_force import settings_in_force
 from qlora_rm.backbone.reach import is_below, unreached
-from qlora_rm.backbone.shards import any_sharded
+from qlora_rm.backbone.zero3_gather import any_sharded
 from qlora_rm.console import table
 
 

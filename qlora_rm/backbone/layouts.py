@@ -11,7 +11,7 @@ from qlora_rm.backbone.head import head_modules, is_in_head
 from qlora_rm.backbone.packed import sharing_model
 from qlora_rm.backbone.positions import TOKENS, inner_model, positions_shift, probe_inputs
 from qlora_rm.backbone.scoring import Layout
-from qlora_rm.backbone.shards import gathered_at_work
+from qlora_rm.backbone.zero3_gather import gathered_at_work
 
 ScorePosition = Literal[
     "first token", "last token that is not pad", "all tokens that are not pad", "model's own choice"

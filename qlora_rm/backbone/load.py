@@ -38,7 +38,7 @@ from qlora_rm.backbone.saved_quantization import (
     require_obeyable,
     saved_quantization,
 )
-from qlora_rm.backbone.shards import make_whole, shard_like
+from qlora_rm.backbone.zero3_gather import make_whole, shard_like
 from qlora_rm.config import BackboneConfig
 from qlora_rm.console import say
 from qlora_rm.errors import UserError, first_line

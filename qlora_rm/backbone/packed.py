@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 from qlora_rm.backbone.positions import usable_positions
-from qlora_rm.backbone.shards import gathered_at_work
+from qlora_rm.backbone.zero3_gather import gathered_at_work
 from qlora_rm.config import SharePrefix
 from qlora_rm.console import say
 from qlora_rm.errors import UserError, first_line

@@ -12,9 +12,9 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
-from qlora_rm.backbone.checkpoint import Checkpoint
 from qlora_rm.backbone.json_files import read_json
 from qlora_rm.backbone.paths import is_local
+from qlora_rm.backbone.safetensors_reader import Checkpoint
 from qlora_rm.errors import UserError, first_line
 
 REMEDY = "Fetch or save the model again."

@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from qlora_rm.backbone.shards import gathered_at_work
+from qlora_rm.backbone.zero3_gather import gathered_at_work
 
 TOKENS = 6
 """Of the probe's sequence; a table has more rows than the probe has tokens, so that hidden states are not taken for one."""

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qlora_rm.backbone.head import head_modules, is_in_head
-from qlora_rm.backbone.shards import gathered_at_work
+from qlora_rm.backbone.zero3_gather import gathered_at_work
 from qlora_rm.console import say
 from qlora_rm.errors import first_line
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, core_model_loading, modeling_utils
 from transformers.integrations import deepspeed_config
 
 from qlora_rm.backbone.head import is_in_head
-from qlora_rm.backbone.shards import is_sharded
+from qlora_rm.backbone.zero3_gather import is_sharded
 from qlora_rm.errors import UserError
 
 KNOWN = {"bitsandbytes": "0.50", "deepspeed": "0.19", "transformers": "5.23"}

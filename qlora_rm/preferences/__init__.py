@@ -1,10 +1,10 @@
 """The road the data takes: from preference rows in any shape to token sequences, with nothing lost uncounted."""
 
-from qlora_rm.preferences.account import Part, Report
 from qlora_rm.preferences.comparison import Candidates, Comparison, Content, Message, Origin, Pair, Preferences, Tokens
-from qlora_rm.preferences.faults import Ledger, RowFault
 from qlora_rm.preferences.formats import parse_candidates, parse_comparison, recognize
 from qlora_rm.preferences.load import PreferenceData, load_comparisons, load_preferences
+from qlora_rm.preferences.load_report import Part, Report
+from qlora_rm.preferences.row_errors import Ledger, RowFault
 from qlora_rm.preferences.sources import Entry, Source, read_rows, sources
 from qlora_rm.preferences.tokenization import EOS_RULE, Tokenization, Tokenized
 

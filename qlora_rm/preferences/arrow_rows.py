@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_rm.errors import UserError, first_line
-from qlora_rm.preferences.contents import Row
-from qlora_rm.preferences.faults import RowFault
 from qlora_rm.preferences.row_bytes import too_long
+from qlora_rm.preferences.row_errors import RowFault
+from qlora_rm.preferences.values import Row
 
 if TYPE_CHECKING:
     import pyarrow

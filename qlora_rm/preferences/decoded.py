@@ -10,7 +10,7 @@ import re
 
 from qlora_rm.errors import UserError
 from qlora_rm.preferences.comparison import Candidates
-from qlora_rm.preferences.faults import RowFault
+from qlora_rm.preferences.row_errors import RowFault
 from qlora_rm.preferences.tokenization import Tokenization
 
 

@@ -12,11 +12,10 @@ from typing import Any
 
 from qlora_rm.errors import UserError
 from qlora_rm.preferences.comparison import Candidates, Comparison, Origin
-from qlora_rm.preferences.contents import Row, kind_of, optional_json
-from qlora_rm.preferences.faults import RowFault
 from qlora_rm.preferences.hh import hh_turns, is_hh_text
 from qlora_rm.preferences.judgements import JUDGEMENTS, pair_preferences, ranked_preferences
-from qlora_rm.preferences.parts import (
+from qlora_rm.preferences.row_errors import RowFault
+from qlora_rm.preferences.row_layouts import (
     Parts,
     join,
     read_hh,
@@ -27,6 +26,7 @@ from qlora_rm.preferences.parts import (
     with_system,
 )
 from qlora_rm.preferences.text_as import TrainedText
+from qlora_rm.preferences.values import Row, kind_of, optional_json
 
 COMMON = frozenset({"margin", "weight", "source"})
 TURN_COLUMNS = frozenset({"system", "tools", "chat_template_kwargs"})

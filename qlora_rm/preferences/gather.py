@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from qlora_rm.preferences.arrow_table import dataset_of
 from qlora_rm.preferences.prefixes import shared_length
 from qlora_rm.preferences.split import Digest
-from qlora_rm.preferences.table import dataset_of
 
 if TYPE_CHECKING:
     from datasets import Dataset

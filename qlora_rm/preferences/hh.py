@@ -4,8 +4,8 @@ import re
 from collections.abc import Sequence
 
 from qlora_rm.preferences.comparison import Message
-from qlora_rm.preferences.faults import RowFault
 from qlora_rm.preferences.prefixes import shared_length
+from qlora_rm.preferences.row_errors import RowFault
 
 _MARKER = re.compile(r"\n\n(Human|Assistant):")
 _LAST = "\n\nAssistant:"

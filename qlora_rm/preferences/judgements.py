@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from qlora_rm.config import MOST_WEIGHT
 from qlora_rm.preferences.comparison import Pair, Preferences
-from qlora_rm.preferences.contents import Row, encodable, json_type, short
-from qlora_rm.preferences.faults import RowFault
+from qlora_rm.preferences.row_errors import RowFault
+from qlora_rm.preferences.values import Row, encodable, json_type, short
 
 JUDGEMENTS = ("preferences", "ranks", "scores")
 """The columns that judge K responses; the first that is not null is read."""

@@ -7,19 +7,19 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from qlora_rm.config import DataConfig
 from qlora_rm.errors import UserError
-from qlora_rm.preferences.account import Part, Report
+from qlora_rm.preferences.arrow_table import Table
 from qlora_rm.preferences.comparison import Candidates, Comparison, Origin
-from qlora_rm.preferences.contents import Row
-from qlora_rm.preferences.faults import Ledger, RowFault
 from qlora_rm.preferences.formats import Format, parse_comparison, recognize
 from qlora_rm.preferences.gather import gather
+from qlora_rm.preferences.load_report import Part, Report
 from qlora_rm.preferences.portions import portions
+from qlora_rm.preferences.row_errors import Ledger, RowFault
 from qlora_rm.preferences.sizes import size_of
 from qlora_rm.preferences.sources import Entry, Rows, Source, read_rows, sources
 from qlora_rm.preferences.split import digest, hold_out, lowest, repeat
-from qlora_rm.preferences.table import Table
 from qlora_rm.preferences.text_as import Kind, TrainedText
 from qlora_rm.preferences.tokenization import Tokenization, check_wins
+from qlora_rm.preferences.values import Row
 from qlora_rm.progress import Phase
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import IO
 
-from qlora_rm.preferences.faults import RowFault
+from qlora_rm.preferences.row_errors import RowFault
 
 CHUNK = 2**18
 SKIPPED_AT_MOST = 16

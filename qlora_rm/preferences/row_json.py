@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from qlora_rm.preferences.faults import RowFault
+from qlora_rm.preferences.row_errors import RowFault
 
 MAX_DEPTH = 100
 """Arrays and objects inside one another. A schema of tools has some ten; all later code goes this deep without an error."""

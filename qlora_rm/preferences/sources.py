@@ -14,11 +14,11 @@ from qlora_rm.config import MOST_WEIGHT, DataConfig
 from qlora_rm.errors import UserError, first_line
 from qlora_rm.preferences.arrow_rows import require_distinct
 from qlora_rm.preferences.comparison import Origin
-from qlora_rm.preferences.contents import Row
-from qlora_rm.preferences.faults import RowFault
-from qlora_rm.preferences.readers import MAX_ROW_BYTES, READERS, count_rows, decode_cells, ending, read_file
+from qlora_rm.preferences.file_formats import MAX_ROW_BYTES, READERS, count_rows, decode_cells, ending, read_file
 from qlora_rm.preferences.row_bytes import too_long
+from qlora_rm.preferences.row_errors import RowFault
 from qlora_rm.preferences.sizes import size_of
+from qlora_rm.preferences.values import Row
 from qlora_rm.progress import expect
 
 Entry = str | Mapping[str, Any]

@@ -22,12 +22,12 @@ from typing import Literal
 from qlora_rm.console import say
 from qlora_rm.errors import UserError
 from qlora_rm.preferences.comparison import Candidates, Content
-from qlora_rm.preferences.contents import kind_of
 from qlora_rm.preferences.decoded import DecodedText
-from qlora_rm.preferences.faults import RowFault
 from qlora_rm.preferences.hh import is_hh_text
-from qlora_rm.preferences.parts import Parts, join
+from qlora_rm.preferences.row_errors import RowFault
+from qlora_rm.preferences.row_layouts import Parts, join
 from qlora_rm.preferences.tokenization import Tokenization
+from qlora_rm.preferences.values import kind_of
 
 Kind = Literal["text", "turns", "token_ids"]
 TextAs = Literal["text", "turns"]

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Literal
 from qlora_rm.errors import UserError
 from qlora_rm.preferences.bounded_templates import bound_templates
 from qlora_rm.preferences.comparison import Candidates, Content, Pair, Tokens
-from qlora_rm.preferences.contents import encodable, kind_of, short
-from qlora_rm.preferences.faults import RowFault
 from qlora_rm.preferences.portions import portions
 from qlora_rm.preferences.prefixes import shared_length
+from qlora_rm.preferences.row_errors import RowFault
+from qlora_rm.preferences.values import encodable, kind_of, short
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -173,7 +173,7 @@ LIBRARY: dict[str, Rule] = {
     "save_steps": obeyed_unless(
         lambda o: word_of(o, "save_strategy") != "steps", "--save_strategy decides", "transformers: DefaultFlowCallback"
     ),
-    "save_only_model": obeyed("transformers: Trainer._save_checkpoint; training/terms.py refuses to resume it"),
+    "save_only_model": obeyed("transformers: Trainer._save_checkpoint; training/resume_terms.py refuses to resume it"),
     "save_on_each_node": obeyed("transformers: TrainingArguments.should_save; training/preflight.py"),
     "save_total_limit": obeyed("training/checkpoints.py"),
     "enable_jit_checkpoint": refused(

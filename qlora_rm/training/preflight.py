@@ -16,9 +16,9 @@ from qlora_rm.backbone.load import read_model_config
 from qlora_rm.backbone.saved_quantization import require_obeyable
 from qlora_rm.console import is_main_process, say
 from qlora_rm.errors import UserError
-from qlora_rm.plan.check import memory_warning
-from qlora_rm.plan.memory import Setting
-from qlora_rm.plan.workload import HEAVIEST
+from qlora_rm.planning.fit_check import memory_warning
+from qlora_rm.planning.memory import Setting
+from qlora_rm.planning.workload import HEAVIEST
 from qlora_rm.training.arguments import Options, TrainingConfig
 from qlora_rm.training.disk import DiskNeed
 from qlora_rm.training.engine import Engine, launched_engine, require_engine

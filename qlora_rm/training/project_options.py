@@ -102,7 +102,7 @@ PROJECT: dict[str, Rule] = {
     ),
     "over_long": obeyed("preferences/tokenization.py"),
     "group_by_prompt": obeyed("preferences/gather.py"),
-    "on_bad_row": obeyed("preferences/faults.py"),
+    "on_bad_row": obeyed("preferences/row_errors.py"),
     "max_row_bytes": obeyed("preferences/row_bytes.py"),
     # backbone
     "model_name_or_path": obeyed("backbone/load.py"),

@@ -40,9 +40,9 @@ from qlora_rm.training.ranks import stop_together
 from qlora_rm.training.reading_trainer import ReadingTrainer, require_state
 from qlora_rm.training.sampling import StepSampler
 from qlora_rm.training.termination import Termination, outlive_sigterm
-from qlora_rm.training.universal import take_share
 from qlora_rm.training.unlogged import Progress
 from qlora_rm.training.wholeness import fault
+from qlora_rm.training.zero_resharding import take_share
 
 
 class ResumableTrainer(ReadingTrainer):

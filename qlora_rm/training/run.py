@@ -32,7 +32,6 @@ from qlora_rm.training.build_locks import clearing_build_locks
 from qlora_rm.training.checkpoints import last_whole, require_free_names, step_of
 from qlora_rm.training.clock import fix_training_date
 from qlora_rm.training.engine import EngineCheck, quiet_deepspeed
-from qlora_rm.training.failures import ending_together, leave_process_group
 from qlora_rm.training.finish import finish
 from qlora_rm.training.hub import Hub
 from qlora_rm.training.limits import Limits, fit_max_length, require_positions
@@ -41,13 +40,14 @@ from qlora_rm.training.objective import Objective
 from qlora_rm.training.output_folder import LOG, prepare, require_apart
 from qlora_rm.training.output_lock import OutputLock
 from qlora_rm.training.preflight import preflight
+from qlora_rm.training.rank_failures import ending_together, leave_process_group
 from qlora_rm.training.ranks import exchange
 from qlora_rm.training.resume_choice import choose, is_restart
+from qlora_rm.training.resume_terms import Terms, finished_steps, planned_steps, reconcile
 from qlora_rm.training.sampling import comparisons_kept
 from qlora_rm.training.summary import summary
-from qlora_rm.training.terms import Terms, finished_steps, planned_steps, reconcile
 from qlora_rm.training.trainer import PreferenceTrainer
-from qlora_rm.training.universal import take_share
+from qlora_rm.training.zero_resharding import take_share
 
 
 def main(argv: list[str]) -> None:

@@ -12,7 +12,7 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from qlora_rm.artifacts.seal import hash_file
+from qlora_rm.artifacts.hashes import hash_file
 from qlora_rm.progress import Phase
 
 WHOLE = "COMPLETE"

@@ -10,16 +10,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
-from qlora_rm.artifacts import merge as merging
 from qlora_rm.artifacts.golden import ROUNDED
 from qlora_rm.artifacts.load import RewardModel
 from qlora_rm.artifacts.manifest import FILE_NAME, Manifest
-from qlora_rm.artifacts.merge import merge
-from qlora_rm.artifacts.merging import stream as streaming
-from qlora_rm.artifacts.merging.shards import Shards
-from qlora_rm.artifacts.verify import verify
+from qlora_rm.artifacts.safetensors_writer import Shards
 from qlora_rm.backbone.scoring import score_sequences
 from qlora_rm.errors import UserError
+from qlora_rm.merging import merge as merging
+from qlora_rm.merging import stream as streaming
+from qlora_rm.merging.merge import merge
+from qlora_rm.verification.folder import verify
 from tests.models_for_tests import save_backbone
 from tests.reward_models_for_tests import copy_of, edit_json, llama_adapter, make_reward_model, seal_again
 from tests.tokenizers_for_tests import small_tokenizer

@@ -24,21 +24,21 @@ from transformers import (
 )
 
 from benchmarks import merge_memory
-from qlora_rm.artifacts import read_back as reading
+from qlora_rm.artifacts import safetensors_writer as shards_module
 from qlora_rm.artifacts.golden import scores_of
 from qlora_rm.artifacts.load import RewardModel
 from qlora_rm.artifacts.manifest import Manifest
-from qlora_rm.artifacts.merge import merge
-from qlora_rm.artifacts.merging import kernel
-from qlora_rm.artifacts.merging import shards as shards_module
-from qlora_rm.artifacts.merging.in_memory import merge_in_memory
-from qlora_rm.artifacts.merging.nf4 import PIECE, Rounded, pieces
-from qlora_rm.artifacts.merging.shards import Shards, Wanted
-from qlora_rm.artifacts.merging.stream import Source, Stream
-from qlora_rm.artifacts.verify import verify
-from qlora_rm.backbone.checkpoint import Checkpoint
+from qlora_rm.artifacts.safetensors_writer import Shards, Wanted
+from qlora_rm.backbone.safetensors_reader import Checkpoint
 from qlora_rm.config import AdapterConfig
 from qlora_rm.errors import UserError
+from qlora_rm.merging import kernel
+from qlora_rm.merging import reference_scores as reading
+from qlora_rm.merging.in_memory import merge_in_memory
+from qlora_rm.merging.merge import merge
+from qlora_rm.merging.nf4 import PIECE, Rounded, pieces
+from qlora_rm.merging.stream import Source, Stream
+from qlora_rm.verification.folder import verify
 from tests.reward_models_for_tests import edit_json, llama_adapter, make_reward_model
 from tests.tokenizers_for_tests import small_tokenizer, with_new_pad_token
 

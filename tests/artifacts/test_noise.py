@@ -14,11 +14,11 @@ from qlora_rm.artifacts import noise as measuring
 from qlora_rm.artifacts.golden import ROUNDED, SAME, GoldenItem, scores_of
 from qlora_rm.artifacts.load import RewardModel
 from qlora_rm.artifacts.manifest import FILE_NAME, Manifest
-from qlora_rm.artifacts.merge import merge
 from qlora_rm.artifacts.noise import LARGEST, TYPICAL, Noise, computing_in, layout_tolerance, measure_noise, tolerance
-from qlora_rm.artifacts.verify import verify
 from qlora_rm.config import AdapterConfig
 from qlora_rm.errors import UserError
+from qlora_rm.merging.merge import merge
+from qlora_rm.verification.folder import verify
 from tests.reward_models_for_tests import copy_of, edit_json, llama_adapter, make_reward_model, seal_again
 
 ITEMS = [GoldenItem("", ["a", "b"], [[1], [2]], [-3.0, 3.0])]

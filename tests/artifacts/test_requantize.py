@@ -7,13 +7,13 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from qlora_rm.artifacts.exporting.export import export
 from qlora_rm.artifacts.manifest import Manifest
-from qlora_rm.artifacts.merge import merge
-from qlora_rm.artifacts.requantize import requantize
-from qlora_rm.artifacts.verify import verify
 from qlora_rm.config import AdapterConfig
 from qlora_rm.errors import UserError
+from qlora_rm.exporting.export import export
+from qlora_rm.exporting.requantize import requantize
+from qlora_rm.merging.merge import merge
+from qlora_rm.verification.folder import verify
 from tests.reward_models_for_tests import llama_adapter, make_reward_model
 
 

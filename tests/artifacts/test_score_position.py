@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from qlora_rm.artifacts.exporting.export import export
 from qlora_rm.artifacts.manifest import FILE_NAME
-from qlora_rm.artifacts.merge import merge
-from qlora_rm.artifacts.verify import verify
 from qlora_rm.backbone.layouts import ALL, FIRST, LAST
+from qlora_rm.exporting.export import export
+from qlora_rm.merging.merge import merge
+from qlora_rm.verification.folder import verify
 from tests.reward_models_for_tests import copy_of, edit_json, llama_adapter, make_reward_model
 
 READ_AT = {

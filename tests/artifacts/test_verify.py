@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from qlora_rm.artifacts.manifest import FILE_NAME, Manifest
-from qlora_rm.artifacts.merge import merge
-from qlora_rm.artifacts.verify import verify
 from qlora_rm.config import AdapterConfig
 from qlora_rm.errors import UserError
+from qlora_rm.merging.merge import merge
+from qlora_rm.verification.folder import verify
 from tests.models_for_tests import save_backbone
 from tests.reward_models_for_tests import as_version_1, copy_of, edit_json, llama_adapter, make_reward_model, seal_again
 from tests.tokenizers_for_tests import small_tokenizer

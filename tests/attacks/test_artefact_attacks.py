@@ -18,15 +18,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora_rm.artifacts.allowed import allowed_between_layouts, allowed_drift
-from qlora_rm.artifacts.checks import Check, check_files
 from qlora_rm.artifacts.golden import ROUNDED, GoldenItem, drift
 from qlora_rm.artifacts.load import RewardModel
 from qlora_rm.artifacts.manifest import FILE_NAME, Manifest
-from qlora_rm.artifacts.merge import merge
 from qlora_rm.artifacts.noise import tolerance
-from qlora_rm.artifacts.verify import verify
 from qlora_rm.cli import main
 from qlora_rm.errors import UserError
+from qlora_rm.merging.merge import merge
+from qlora_rm.verification.checks import Check, check_files
+from qlora_rm.verification.folder import verify
 from tests.reward_models_for_tests import copy_of, edit_json, llama_adapter, seal_again
 
 CATEGORY = "Model folders: tampering and damage"
@@ -497,7 +497,7 @@ BOMBS = {
 def test_a_template_is_rendered_within_bounds(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where it is new, as in a model of others; one whose hash differs from the manifest's is not rendered at all."""
     from qlora_rm.preferences import Candidates, Tokenization, bounded_templates
-    from qlora_rm.preferences.faults import RowFault
+    from qlora_rm.preferences.row_errors import RowFault
     from tests.tokenizers_for_tests import small_tokenizer
 
     monkeypatch.setattr(bounded_templates, "SECONDS", 0.5)

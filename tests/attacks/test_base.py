@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora_rm.artifacts.base_hash import hash_of_base
+from qlora_rm.artifacts.hashes import SAMPLE_BYTES, SAMPLES
 from qlora_rm.artifacts.manifest import FILE_NAME, Base, Manifest
-from qlora_rm.artifacts.seal import SAMPLE_BYTES, SAMPLES
 from qlora_rm.errors import UserError
 from qlora_rm.training.arguments import parse
-from qlora_rm.training.terms import Terms, reconcile
+from qlora_rm.training.resume_terms import Terms, reconcile
 from tests.models_for_tests import save_backbone
 from tests.reward_models_for_tests import llama_adapter
 from tests.tokenizers_for_tests import small_tokenizer

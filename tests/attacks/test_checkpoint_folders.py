@@ -9,8 +9,8 @@ import pytest
 from qlora_rm.errors import UserError
 from qlora_rm.training.checkpoints import begin, checkpoints, discard, mark_whole, prune, require_free_names
 from qlora_rm.training.resume_choice import choose
-from qlora_rm.training.universal import tag_of
 from qlora_rm.training.wholeness import fault, notes_sizes_only
+from qlora_rm.training.zero_resharding import tag_of
 from tests.attacks.conftest import contents_of
 
 CATEGORY = "Checkpoints: folders and files"

@@ -15,8 +15,8 @@ from qlora_rm.errors import UserError
 from qlora_rm.training.checkpoints import mark_whole
 from qlora_rm.training.reading_trainer import require_state
 from qlora_rm.training.safe_loading import loading_safely, reading
-from qlora_rm.training.universal import convert
 from qlora_rm.training.unlogged import Progress
+from qlora_rm.training.zero_resharding import convert
 from tests.launching import launch, short_run
 from tests.models_for_tests import save_backbone
 from tests.tokenizers_for_tests import small_tokenizer

@@ -21,17 +21,18 @@ from hypothesis import strategies as st
 
 from qlora_rm.config import DataConfig
 from qlora_rm.errors import UserError
+from qlora_rm.evaluation import scored_rows
+from qlora_rm.evaluation.scored_rows import score_rows
+from qlora_rm.output import json_line
 from qlora_rm.preferences import Comparison, Origin, RowFault, Tokenization, load_comparisons, parse_comparison
 from qlora_rm.preferences import row_bytes as row_bytes_module
+from qlora_rm.preferences.arrow_table import Table
+from qlora_rm.preferences.file_formats import read_file, row_of
 from qlora_rm.preferences.formats import FORMATS as SHAPES
-from qlora_rm.preferences.readers import read_file, row_of
 from qlora_rm.preferences.row_bytes import RowStream
-from qlora_rm.preferences.table import Table
+from qlora_rm.preferences.row_input import reading
 from qlora_rm.preferences.text_as import TrainedText
 from qlora_rm.preferences.tokenization import LONGEST_TEXT, Tokenized
-from qlora_rm.report import scored_rows
-from qlora_rm.report.files import json_line, reading
-from qlora_rm.report.scored_rows import score_rows
 from tests.preferences.rows_for_tests import FORMATS, IDS, RANKS, TEXT_EXPLICIT, TURNS_EXPLICIT, config, numbered, write
 from tests.tokenizers_for_tests import small_tokenizer
 

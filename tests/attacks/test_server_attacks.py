@@ -20,14 +20,14 @@ from qlora_rm.artifacts.load import RewardModel
 from qlora_rm.bearer import is_authorized
 from qlora_rm.config import ServeConfig
 from qlora_rm.errors import UserError
-from qlora_rm.serve import bodies, connections
-from qlora_rm.serve.app import Service
-from qlora_rm.serve.fair import FairQueue, client_of
-from qlora_rm.serve.hosts import AllowedHosts
-from qlora_rm.serve.lanes import SHORT, Lanes
+from qlora_rm.serving import bodies, connections
+from qlora_rm.serving.app import Service
+from qlora_rm.serving.fair import FairQueue, client_of
+from qlora_rm.serving.hosts import AllowedHosts
+from qlora_rm.serving.lanes import SHORT, Lanes
 from tests.attacks.raw_requests import connected, exchanged, reason_of, request_of, status_of, until_closed
 from tests.reward_models_for_tests import copy_of, llama_adapter
-from tests.serve.servers_for_tests import Door, running, served, wait_until
+from tests.serving.servers_for_tests import Door, running, served, wait_until
 
 CATEGORY = "Server: hostile clients"
 PATIENCE = 60
@@ -201,8 +201,8 @@ class TestLargeTexts:
     def test_verify_asks_for_no_text_that_is_refused(self, url: str, model: RewardModel, tmp_path: Path) -> None:
         from qlora_rm.artifacts.golden import make_golden
         from qlora_rm.artifacts.manifest import Manifest
-        from qlora_rm.artifacts.verify_endpoint import verify_endpoint
         from qlora_rm.preferences import Candidates
+        from qlora_rm.verification.server import verify_endpoint
 
         folder = copy_of(llama_adapter(), tmp_path / "model")
         manifest = Manifest.load(folder)

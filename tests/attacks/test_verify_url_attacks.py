@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from qlora_rm.artifacts import bounded_client
-from qlora_rm.artifacts.checks import Check
-from qlora_rm.artifacts.verify_endpoint import verify_endpoint
 from qlora_rm.cli import main
 from qlora_rm.console import printable
-from qlora_rm.report.files import as_json, json_line
+from qlora_rm.output import as_json, json_line
+from qlora_rm.verification import bounded_client
+from qlora_rm.verification.checks import Check
+from qlora_rm.verification.server import verify_endpoint
 from tests.reward_models_for_tests import llama_adapter
 
 CATEGORY = "verify --url: hostile servers"

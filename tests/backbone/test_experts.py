@@ -16,7 +16,6 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from qlora_rm.artifacts.merging.in_memory import dequantize
 from qlora_rm.backbone.adapter import attach_adapter, linear_names, load_adapter
 from qlora_rm.backbone.expert_linear import ONE_BY_ONE, ExpertLinear
 from qlora_rm.backbone.experts import expert_weights, fused_experts, gate_names, pack, quantized_experts
@@ -25,6 +24,7 @@ from qlora_rm.backbone.load import load_backbone, quantization_config
 from qlora_rm.backbone.packed import PrefixSharing
 from qlora_rm.config import AdapterConfig, BackboneConfig
 from qlora_rm.errors import UserError
+from qlora_rm.merging.in_memory import dequantize
 from tests.backbone.test_packed import CASES, EXPERTS, LATENT, SHAPE, SHARING, assert_alike, build
 from tests.models_for_tests import save_backbone
 from tests.reward_models_for_tests import edit_json

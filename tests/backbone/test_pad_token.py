@@ -11,11 +11,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from qlora_rm.artifacts.load import RewardModel
 from qlora_rm.artifacts.manifest import Manifest
-from qlora_rm.artifacts.verify import verify
 from qlora_rm.backbone.tokenizer import load_tokenizer
 from qlora_rm.errors import UserError
 from qlora_rm.preferences import Candidates, Tokenization
 from qlora_rm.training.run import main
+from qlora_rm.verification.folder import verify
 from tests.models_for_tests import save_backbone
 from tests.reward_models_for_tests import make_reward_model
 from tests.tokenizers_for_tests import ENDS_WITH_EOS, small_tokenizer, word_piece_tokenizer

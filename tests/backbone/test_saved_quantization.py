@@ -9,14 +9,14 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_rm.artifacts.load import RewardModel
-from qlora_rm.artifacts.merge import merge
-from qlora_rm.artifacts.verify import verify
 from qlora_rm.backbone.in_force import disable_dropout
 from qlora_rm.backbone.inventory import inventory
 from qlora_rm.backbone.load import load_backbone
 from qlora_rm.backbone.scoring import score_sequences
 from qlora_rm.config import BackboneConfig
 from qlora_rm.errors import UserError
+from qlora_rm.merging.merge import merge
+from qlora_rm.verification.folder import verify
 from tests.models_for_tests import save_backbone
 from tests.reward_models_for_tests import edit_json, make_reward_model
 from tests.tokenizers_for_tests import small_tokenizer

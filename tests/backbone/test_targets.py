@@ -9,8 +9,6 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from qlora_rm.artifacts.load import RewardModel
-from qlora_rm.artifacts.merge import merge
-from qlora_rm.artifacts.verify import verify
 from qlora_rm.backbone.adapter import attach_adapter, load_adapter
 from qlora_rm.backbone.inventory import inventory, unquantized_share
 from qlora_rm.backbone.load import Backbone, load_backbone, read_model_config, skeleton
@@ -18,10 +16,12 @@ from qlora_rm.backbone.reach import unreached
 from qlora_rm.backbone.scoring import score_sequences
 from qlora_rm.config import AdapterConfig, BackboneConfig
 from qlora_rm.errors import UserError
-from qlora_rm.plan.skeleton import build
+from qlora_rm.merging.merge import merge
+from qlora_rm.planning.skeleton import build
+from qlora_rm.verification.folder import verify
 from tests.models_for_tests import save_backbone
 from tests.reward_models_for_tests import make_reward_model
-from tests.serve.servers_for_tests import served
+from tests.serving.servers_for_tests import served
 from tests.tokenizers_for_tests import small_tokenizer
 
 TOWERS = ["model.vision_tower", "model.multi_modal_projector"]

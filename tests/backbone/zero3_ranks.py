@@ -28,8 +28,8 @@ from qlora_rm.backbone.adapter import attach_adapter
 from qlora_rm.backbone.load import load_backbone
 from qlora_rm.backbone.packed import forest_batch, probe_backward, sharing_model
 from qlora_rm.backbone.scoring import score_sequences
-from qlora_rm.backbone.shards import gathered_at_work, is_sharded
 from qlora_rm.backbone.zero3 import sharded_loading
+from qlora_rm.backbone.zero3_gather import gathered_at_work, is_sharded
 from qlora_rm.config import AdapterConfig, BackboneConfig
 
 BATCH = [[7, 8, 9, 10, 11], [7, 8, 9, 12], [7, 13]]

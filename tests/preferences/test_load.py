@@ -8,7 +8,7 @@ from datasets import Dataset, DatasetDict
 
 from qlora_rm.errors import UserError
 from qlora_rm.preferences import Tokenization, load_comparisons, load_preferences
-from qlora_rm.preferences.table import SCHEMA
+from qlora_rm.preferences.arrow_table import SCHEMA
 from tests.preferences.rows_for_tests import (
     FORMATS,
     PREFERENCES,

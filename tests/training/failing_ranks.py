@@ -9,7 +9,7 @@ import sys
 import time
 
 from qlora_rm.errors import UserError
-from qlora_rm.training.failures import ending_together
+from qlora_rm.training.rank_failures import ending_together
 
 HOW = sys.argv[1]
 

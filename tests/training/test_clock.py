@@ -12,21 +12,21 @@ import pytest
 from starlette.testclient import TestClient
 from transformers import AutoTokenizer
 
-from qlora_rm.artifacts.exporting.export import export
 from qlora_rm.artifacts.golden import SAME
+from qlora_rm.artifacts.hashes import hash_files
 from qlora_rm.artifacts.load import RewardModel
 from qlora_rm.artifacts.manifest import FILE_NAME, Manifest, hash_of_template
-from qlora_rm.artifacts.merge import merge
-from qlora_rm.artifacts.requantize import requantize
-from qlora_rm.artifacts.seal import hash_files
-from qlora_rm.artifacts.verify import verify
 from qlora_rm.errors import UserError
+from qlora_rm.exporting.export import export
+from qlora_rm.exporting.requantize import requantize
+from qlora_rm.merging.merge import merge
 from qlora_rm.preferences.clock import original
 from qlora_rm.training import clock
 from qlora_rm.training.run import main
+from qlora_rm.verification.folder import verify
 from tests.clocks_for_tests import DAY_OF_TRAINING, DAYS_LATER, READS_CLOCK, set_clock
 from tests.models_for_tests import save_backbone
-from tests.serve.servers_for_tests import served
+from tests.serving.servers_for_tests import served
 from tests.tokenizers_for_tests import small_tokenizer
 from tests.training.conftest import preference_rows, write_rows
 

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 from qlora_rm.artifacts.load import RewardModel
 from qlora_rm.artifacts.manifest import Manifest
-from qlora_rm.artifacts.merge import merge
 from qlora_rm.cli import main as qlora_rm
+from qlora_rm.merging.merge import merge
 from qlora_rm.training.run import main
 from tests.launching import ROOT, launch, short_run
 from tests.models_for_tests import save_backbone

@@ -11,10 +11,10 @@ import huggingface_hub
 import pytest
 from huggingface_hub import HfApi, constants
 
-from qlora_rm.artifacts.verify import verify
 from qlora_rm.errors import UserError
 from qlora_rm.training import hub as hub_module
 from qlora_rm.training.run import main
+from qlora_rm.verification.folder import verify
 
 
 class Answer(OSError):

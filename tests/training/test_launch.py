@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 
 from qlora_rm.artifacts.load import RewardModel
 from qlora_rm.artifacts.manifest import Manifest
-from qlora_rm.artifacts.verify import verify
 from qlora_rm.training.disk import checkpoint_bytes
 from qlora_rm.training.run import main
+from qlora_rm.verification.folder import verify
 from tests.launching import launch, short_run
 from tests.said import unknown
 

@@ -10,18 +10,18 @@ from starlette.testclient import TestClient
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from qlora_rm import cli
-from qlora_rm.artifacts.exporting.export import export
 from qlora_rm.artifacts.load import RewardModel
 from qlora_rm.artifacts.manifest import Manifest
-from qlora_rm.artifacts.merge import merge
-from qlora_rm.artifacts.verify import verify
 from qlora_rm.backbone.layouts import FIRST, LAST
 from qlora_rm.backbone.rotary import depends_on_length
 from qlora_rm.config import ServeConfig
 from qlora_rm.errors import UserError
-from qlora_rm.report.scored_rows import score_rows
-from qlora_rm.serve.run import make_service
+from qlora_rm.evaluation.scored_rows import score_rows
+from qlora_rm.exporting.export import export
+from qlora_rm.merging.merge import merge
+from qlora_rm.serving.run import make_service
 from qlora_rm.training.run import main
+from qlora_rm.verification.folder import verify
 from tests.models_for_tests import SWITCH, save_backbone
 from tests.reward_models_for_tests import make_reward_model
 from tests.tokenizers_for_tests import small_tokenizer

@@ -1,0 +1,123 @@
+"""Hashes by which a file, or a base, is known again."""
+
+import hashlib
+import os
+from collections.abc import Collection, Iterable
+from fnmatch import fnmatch
+from pathlib import Path
+
+from qlora_rm.artifacts.hash_cache import cached_hash, hash_file
+from qlora_rm.artifacts.manifest_bounds import SUBFOLDER
+from qlora_rm.backbone.safetensors_reader import model_files
+from qlora_rm.errors import UserError
+from qlora_rm.progress import Phase, counted
+
+LOADED = (
+    "config.json",
+    "adapter_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "pytorch_model*",
+    "adapter_model*",
+    "tokenizer*",
+    "*.model",
+    "vocab*",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template*",
+    "*.jinja",
+    "*.py",
+    "vllm.yaml",
+    "modules.json",
+    "*sentence*bert*_config.json",
+)
+"""Files that this project, transformers, PEFT or vLLM load where they find them: each decides a score, or may."""
+
+SINCE_VERSION_4 = ("config.json", "adapter_config.json", "*.index.json", "*.py", "vllm.yaml")
+"""Of them, those that files of earlier versions do not list."""
+
+PICKLES = ("pytorch_model*.bin", "adapter_model*.bin", "pytorch_model*.index.json")
+"""Weights that are loaded by running code; this project writes and reads safetensors."""
+
+SAMPLES = 64
+SAMPLE_BYTES = 4096
+
+
+def loaded_files(folder: Path) -> list[str]:
+    """Names of the files in `folder`, and in the one subfolder that tokenizers read, that a reader loads."""
+    here = [path.name for path in folder.iterdir() if path.is_file() and _is_any(path.name, LOADED)]
+    beside = folder / SUBFOLDER
+    more = [f"{SUBFOLDER}{path.name}" for path in beside.iterdir() if path.is_file()] if beside.is_dir() else []
+    return sorted([*here, *more])
+
+
+def hash_files(folder: Path, known: dict[str, str] | None = None) -> dict[str, str]:
+    """File name -> sha256 of everything in a model folder that a reader loads; `known` hashes are not computed again."""
+    known, names = known or {}, loaded_files(folder)
+    hashing = Phase("hashing", len(names), "files")
+    return {name: known.get(name) or hash_file(folder / name) for name in counted(names, hashing)}
+
+
+def changed_files(
+    folder: str, sealed: dict[str, str], *, complete: bool, cached: bool = False, names: Collection[str] | None = None
+) -> list[str]:
+    """What happened to the files of `folder` since they were sealed, one line each.
+
+    Arguments:
+        complete: the list is of this version, and names configurations and code too.
+        cached: take the hashes of large files that are kept from an earlier command.
+        names: look at these files only.
+    """
+    lines, hashed = [], cached_hash if cached else hash_file
+    wanted = {name: sha256 for name, sha256 in sealed.items() if names is None or name in names}
+    for name, sha256 in counted(wanted.items(), Phase("hashing", len(wanted), "files")):
+        path = Path(folder) / name
+        try:
+            if not path.is_file():
+                lines.append(f"{name} is gone")
+            elif hashed(path) != sha256:
+                lines.append(f"{name} has changed")
+        except OSError as error:
+            lines.append(f"{name} cannot be read: {error.strerror}")
+    return [*lines, *(unlisted_files(folder, sealed, complete=complete) if names is None else [])]
+
+
+def unlisted_files(folder: str, sealed: dict[str, str], *, complete: bool) -> list[str]:
+    """Files of `folder` that a reader would load and that nobody sealed, one line each."""
+    return [
+        f"{name} is not in the manifest's list{', and would run code' if _is_any(name, PICKLES) else ''}"
+        for name in loaded_files(Path(folder))
+        if name not in sealed and (complete or not _is_any(name, SINCE_VERSION_4))
+    ]
+
+
+def _is_any(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
+
+
+def fingerprint(name_or_path: str, revision: str | None = None) -> str | None:
+    """sha256 over names, sizes, headers and samples of a base's safetensors files; None where it has none.
+
+    Any other training of the same shapes changes every sample; hashing all of a 70B base would take minutes.
+    """
+    try:
+        files = model_files(name_or_path, revision)
+    except (OSError, UserError):
+        return None
+    return sampled(files) if files else None
+
+
+def sampled(files: Iterable[Path]) -> str:
+    """sha256 over files' names, sizes and samples of their bytes; of safetensors files their headers whole."""
+    digest = hashlib.sha256()
+    for path in files:
+        size = os.path.getsize(path)
+        with path.open("rb") as file:
+            digest.update(f"{path.name} {size} ".encode())
+            if path.suffix == ".safetensors" and size > 8:
+                digest.update(file.read(min(8 + int.from_bytes(file.read(8), "little"), size)))
+            for place in range(SAMPLES):
+                file.seek(size * place // SAMPLES)
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()

@@ -1,0 +1,36 @@
+"""One small 4-bit reward model for the whole room, and a service and a server around it."""
+
+from collections.abc import Iterator
+
+import pytest
+from starlette.testclient import TestClient
+
+from qlora_rm.artifacts.load import RewardModel
+from qlora_rm.serving.app import Service
+from tests.reward_models_for_tests import llama_adapter
+from tests.serving.servers_for_tests import LOCAL, running, served
+
+
+@pytest.fixture(scope="session")
+def model() -> RewardModel:
+    return RewardModel.load(str(llama_adapter()))
+
+
+@pytest.fixture(scope="session")
+def service(model: RewardModel) -> Iterator[Service]:
+    with served(model, llama_adapter()) as service:
+        yield service
+
+
+@pytest.fixture(scope="session")
+def client(service: Service) -> Iterator[TestClient]:
+    """In process; what would be a defect is an answer with status 500, as for a real client."""
+    with TestClient(service.app(), base_url=LOCAL, raise_server_exceptions=False) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def url(service: Service) -> Iterator[str]:
+    """The same over a real socket."""
+    with running(service.app()) as url:
+        yield url
