@@ -47,7 +47,7 @@ def rows_of(tmp_path: Path) -> str:
 def test_eval(tmp_path: Path, capsys: Any) -> None:
     assert main(["eval", str(llama_adapter()), "--dataset", rows_of(tmp_path)]) == 0
     said = capsys.readouterr().err
-    assert phases_of(said) == ["loading and quantizing", "reading", "tokenizing", "evaluating"]
+    assert phases_of(said) == ["hashing", "loading and quantizing", "reading", "tokenizing", "evaluating"]
     assert "tokenizing: 0 of 3 rows, 0 %" in said, "the lines of the file are counted first"
     assert "tokenizing: 3 rows in 0 s" in said
     assert "evaluating: 0 of 6 sequences" in said
@@ -69,7 +69,7 @@ def test_merge_and_verify(tmp_path: Path, capsys: Any) -> None:
 def test_score(tmp_path: Path, capsys: Any) -> None:
     assert main(["score", str(llama_adapter()), "--input", rows_of(tmp_path), "--score_column", "s"]) == 0
     said = capsys.readouterr().err
-    assert phases_of(said) == ["loading and quantizing", "scoring"]
+    assert phases_of(said) == ["hashing", "loading and quantizing", "scoring"]
     assert "scoring: 3 rows in 0 s" in said
 
 

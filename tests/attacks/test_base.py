@@ -71,6 +71,7 @@ def test_a_resumed_run_compares_it_where_both_were_told_to(bases: tuple[str, str
 
 def test_a_manifest_from_before_is_read(tmp_path: Path) -> None:
     content = json.loads((Path(str(llama_adapter())) / FILE_NAME).read_text(encoding="utf-8"))
-    del content["base"]["weights_sha256"]
+    del content["base"]["weights_sha256"], content["content_sha256"]
+    content["schema_version"] = 3
     (tmp_path / FILE_NAME).write_text(json.dumps(content), encoding="utf-8")
     assert Manifest.load(tmp_path).base.weights_sha256 is None

@@ -1,5 +1,6 @@
 """Servers on loopback, in a thread of the test process or as a user starts them."""
 
+import faulthandler
 import re
 import socket
 import subprocess
@@ -22,7 +23,7 @@ from qlora_rm.serving.run import make_service
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCAL = "http://localhost"
-PATIENCE = 120
+PATIENCE = 60
 """Seconds for what takes a moment on an idle machine."""
 
 
@@ -43,6 +44,7 @@ def running(app: ASGIApp, connections: int = 1000) -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join(PATIENCE)
+        require_ended(thread)
 
 
 @contextmanager
@@ -53,7 +55,15 @@ def served(model: RewardModel, folder: Path, token: str | None = None, **setting
         yield service
     finally:
         service.batcher.close(PATIENCE)
+        require_ended(service.batcher._thread)
         service.lanes.close()
+
+
+def require_ended(thread: threading.Thread) -> None:
+    """Fail where a thread has not ended in time, with what every thread was doing."""
+    if thread.is_alive():
+        faulthandler.dump_traceback(all_threads=True)
+        raise AssertionError(f"thread {thread.name} has not ended")
 
 
 class Door:
