@@ -69,7 +69,7 @@ def make_work(model: RewardModel) -> list[Work]:
         responses = [words(5, 30) for _ in range(count)]
         turns = tuple([{"role": "assistant", "content": response}] for response in responses)
         candidates = Candidates([{"role": "user", "content": prompt}], turns)
-        [scores] = model.score([candidates])
+        [scores] = model.score_candidates([candidates])
         work.append(Work(prompt, responses, model.tokenization.texts(candidates), scores))
     return work
 

@@ -1,4 +1,4 @@
-"""New model folders: whole or not there."""
+"""Model folders: what one holds, and new ones that appear complete or not at all."""
 
 import os
 import shutil
@@ -6,9 +6,13 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
+from qlora_rm.backbone.paths import is_local
 from qlora_rm.console import say
 from qlora_rm.errors import UserError
+
+Kind = Literal["adapter", "model"]
 
 
 @contextmanager
@@ -57,3 +61,26 @@ def _is_alive(process: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def artifact_kind(folder: str) -> Kind:
+    """Whether `folder` holds an adapter or a whole model (also any hub id), by its files.
+
+    Raises:
+        UserError: neither, or a language model without a score head.
+    """
+    path = Path(folder)
+    if not is_local(folder):
+        return "model"
+    if not path.is_dir():
+        raise UserError(
+            f"There is no folder {folder}." if not path.exists() else f"{folder} is a file, not a model folder."
+        )
+    if (path / "adapter_config.json").exists():
+        return "adapter"
+    if (path / "config.json").exists():
+        return "model"
+    inside = sorted(p.parent.name for name in ("adapter_config.json", "config.json") for p in path.glob(f"*/{name}"))
+    hint = f" Did you mean {path / inside[-1]}?" if inside else ""
+    what = "is empty" if not any(path.iterdir()) else "holds neither adapter_config.json nor config.json"
+    raise UserError(f"{folder} is no reward model: it {what}.{hint}")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -13,37 +13,32 @@ from transformers import PreTrainedTokenizerBase
 from qlora_rm.artifacts.allowed import allowed_drift
 from qlora_rm.artifacts.arithmetic import compute_dtype, compute_in_fp32, to_accelerator
 from qlora_rm.artifacts.as_written import require_as_written
+from qlora_rm.artifacts.folders import artifact_kind
 from qlora_rm.artifacts.golden import drift, scores_of
-from qlora_rm.artifacts.manifest import FILE_NAME, Manifest, hash_of_config
+from qlora_rm.artifacts.manifest import FILE_NAME, Manifest
 from qlora_rm.artifacts.own_tokenizer import read_tokenizer, require_trained_template, tokenization_of
 from qlora_rm.artifacts.trained_text import trained_text
-from qlora_rm.backbone.adapter import load_adapter
+from qlora_rm.artifacts.weights import load_adapter_on_base, load_whole_model
 from qlora_rm.backbone.in_force import compute_quantized_layers_in
 from qlora_rm.backbone.load import (
-    Backbone,
     embedding_rows,
-    load_backbone,
-    read_model_config,
 )
-from qlora_rm.backbone.paths import is_local
 from qlora_rm.backbone.positions import inner_model, usable_positions
-from qlora_rm.backbone.precision import DTYPES, NAMES, Precision
+from qlora_rm.backbone.precision import NAMES, Precision
 from qlora_rm.backbone.scoring import TOKENS_PER_BATCH, Layout, score_sequences
 from qlora_rm.backbone.tokenizer import load_tokenizer
-from qlora_rm.config import BackboneConfig, Quantization, SharePrefix, require
+from qlora_rm.config import Quantization, SharePrefix, require
 from qlora_rm.console import say
 from qlora_rm.errors import UserError
 from qlora_rm.preferences.clock import fix_date, now
-from qlora_rm.preferences.comparison import Candidates
+from qlora_rm.preferences.comparison import Candidates, Message
+from qlora_rm.preferences.formats import parse_candidates
 from qlora_rm.preferences.row_errors import RowFault
 from qlora_rm.preferences.text_as import TrainedText
 from qlora_rm.preferences.tokenization import Tokenization
 
-Kind = Literal["adapter", "model"]
-
-
-class BaseIsMissing(UserError):
-    """The adapter's base cannot be found or read, so that nothing can be scored."""
+Prompt = str | Sequence[Message]
+"""A user's message, or the conversation so far as role/content turns."""
 
 
 @dataclass
@@ -72,7 +67,7 @@ class RewardModel:
     @classmethod
     def load(
         cls,
-        folder: str,
+        folder: str | Path,
         *,
         base: str | None = None,
         quantization: Quantization | None = None,
@@ -98,7 +93,8 @@ class RewardModel:
         Raises:
             UserError: there is no reward model, a part of it is missing, or it is not as its manifest says.
         """
-        kind = artefact_kind(folder)
+        folder = str(folder)
+        kind = artifact_kind(folder)
         known = kind == "adapter" or (Path(folder) / FILE_NAME).exists()
         manifest = Manifest.load(folder) if known else None
         compare = compare and not skip_checks
@@ -123,10 +119,14 @@ class RewardModel:
                 require_trained_template(folder, manifest, tokenizer)
         if kind == "adapter":
             assert manifest is not None
-            model = _load_adapter(folder, manifest, tokenizer, base, quantization, share_prefix, trust_remote_code)
+            model = load_adapter_on_base(
+                folder, manifest, tokenizer, base, quantization, share_prefix, trust_remote_code
+            )
         else:
             require(not base, f"--base has no effect: {folder} is a whole model, which has no base. Leave it out.")
-            model = _load_model(folder, manifest, tokenizer, compute, quantization, share_prefix, trust_remote_code)
+            model = load_whole_model(
+                folder, manifest, tokenizer, compute, quantization, share_prefix, trust_remote_code
+            )
         if compute is torch.float32:
             compute_in_fp32(model)
         else:
@@ -189,8 +189,8 @@ class RewardModel:
         scores = iter(self.score_token_ids(sequences).tolist())
         return [r if isinstance(r, RowFault) else [next(scores) for _ in r.tokens.response_ids] for r in results]
 
-    def score(self, candidates: Sequence[Candidates]) -> list[list[float]]:
-        """For each prompt its responses' scores.
+    def score_candidates(self, candidates: Sequence[Candidates]) -> list[list[float]]:
+        """Score each prompt's responses.
 
         Raises:
             UserError: one of them cannot be tokenized; it is named by its place in the list, counting from 1.
@@ -198,102 +198,50 @@ class RewardModel:
         scores: list[list[float]] = []
         for place, result in enumerate(self.score_or_fault(candidates), start=1):
             if isinstance(result, RowFault):
-                raise UserError(f"prompt {place}: {result.what}. {result.way_out}")
+                raise UserError(f"prompt {place}: {result.what}. {result.way_out}".rstrip())
             scores.append(result)
         return scores
 
+    def score(self, prompt: Prompt, responses: Sequence[str]) -> list[float]:
+        """Score the responses to one prompt. The better response has the higher score.
 
-def artefact_kind(folder: str) -> Kind:
-    """Whether `folder` holds an adapter or a whole model (also any hub id), by its files.
+        Arguments:
+            prompt: text or turns. Text becomes a user's turn where the model was trained on turns.
+            responses: N texts.
 
-    Raises:
-        UserError: neither, or a language model without a score head.
-    """
-    path = Path(folder)
-    if not is_local(folder):
-        return "model"
-    if not path.is_dir():
-        raise UserError(
-            f"There is no folder {folder}." if not path.exists() else f"{folder} is a file, not a model folder."
-        )
-    if (path / "adapter_config.json").exists():
-        return "adapter"
-    if (path / "config.json").exists():
-        return "model"
-    inside = sorted(p.parent.name for name in ("adapter_config.json", "config.json") for p in path.glob(f"*/{name}"))
-    hint = f" Did you mean {path / inside[-1]}?" if inside else ""
-    what = "is empty" if not any(path.iterdir()) else "holds neither adapter_config.json nor config.json"
-    raise UserError(f"{folder} is no reward model: it {what}.{hint}")
+        Returns: N scores in log-odds: sigmoid(a - b) is the probability that a is preferred to b (Bradley-Terry).
 
+        Raises:
+            UserError: a response is empty, or is longer than the model's sequences.
 
-def _load_adapter(
-    folder: str,
-    manifest: Manifest,
-    tokenizer: PreTrainedTokenizerBase,
-    base: str | None,
-    quantization: Quantization | None,
-    share_prefix: SharePrefix,
-    trust_remote_code: bool,
-) -> nn.Module:
-    """The adapter on its base, the base quantized from the dtype it was quantized from in training."""
-    name = base or manifest.base.name_or_path
-    revision = None if base else manifest.base.revision
-    try:
-        read_model_config(name, revision, trust_remote_code)
-    except UserError as error:
-        raise BaseIsMissing(
-            f"The base of the adapter {folder} is not there: {error} Pass --base FOLDER_OR_HUB_ID."
-        ) from error
-    if hash_of_config(name, revision) != manifest.base.config_sha256:
-        say(f"warning: the config.json of the base {name} is not the one the adapter was trained on")
-    config = BackboneConfig(
-        model_name_or_path=name,
-        model_revision=revision,
-        quantization=quantization or manifest.quantization,
-        max_unquantized=1,
-        share_prefix=share_prefix,
-    )
-    backbone: Backbone = load_backbone(
-        config,
-        tokenizer,
-        DTYPES[manifest.compute_dtype],
-        trust_remote_code=trust_remote_code,
-        rotary_length=manifest.contract.rotary_length,
-        as_saved=quantization is None,
-    )
-    return load_adapter(backbone, folder, trainable=False)
+        Example:
+            >>> from qlora_rm import RewardModel
+            >>> model = RewardModel.load("runs/demo/merged")
+            >>> kind, rude = model.score("What do bees do in winter?", ["They live on honey.", "What a stupid question."])
+        """
+        return self.score_batch([(prompt, responses)])[0]
 
+    def score_batch(self, items: Sequence[tuple[Prompt, Sequence[str]]]) -> list[list[float]]:
+        """Score the responses to several prompts together; a shared prompt is computed once.
 
-def _load_model(
-    folder: str,
-    manifest: Manifest | None,
-    tokenizer: PreTrainedTokenizerBase,
-    dtype: torch.dtype,
-    quantization: Quantization | None,
-    share_prefix: SharePrefix,
-    trust_remote_code: bool,
-) -> nn.Module:
-    """A whole model; one that was trained whole keeps its fp32 weights, as it had them in training."""
-    architecture = (read_model_config(folder, trust_remote_code=trust_remote_code).architectures or ["unknown kind"])[0]
-    if not architecture.endswith("ForSequenceClassification"):
-        raise UserError(
-            f"{folder} is no reward model: a {architecture} has no score head. Train one on it with `qlora-rm train`."
-        )
-    config = BackboneConfig(
-        model_name_or_path=folder, quantization=quantization or "none", max_unquantized=1, share_prefix=share_prefix
-    )
-    trained_whole = manifest is not None and manifest.merge is None
-    backbone = load_backbone(
-        config,
-        tokenizer,
-        dtype,
-        trust_remote_code=trust_remote_code,
-        full_fine_tuning=trained_whole,
-        rotary_length=manifest.contract.rotary_length if manifest else None,
-        as_saved=quantization is None,
-    )
-    if backbone.has_new_head:
-        raise UserError(
-            f"{folder} lacks weights of its score head ({', '.join(backbone.head)}): its scores would be random."
-        )
-    return backbone.model
+        Arguments:
+            items: P pairs of a prompt and its responses, each as in `score`.
+
+        Returns: P lists with one score for each response, in log-odds.
+
+        Raises:
+            UserError: as in `score`; the message names the prompt by its place, counting from 1.
+
+        Example:
+            >>> from qlora_rm import RewardModel
+            >>> model = RewardModel.load("runs/demo/merged")
+            >>> scores = model.score_batch([("Hello", ["Hello to you.", "Go away."]), ("Thank you", ["My pleasure."])])
+        """
+        return self.score_candidates([self._read(place, *item) for place, item in enumerate(items, start=1)])
+
+    def _read(self, place: int, prompt: Prompt, responses: Sequence[str]) -> Candidates:
+        row = {"prompt": prompt if isinstance(prompt, str) else list(prompt), "responses": list(responses)}
+        try:
+            return parse_candidates(row, False, self.text)
+        except RowFault as fault:
+            raise UserError(f"prompt {place}: {fault.what}. {fault.way_out}".rstrip()) from fault

@@ -82,7 +82,7 @@ def rank(model: RewardModel, prompt: str, responses: Sequence[str], hh_turns: bo
         candidates = parse_candidates({"prompt": prompt, "responses": list(responses)}, hh_turns, model.text)
     except RowFault as fault:
         raise UserError(f"{fault.what}.") from fault
-    scores = model.score([candidates])[0]
+    scores = model.score_candidates([candidates])[0]
     return sorted(zip(scores, responses, strict=True), key=lambda item: -item[0])
 
 

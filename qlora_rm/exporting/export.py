@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_rm.artifacts.as_written import require_as_written
-from qlora_rm.artifacts.folders import new_folder
-from qlora_rm.artifacts.load import artefact_kind
+from qlora_rm.artifacts.folders import artifact_kind, new_folder
 from qlora_rm.artifacts.manifest import FILE_NAME, Manifest, Step
 from qlora_rm.artifacts.own_tokenizer import read_tokenizer
 from qlora_rm.config import ExportConfig, require
@@ -77,7 +76,7 @@ def export(
     """
     config = config or ExportConfig()
     readers = [reader_named(name) for name in dict.fromkeys(names)]
-    kind = artefact_kind(folder)
+    kind = artifact_kind(folder)
     if (Path(folder) / FILE_NAME).exists():
         require_as_written(folder, Manifest.load(folder))
     require_readable(readers, folder, kind, trust_remote_code)

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from qlora_rm.artifacts.folders import new_folder
+from qlora_rm.artifacts.folders import artifact_kind, new_folder
 from qlora_rm.artifacts.golden import Drift, GoldenItem, Tolerance, drift, scores_of
-from qlora_rm.artifacts.load import RewardModel, artefact_kind
+from qlora_rm.artifacts.load import RewardModel
 from qlora_rm.artifacts.manifest import Manifest, Step
 from qlora_rm.artifacts.own_tokenizer import read_tokenizer
 from qlora_rm.backbone.experts import fused_experts
@@ -51,7 +51,7 @@ def requantize(
     Raises:
         UserError: `folder` holds no whole model of this project, or one in 4 bit; `output` is not free.
     """
-    if artefact_kind(folder) != "model":
+    if artifact_kind(folder) != "model":
         raise UserError(f"{folder} is an adapter. Merge it first: `qlora-rm merge {folder} --output DIR`.")
     manifest = Manifest.load(folder)
     if any(step.name == "requantize" for step in manifest.history):

@@ -7,9 +7,9 @@ from typing import Literal
 
 from qlora_rm.artifacts.allowed import allowed_drift
 from qlora_rm.artifacts.as_written import require_as_written
-from qlora_rm.artifacts.folders import new_folder
+from qlora_rm.artifacts.folders import artifact_kind, new_folder
 from qlora_rm.artifacts.golden import GoldenItem, drift, make_golden, scores_of
-from qlora_rm.artifacts.load import RewardModel, artefact_kind
+from qlora_rm.artifacts.load import RewardModel
 from qlora_rm.artifacts.manifest import Manifest, Merge, Step
 from qlora_rm.artifacts.noise import tolerance
 from qlora_rm.artifacts.own_tokenizer import read_tokenizer
@@ -59,7 +59,7 @@ def merge(
         UserError: `folder` holds no adapter, or one that is not as training left it; its base is another one; `output`
             is not free, the disk too full, or the merged scores are wrong. Nothing is left behind then.
     """
-    if artefact_kind(folder) != "adapter":
+    if artifact_kind(folder) != "adapter":
         raise UserError(f"{folder} already is one whole model: there is nothing to merge.")
     with new_folder(output) as beside:
         job = _Job(folder, beside, dtype, base, base_model, trust_remote_code)

@@ -4,6 +4,7 @@ import argparse
 import difflib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -211,12 +212,20 @@ class Parser(TrlParser):
         if not isinstance(content, dict):
             raise UserError(f"--config {path} must hold one mapping of option: value.")
         os.environ.update({name: str(value) for name, value in content.pop("env", {}).items()})
+        return self.checked(content, f"--config {path}")
+
+    def checked(self, given: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """The options of a mapping, by their names in the parser's result.
+
+        Raises:
+            UserError: an unknown key, or a value that is not among its choices; the message begins with `where`.
+        """
         actions = self._actions_by_name
         options = {}
-        for key, value in content.items():
+        for key, value in given.items():
             if key not in self._known:
-                raise UserError(f"--config {path}: unknown key {key!r}.{self._hint(str(key))}")
-            options[actions[key].dest] = self._checked(actions[key], value, f"--config {path}: {key}")
+                raise UserError(f"{where}: unknown key {key!r}.{self._hint(str(key))}")
+            options[actions[key].dest] = self._checked(actions[key], value, f"{where}: {key}")
         return options
 
     def _checked(self, action: argparse.Action, value: Any, where: str) -> Any:
@@ -251,10 +260,13 @@ class Parser(TrlParser):
         return f" Did you mean {near[0]}?" if near else ""
 
 
-def parse(argv: list[str]) -> Options:
+def parse(argv: list[str], given: Mapping[str, Any] | None = None) -> Options:
     """Options from `--config FILE.yaml` and flags: flags beat the file, the file beats the defaults.
 
     Says which of the options that were given have no effect.
+
+    Arguments:
+        given: further options by name; they beat the file.
 
     Raises:
         UserError: an unknown option or key, a value that cannot be, or an option that would do nothing or something else
@@ -271,6 +283,10 @@ def parse(argv: list[str]) -> Options:
         typed |= from_file.keys()
         parser.set_defaults_with_config(**from_file)
         argv = argv[:where] + argv[where + 2 :]
+    if given:
+        from_caller = parser.checked(given, "options")
+        typed |= from_caller.keys()
+        parser.set_defaults_with_config(**from_caller)
     try:
         namespace, unknown = parser.parse_known_args(argv)
         if unknown:

@@ -1,8 +1,10 @@
 """A training run from its options to a reward model on disk."""
 
 import time
-from dataclasses import asdict, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from peft import PeftModel
@@ -50,27 +52,46 @@ from qlora_rm.training.trainer import PreferenceTrainer
 from qlora_rm.training.zero_resharding import take_share
 
 
-def main(argv: list[str]) -> None:
-    """The train door: parse, train, and leave the process group in order; all ranks end when one fails."""
+@dataclass(frozen=True)
+class Outcome:
+    """What a run left.
+
+    Attributes:
+        folder: of the adapter or model, with its tokenizer and manifest.
+        metrics: the last evaluation's (`eval_accuracy`, `eval_loss`, ...); empty without held-out comparisons, and where the
+            run had already been complete.
+    """
+
+    folder: Path
+    metrics: dict[str, float]
+
+
+def main(argv: list[str], given: Mapping[str, Any] | None = None) -> Outcome:
+    """Parse, train, and leave the process group in order; all ranks end when one fails.
+
+    Arguments:
+        given: options by name, in addition to those of `argv`.
+    """
     hub = None
     try:
         with outliving_readers() as streams, ending_together():
             quiet_deepspeed()
             with Phase("starting"), clearing_build_locks():  # ranks meet, and DeepSpeed compiles what it lacks
-                options = parse(argv)
+                options = parse(argv, given)
             streams.log = Path(str(options.training.output_dir)) / LOG
             hub = Hub.of(options.training)
-            run(options)
+            metrics = run(options)
     finally:
         leave_process_group()
     if hub is not None and is_main_process():  # the others need not wait for it
         hub.push()
+    return Outcome(Path(str(options.training.output_dir)), metrics)
 
 
-def run(options: Options) -> None:
-    """Train; where that is interrupted, say how to go on."""
+def run(options: Options) -> dict[str, float]:
+    """Train; where that is interrupted, say how to go on. Return what `train` returns."""
     try:
-        train(options)
+        return train(options)
     except (KeyboardInterrupt, Terminated) as end:
         whole = last_whole(str(options.training.output_dir))
         hint = (

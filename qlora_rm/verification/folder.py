@@ -7,12 +7,14 @@ from typing import Any, TypeVar
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 
+from qlora_rm.artifacts.folders import artifact_kind
 from qlora_rm.artifacts.head_names import HEAD_BIAS
-from qlora_rm.artifacts.load import BaseIsMissing, RewardModel, artefact_kind
+from qlora_rm.artifacts.load import RewardModel
 from qlora_rm.artifacts.manifest import Manifest
 from qlora_rm.artifacts.manifest_versions import NoManifest
 from qlora_rm.artifacts.own_tokenizer import read_tokenizer
 from qlora_rm.artifacts.stock import load_stock
+from qlora_rm.artifacts.weights import BaseIsMissing
 from qlora_rm.backbone.head import head_modules, is_in_head
 from qlora_rm.backbone.precision import NAMES
 from qlora_rm.backbone.safetensors_reader import Checkpoint
@@ -60,7 +62,7 @@ def verify(
     Raises:
         UserError: there is nothing of a model in `folder`, or `key` cannot be used.
     """
-    kind = artefact_kind(folder)
+    kind = artifact_kind(folder)
     signed_by = None if key is None else public_key(key)
     with Phase("verifying"):
         return _Verification(folder, kind == "adapter", base, trust_remote_code, tell).run(signed_by)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_rm.artifacts.as_written import WITHOUT_CONFIGURATIONS, config_changes, file_changes
-from qlora_rm.artifacts.load import artefact_kind
+from qlora_rm.artifacts.folders import artifact_kind
 from qlora_rm.artifacts.manifest import FILE_NAME, Manifest
 from qlora_rm.errors import UserError
 from qlora_rm.verification.checks import Check
@@ -30,7 +30,7 @@ def sign(folder: str, key: str) -> Path:
         UserError: the folder is not as its manifest says, its manifest does not list all files, or the key cannot be used.
     """
     private = _private_key(key)
-    artefact_kind(folder)
+    artifact_kind(folder)
     manifest = Manifest.load(folder)
     if manifest.schema_version <= WITHOUT_CONFIGURATIONS:
         raise UserError(

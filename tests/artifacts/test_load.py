@@ -25,13 +25,13 @@ def model() -> RewardModel:
 def test_an_adapter_gives_its_golden_scores(model: RewardModel) -> None:
     assert model.manifest is not None
     for item in model.manifest.golden:
-        assert model.score([item.candidates()])[0] == pytest.approx(item.scores, abs=1e-5)
+        assert model.score_candidates([item.candidates()])[0] == pytest.approx(item.scores, abs=1e-5)
 
 
 def test_scores_keep_the_order_of_what_was_asked(model: RewardModel) -> None:
     assert model.manifest is not None
     items = model.manifest.golden[::-1]
-    for scores, item in zip(model.score([item.candidates() for item in items]), items, strict=True):
+    for scores, item in zip(model.score_candidates([item.candidates() for item in items]), items, strict=True):
         assert scores == pytest.approx(item.scores, abs=1e-5)
 
 
@@ -42,7 +42,7 @@ def test_what_cannot_be_scored_is_named_by_its_place(model: RewardModel) -> None
     assert isinstance(fault, RowFault)
     assert fault.kind == "pad_in_content"
     with pytest.raises(UserError, match="prompt 2: the pad token"):
-        model.score([good, bad])
+        model.score_candidates([good, bad])
 
 
 def test_a_model_trained_whole_gives_its_golden_scores(tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_a_model_trained_whole_gives_its_golden_scores(tmp_path: Path) -> None:
     loaded = RewardModel.load(str(folder))
     assert loaded.manifest is not None
     for item in loaded.manifest.golden:
-        assert loaded.score([item.candidates()])[0] == pytest.approx(item.scores, abs=1e-5)
+        assert loaded.score_candidates([item.candidates()])[0] == pytest.approx(item.scores, abs=1e-5)
     with pytest.raises(UserError, match="--base has no effect"):
         RewardModel.load(str(folder), base=str(tmp_path))
 
@@ -60,7 +60,7 @@ def test_a_foreign_reward_model_loads_without_a_manifest(tmp_path: Path, capsys:
     golden = Manifest.load(folder).golden
     (folder / FILE_NAME).unlink()
     loaded = RewardModel.load(str(folder))
-    assert loaded.score([golden[0].candidates()])[0] == pytest.approx(golden[0].scores, abs=1e-5)
+    assert loaded.score_candidates([golden[0].candidates()])[0] == pytest.approx(golden[0].scores, abs=1e-5)
     assert "without a limit of length" in capsys.readouterr().err
 
 
@@ -72,7 +72,7 @@ def test_another_place_of_the_base_can_be_given(tmp_path: Path) -> None:
     loaded = RewardModel.load(str(folder), base=str(tmp_path / "moved"))
     assert loaded.manifest is not None
     item = loaded.manifest.golden[0]
-    assert loaded.score([item.candidates()])[0] == pytest.approx(item.scores, abs=1e-5)
+    assert loaded.score_candidates([item.candidates()])[0] == pytest.approx(item.scores, abs=1e-5)
 
 
 def test_another_base_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -80,7 +80,7 @@ def test_merged_models_load_as_reward_models(merged: Path) -> None:
     loaded = RewardModel.load(str(merged))
     assert loaded.manifest is not None
     for item in loaded.manifest.golden:
-        for score, golden in zip(loaded.score([item.candidates()])[0], item.scores, strict=True):
+        for score, golden in zip(loaded.score_candidates([item.candidates()])[0], item.scores, strict=True):
             assert abs(score - golden) <= ROUNDED.of(golden)
 
 

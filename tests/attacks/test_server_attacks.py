@@ -196,7 +196,7 @@ class TestLargeTexts:
         answer = httpx2.post(f"{url}/score", json={"prompt": text, "responses": ["No."]}, timeout=PATIENCE).json()
         [result] = model.tokenization.tokenize_each([turns])
         assert answer["cut"] == result.cut > 0  # type: ignore[union-attr]
-        assert answer["scores"] == pytest.approx(model.score([turns])[0], abs=1e-5)
+        assert answer["scores"] == pytest.approx(model.score_candidates([turns])[0], abs=1e-5)
 
     def test_verify_asks_for_no_text_that_is_refused(self, url: str, model: RewardModel, tmp_path: Path) -> None:
         from qlora_rm.artifacts.golden import make_golden

@@ -113,8 +113,8 @@ def test_a_foreign_reward_model_that_pads_with_bos_is_scored_at_its_last_token(t
     loaded = RewardModel.load(saved(tmp_path / "foreign", pad_token="<s>"))
     assert "which texts contain (its bos token)" in capsys.readouterr().err
     asked = [Candidates("Name it. ", ("a cat", "a dog, no, a very long one"))]
-    together = loaded.score(asked)[0]
-    alone = [loaded.score([Candidates("Name it. ", (answer,))])[0][0] for answer in asked[0].responses]
+    together = loaded.score_candidates(asked)[0]
+    alone = [loaded.score_candidates([Candidates("Name it. ", (answer,))])[0][0] for answer in asked[0].responses]
     assert together == pytest.approx(alone, abs=1e-5)
 
 

@@ -32,7 +32,7 @@ def test_auto_class_gives_the_golden_scores_in_one_batch(world):
 
 def test_card_s_code_for_auto_class_and_pipeline_gives_our_scores(world, ours):
     found = run_snippet(world.exported, "transformers")
-    wanted = ours.score([Candidates(WHY, (BECAUSE,))])[0][0]
+    wanted = ours.score_candidates([Candidates(WHY, (BECAUSE,))])[0][0]
     assert found["score"] == pytest.approx(wanted, abs=1e-4)
     assert found["same_score"] == pytest.approx(wanted, abs=1e-4)
 

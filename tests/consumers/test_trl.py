@@ -83,7 +83,10 @@ def one_step(name: str, form: str, world, folder, monkeypatch) -> tuple[list, li
 def our_scores(ours: RewardModel, form: str, prompts: list, completions: list) -> list[float]:
     if form == "turns":
         return [
-            scores[0] for scores in ours.score([Candidates(p, (c,)) for p, c in zip(prompts, completions, strict=True)])
+            scores[0]
+            for scores in ours.score_candidates(
+                [Candidates(p, (c,)) for p, c in zip(prompts, completions, strict=True)]
+            )
         ]
     texts = [f"{p}{c}" for p, c in zip(prompts, completions, strict=True)]
     return ours.score_token_ids(ours.tokenizer(texts, add_special_tokens=False)["input_ids"]).tolist()

@@ -42,9 +42,11 @@ def test_rows_gain_their_scores_in_order(model: RewardModel, monkeypatch: pytest
     monkeypatch.setattr(scored_rows, "SCORED_AT_ONCE", 2)
     scored = list(score_rows(model, lines(GOOD), "rows"))
     assert [{key: row[key] for key in given} for row, given in zip(scored, GOOD, strict=True)] == GOOD
-    [[wanted]] = model.score([said(GOOD[0]["prompt"], "Paris.")])  # turns, as the model was trained on
+    [[wanted]] = model.score_candidates([said(GOOD[0]["prompt"], "Paris.")])  # turns, as the model was trained on
     assert scored[0]["score"] == pytest.approx(wanted, abs=1e-5)
-    assert scored[1]["scores"] == pytest.approx(model.score([said("What? ", "Paris.", "The dog.", "No.")])[0], abs=1e-5)
+    assert scored[1]["scores"] == pytest.approx(
+        model.score_candidates([said("What? ", "Paris.", "The dog.", "No.")])[0], abs=1e-5
+    )
     assert isinstance(scored[2]["score"], float)
     assert len(scored[3]["scores"]) == 2
     assert len(scored[4]["scores"]) == 1, "a list of one response has a list of one score"
@@ -89,7 +91,9 @@ def test_ranking_is_best_first(model: RewardModel) -> None:
     assert sorted(text for _, text in ranked) == sorted(responses)
     assert [score for score, _ in ranked] == sorted((score for score, _ in ranked), reverse=True)
     turns = [{"role": "user", "content": "What is the capital of France?"}]
-    scores = model.score([Candidates(turns, tuple([{"role": "assistant", "content": text}] for text in responses))])[0]
+    scores = model.score_candidates(
+        [Candidates(turns, tuple([{"role": "assistant", "content": text}] for text in responses))]
+    )[0]
     assert {text: score for score, text in ranked} == pytest.approx(dict(zip(responses, scores, strict=True)))
 
 

@@ -83,7 +83,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 def wanted(kind: str, model: RewardModel, prompt: str = PROMPT, answers: list[str] = ANSWERS) -> list[float]:
     """What training would have given for these words in a row."""
     read = as_turns(prompt, *answers) if kind == "turns" else Candidates(prompt, tuple(answers))
-    return model.score([read])[0]
+    return model.score_candidates([read])[0]
 
 
 def test_the_contract_records_what_the_training_rows_were(folders: dict[str, Path], kind: str) -> None:
@@ -156,7 +156,7 @@ class TestOfTurns:
         read = as_turns(PROMPT, "a cat")
         system = [{"role": "system", "content": SYSTEM}]
         assert score == pytest.approx(
-            model.score([Candidates([*system, *read.prompt], read.responses)])[0][0], abs=1e-5
+            model.score_candidates([Candidates([*system, *read.prompt], read.responses)])[0][0], abs=1e-5
         )  # type: ignore[misc]
 
     def test_text_of_the_template_is_the_conversation_it_spells(self, model: RewardModel, said: list[str]) -> None:
@@ -177,7 +177,7 @@ class TestOfTurns:
         rows = [{"text": "Name it. a cat"}, {"response": "a cat"}, {"prompt": "", "response": "a cat"}]
         rows += [{"chosen": "Name it. a cat", "rejected": "Name it. a dog"}]
         found = self.scores(model, *rows)
-        whole, alone = model.score([Candidates("", ("Name it. a cat",)), Candidates("", ("a cat",))])
+        whole, alone = model.score_candidates([Candidates("", ("Name it. a cat",)), Candidates("", ("a cat",))])
         assert found[:3] == [pytest.approx(score, abs=1e-5) for score in (whole[0], alone[0], alone[0])]
         assert found[3][0] == pytest.approx(whole[0], abs=1e-5)
         assert len(said) == 1 and "no prompt apart" in said[0]
@@ -186,10 +186,14 @@ class TestOfTurns:
         text = "\n\nHuman: Name the cat.\n\nAssistant: a cat"
         before = text.removesuffix(" a cat")
         rows = [{"text": text}, {"prompt": before, "response": " a cat"}]
-        assert self.scores(model, *rows) == pytest.approx([model.score([Candidates("", (text,))])[0][0]] * 2, abs=1e-5)
+        assert self.scores(model, *rows) == pytest.approx(
+            [model.score_candidates([Candidates("", (text,))])[0][0]] * 2, abs=1e-5
+        )
         assert len(said) == 1 and "--hh_turns" in said[0]
         read = as_turns("Name the cat.", "a cat")
-        assert self.scores(model, *rows, hh_turns=True) == pytest.approx([model.score([read])[0][0]] * 2, abs=1e-5)
+        assert self.scores(model, *rows, hh_turns=True) == pytest.approx(
+            [model.score_candidates([read])[0][0]] * 2, abs=1e-5
+        )
 
     def test_that_text_becomes_turns_is_told_once(self, model: RewardModel, said: list[str]) -> None:
         self.scores(model, *[{"prompt": PROMPT, "response": answer} for answer in ANSWERS])
@@ -206,7 +210,7 @@ def test_turns_for_a_model_of_text_are_rendered_with_a_warning(
     assert main(["eval", str(folder), "--dataset", rows, "--json"]) == 0
     told = capsys.readouterr()
     model = RewardModel.load(str(folder))
-    scores = [model.score([as_turns(r["prompt"], r["chosen"], r["rejected"])])[0] for r in TEXT[:3]]
+    scores = [model.score_candidates([as_turns(r["prompt"], r["chosen"], r["rejected"])])[0] for r in TEXT[:3]]
     assert json.loads(told.out)["overall"]["mean_margin"] == pytest.approx(sum(a - b for a, b in scores) / 3, abs=1e-4)
     assert told.err.count("trained on text, and some rows are turns") == 1
 
@@ -238,7 +242,7 @@ def test_the_card_s_code_gives_text_to_a_model_of_text(folders: dict[str, Path],
     merge(str(folder), str(tmp_path / "merged"), dtype="fp32")
     assert export(str(tmp_path / "merged"), ["transformers"], str(tmp_path / "exported")).ok
     found = run_snippet(tmp_path / "exported", "transformers")
-    [[score]] = RewardModel.load(str(folder)).score([Candidates("Why? ", ("Because.",))])
+    [[score]] = RewardModel.load(str(folder)).score_candidates([Candidates("Why? ", ("Because.",))])
     assert [found["score"], found["same_score"]] == pytest.approx([score] * 2, abs=1e-4)
 
 

@@ -29,7 +29,7 @@ def metric(service: Service, name: str, **labels: str) -> float:
 
 
 def offline(model: RewardModel, *candidates: Candidates) -> list[list[float]]:
-    return model.score(candidates)
+    return model.score_candidates(candidates)
 
 
 def as_turns(prompt: str, answers: Sequence[str]) -> Candidates:

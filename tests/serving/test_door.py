@@ -42,7 +42,7 @@ def test_from_start_to_an_orderly_end(model: RewardModel, tmp_path: Path) -> Non
             wait_until(lambda: "qlora_rm_queued_sequences 0.0" not in client.get("/metrics").text)
             door.process.send_signal(signal.SIGTERM)
             answers = [answer.result(PATIENCE) for answer in asked]
-        [wanted] = model.score([item])
+        [wanted] = model.score_candidates([item])
         assert [answer.json()["scores"] for answer in answers] == [pytest.approx(wanted * 40, abs=1e-5)] * 8
         assert door.ends() == 0
         with pytest.raises(httpx2.ConnectError):
@@ -144,7 +144,7 @@ class TestWhatTextIs:
         assert service.batcher.close(PATIENCE)
         said = [{"role": "user", "content": prompt}], tuple([{"role": "assistant", "content": a}] for a in answers)
         as_trained = Candidates(*said) if kinds in ("turns", "both") else Candidates(prompt, tuple(answers))
-        assert scores == pytest.approx(model.score([as_trained])[0], abs=1e-5)
+        assert scores == pytest.approx(model.score_candidates([as_trained])[0], abs=1e-5)
 
 
 class TestAddresses:

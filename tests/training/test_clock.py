@@ -89,7 +89,7 @@ def stock_ids(folder: Path) -> list[list[list[int]]]:
 def assert_scores_as_trained(model: RewardModel) -> None:
     assert model.manifest is not None
     for item in model.manifest.golden:
-        assert model.score([item.candidates()])[0] == pytest.approx(item.scores, abs=SAME.absolute)
+        assert model.score_candidates([item.candidates()])[0] == pytest.approx(item.scores, abs=SAME.absolute)
 
 
 def test_the_date_is_recorded_and_written_into_the_template(trained: Path) -> None:
@@ -206,6 +206,6 @@ def test_a_model_of_others_renders_one_day_as_long_as_it_is_loaded(
     model = RewardModel.load(str(tmp_path / "theirs"))
     assert "this process renders 2025-03-01" in capfd.readouterr().err
     item = Manifest.load(trained / "model").golden[0].candidates()
-    before = model.score([item])
+    before = model.score_candidates([item])
     set_clock(monkeypatch, DAY_OF_TRAINING)
-    assert model.score([item]) == before
+    assert model.score_candidates([item]) == before

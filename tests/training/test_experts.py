@@ -55,7 +55,7 @@ def assert_scores_are_golden(folder):
     model, manifest = RewardModel.load(str(folder)), Manifest.load(folder)
     assert manifest.golden
     for item in manifest.golden:
-        assert model.score([item.candidates()])[0] == pytest.approx(item.scores, abs=1e-5)
+        assert model.score_candidates([item.candidates()])[0] == pytest.approx(item.scores, abs=1e-5)
 
 
 @pytest.mark.slow

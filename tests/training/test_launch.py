@@ -75,7 +75,7 @@ def test_two_ranks_end_where_one_process_ends(one_process, backbone_folder, rows
     model = RewardModel.load(str(out))
     assert manifest.golden and manifest.reward.n == 48
     for item in manifest.golden:
-        assert model.score([item.candidates()])[0] == pytest.approx(item.scores, abs=1e-4)
+        assert model.score_candidates([item.candidates()])[0] == pytest.approx(item.scores, abs=1e-4)
 
 
 def test_a_model_fine_tuned_whole_under_zero3_is_saved_whole(backbone_folder, rows_file, tmp_path):

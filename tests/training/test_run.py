@@ -55,7 +55,7 @@ def test_a_run_leaves_a_model_that_scores_as_it_was_trained(flags, tmp_path, cap
     assert manifest.training.steps == 40 and manifest.reward.n == 48 and manifest.golden
     model = RewardModel.load(str(out))
     for item in manifest.golden:
-        assert model.score([item.candidates()])[0] == pytest.approx(item.scores, abs=1e-5)
+        assert model.score_candidates([item.candidates()])[0] == pytest.approx(item.scores, abs=1e-5)
 
 
 @pytest.mark.slow
@@ -137,7 +137,7 @@ def test_choices_train_and_reload(flags, tmp_path, choice):
     manifest = Manifest.load(tmp_path / "out")
     model = RewardModel.load(str(tmp_path / "out"))
     for item in manifest.golden:
-        assert model.score([item.candidates()])[0] == pytest.approx(
+        assert model.score_candidates([item.candidates()])[0] == pytest.approx(
             item.scores, abs=2e-2 if "8bit" in choice.values() else 1e-5
         )
 
@@ -196,7 +196,7 @@ def test_the_textbook_example_runs_as_written(tmp_path):
     )  # fmt: skip
     model = RewardModel.load(str(tmp_path / "out"))
     for item in Manifest.load(tmp_path / "out").golden:
-        assert model.score([item.candidates()])[0] == pytest.approx(item.scores, abs=1e-5)
+        assert model.score_candidates([item.candidates()])[0] == pytest.approx(item.scores, abs=1e-5)
 
 
 @pytest.mark.slow
