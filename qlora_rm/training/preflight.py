@@ -180,7 +180,10 @@ def _facts(options: Options, manifest: Manifest, resume: Path | None) -> dict[st
     return {
         "options": {name: str(value) for part in told for name, value in part.items()},
         "library versions": manifest.versions,
-        "base": f"a config.json with sha256 {manifest.base.config_sha256}",
+        "base": {
+            "a config.json with sha256": manifest.base.config_sha256,
+            "weights with the fingerprint": manifest.base.weights_fingerprint,
+        },
         "tokenizer": asdict(manifest.contract),
         "data": manifest.training.data_fingerprint if manifest.training else None,
         "checkpoint": str(resume) if resume else "none",

@@ -245,6 +245,14 @@ def test_what_differs_is_named_with_the_ranks():
         _require_alike([report(0), report(1, options={"seed": "2"})])
 
 
+def test_other_weights_under_the_same_config_are_named():
+    base = {"a config.json with sha256": "a", "weights with the fingerprint": "b"}
+    with pytest.raises(
+        UserError, match=r"rank 1 on node0 has weights with the fingerprint c\. Give every host the same copy"
+    ):
+        _require_alike([report(0, base=base), report(1, base=base | {"weights with the fingerprint": "c"})])
+
+
 def test_a_process_without_a_card_of_its_own_is_told_the_way_out():
     _require_own_card(7, 8)
     with pytest.raises(UserError, match=r"sees 1\b.*--gpus-per-task"):
