@@ -1,8 +1,10 @@
 """`qlora-rm`: which commands there are, and how each of them may end."""
 
 import argparse
+import difflib
 import os
 import sys
+from collections import deque
 from contextlib import suppress
 from typing import Any, NoReturn
 
@@ -18,16 +20,53 @@ from qlora_rm.libraries import quiet_libraries
 from qlora_rm.options import add_options, output_asked
 from qlora_rm.surroundings import prepare_caches, prepare_streams, require_readable
 
+TRUTH = dict.fromkeys(["true", "t", "yes", "y", "1"], True) | dict.fromkeys(["false", "f", "no", "n", "0"], False)
+"""Values of a flag, as transformers' parser, which `train` uses, reads them."""
+
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are `UserError`s."""
+    """A parser whose errors are `UserError`s that name the nearest option, and that reads `--flag true` as `train` does."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(self._without_values(words), namespace)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does, but an unknown option is an error of the command that it was given to."""
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            parsed.parser.error(f"unknown option {unknown[0]}{parsed.parser.hint(unknown[0])}")
+        return parsed
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}. See `{self.prog} --help`.")
 
-    def _print_message(self, message: str, file: Any = None) -> None:
-        """Print the help; argparse's own method passes over an output that cannot be written."""
-        (file or sys.stdout).write(message)
+    def hint(self, word: str) -> str:
+        """The known option nearest to `word`, as a question; empty where none is near."""
+        known = {name.replace("-", "_"): name for name in self._option_string_actions}
+        near = difflib.get_close_matches(word.partition("=")[0].replace("-", "_"), known, 1, 0.7)
+        return f" (did you mean {known[near[0]]}?)" if near else ""
+
+    def _without_values(self, words: list[str]) -> list[str]:
+        """`--flag true` and `--flag=true` become `--flag`; with `false` they become `--no_flag`, or nothing where it is off anyway."""
+        read: list[str] = []
+        waiting = deque(words)
+        while waiting:
+            word = waiting.popleft()
+            flag, equals, value = word.partition("=")
+            if not isinstance(self._option_string_actions.get(flag), argparse._StoreTrueAction):
+                read.append(word)
+                continue
+            if equals and value.lower() not in TRUTH:
+                self.error(f"{flag}: {value!r} is not true or false")
+            if not equals and waiting and waiting[0].lower() in TRUTH:
+                value = waiting.popleft()
+            negation = f"--no_{flag.removeprefix('--')}"
+            if TRUTH.get(value.lower(), True):
+                read.append(flag)
+            elif negation in self._option_string_actions:
+                read.append(negation)
+        return read
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -127,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
         ("demo", "Walk the whole road on a small model and made-up preferences.", add_demo),
     ):
         command = commands.add_parser(name, help=about, description=about, allow_abbrev=False)
-        command.set_defaults(run=add(command))
+        command.set_defaults(run=add(command), parser=command)
         add_options(command, OutputConfig)
     return parser
 

@@ -17,7 +17,7 @@ T = TypeVar("T")
 def add_options(parser: argparse.ArgumentParser, config: type, only: Collection[str] | None = None) -> None:
     """Give `parser` a flag for each field of the dataclass `config`, or for those named in `only`.
 
-    A bool is `--name` and `--no_name`, a `Literal` has choices, a list takes one word or more.
+    A bool is `--name` and `--no_name` (the command's parser also reads `--name true`), a `Literal` has choices, a list takes one word or more.
     """
     group = parser.add_argument_group(_title(config))
     hints = get_type_hints(config)
@@ -60,10 +60,8 @@ def _add(group: Any, item: "Field[Any]", hint: Any) -> None:
     text = item.metadata["help"]
     if hint is bool:
         group.add_argument(f"--{item.name}", action="store_true", default=default, help=text)
-        if default:
-            group.add_argument(
-                f"--no_{item.name}", dest=item.name, action="store_false", help=f"The reverse of --{item.name}."
-            )
+        help_of_negation = f"The reverse of --{item.name}." if default else argparse.SUPPRESS
+        group.add_argument(f"--no_{item.name}", dest=item.name, action="store_false", help=help_of_negation)
         return
     kind, many = _value_type(hint)
     if default not in (None, []):
