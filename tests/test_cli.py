@@ -228,7 +228,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["eval", "ADAPTER"], "--dataset"),
     (["eval", "ADAPTER", "--dataset", "MISSING.jsonl"], "MISSING.jsonl"),
     (["eval", "ADAPTER", "--dataset", "ROWS", "--output", "MISSING/x.json"], "MISSING/x.json cannot be written"),
-    (["eval", "ADAPTER", "--dataset", "ROWS", "--colour", "red"], "unrecognized arguments: --colour red"),
+    (["eval", "ADAPTER", "--dataset", "ROWS", "--colour", "red"], "unknown option --colour"),
     (["eval", "ADAPTER", "--dataset", "ROWS", "--columns", "prompt"], "field=column"),
     (["eval", "ADAPTER", "--dataset", "ROWS", "--tokens_per_batch", "0"], "--tokens_per_batch 0"),
     (["eval", "./MISSING", "--dataset", "ROWS"], "There is no folder ./MISSING"),
