@@ -129,7 +129,7 @@ class _Matrices:
         return (matrix.T if self.transposed else matrix).to(self.dtype)
 
     def _dequantized(self, e: int) -> Tensor:
-        """Dequantize in rows of one block: bitsandbytes 0.50's CPU kernel takes wrong constants if blocks straddle rows."""
+        """Dequantize in rows of one block: bitsandbytes 0.50's CPU kernel misreads constants if blocks straddle rows."""
         part = QuantState(
             absmax=self.absmax[e],
             shape=torch.Size((self.absmax.shape[1], self.state.blocksize)),
@@ -163,5 +163,5 @@ def _spans(rows: Sequence[int]) -> Iterator[tuple[int, slice]]:
 
 
 def _of_expert(A: Tensor, B: Tensor, e: int, experts: int) -> tuple[Tensor, Tensor]:
-    """Views of expert e's A [r, in] and B [out, r]. PEFT lays out A as [E r, in], B as [out, r E], E running fastest."""
+    """Views of expert e's A [r, in] and B [out, r]. PEFT lays out A as [E r, in] and B as [out, r E], E fastest."""
     return A.view(experts, -1, A.shape[1])[e], B.view(len(B), -1, experts)[..., e]

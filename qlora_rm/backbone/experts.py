@@ -31,7 +31,7 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
 
 def is_fused_experts(module: nn.Module) -> bool:
-    """Whether a module has transformers' common form, with a replaceable implementation (`use_experts_implementation`)."""
+    """Whether a module has transformers' common, replaceable form of experts (`use_experts_implementation`)."""
     return hasattr(module, "_apply_gate") and hasattr(module, "is_transposed")
 
 

@@ -13,7 +13,7 @@ from qlora_rm.backbone.positions import tables_of
 
 
 def positions_of_config(config: PretrainedConfig, trust_remote_code: bool = False) -> int | None:
-    """Tokens of the longest sequence that a model of this configuration has positions for; None where no table limits them.
+    """Tokens of the longest sequence that such a model has positions for; None where no table limits them.
 
     The model's own code looks positions up, in tables without memory. Where that fails, the answer is None, and
     `positions.usable_positions` of the loaded model decides.

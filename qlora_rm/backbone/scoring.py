@@ -70,7 +70,7 @@ def score_sequences(
 
 
 def _device(model: nn.Module) -> torch.device:
-    """Device for inputs: that of the first weight off the meta device, where accelerate puts weights it reads from disk."""
+    """Device for inputs: that of the first weight not on the meta device, where accelerate keeps offloaded weights."""
     return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
 
 

@@ -59,9 +59,7 @@ def memory_warning(
     except UserError as error:
         if not adapter.adapter:
             raise
-        return (
-            f"memory: not planned for this adapter ({first_line(error)[:100]})"  # PEFT ignores names that match nothing
-        )
+        return f"memory: not planned for this adapter ({first_line(error)[:100]})"  # PEFT ignores unmatched names
     except Exception as error:  # code that fails without numbers is no reason not to train
         return f"memory: not planned for this backbone ({type(error).__name__}: {first_line(error)[:100]})"
     if need.total <= card.memory:
@@ -75,8 +73,10 @@ def memory_warning(
 
 
 def nearest(planner: Planner, asked: Setting, card: Card) -> str:
-    """The setting that fits with the smallest change: the micro-batch and checkpointing; engine; length; number of
-    GPUs."""
+    """The setting that fits with the least change.
+
+    It tries the micro-batch and checkpointing, the engine, the length, and the number of GPUs, in this order.
+    """
     if same := planner.fastest(card, asked.ranks, asked.engine):
         return f"This fits: {in_words(same)}."
     if other := planner.fastest(card, asked.ranks):

@@ -49,7 +49,8 @@ CARDS = {
 LIBRARIES = 0.02 * GB
 """Growth of a CPU process between the end of its imports and the first step, beyond the weights.
 
-It comes from the trainer, the data and the libraries' thread pools. Measured (benchmarks/memory.py)."""
+The trainer, the data and the libraries' thread pools cause it. Measured (benchmarks/memory.py).
+"""
 
 
 def processors(memory: float) -> Card:

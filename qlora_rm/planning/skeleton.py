@@ -126,8 +126,7 @@ def weigh(model: PreTrainedModel | PeftModel, dtype: torch.dtype) -> Weights:
 
 
 def quantized_bytes(parameter: torch.Tensor, experts: bool = False) -> tuple[int, int]:
-    """Bytes of a matrix (or of fused experts) once quantized, and of its constants, exactly as bitsandbytes stores
-    them.
+    """Bytes of a matrix (or of fused experts) once quantized, and of its constants, as bitsandbytes stores them.
 
     4 bit: two weights a byte; a uint8 scale for every 64 weights, an fp32 one for every 256 scales, two code books.
     8 bit: a byte a weight; an fp32 scale for every row.

@@ -72,8 +72,7 @@ class FrozenLinear8bit(bnb.nn.Linear8bitLt):
 
 
 class Flex(torch.autograd.Function):
-    """The tensors that FlexAttention keeps: query, key, value, its output and a log-sum-exp per query; no mask, no
-    scores."""
+    """Keeps what FlexAttention keeps: query, key, value, its output and a log-sum-exp per query; no mask, no scores."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -91,8 +90,7 @@ class Flex(torch.autograd.Function):
 def flex_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **_: Any
 ) -> tuple[Tensor, None]:
-    """transformers' `flex_attention` on a GPU, which repeats keys and values only if the number of heads is no power of
-    2."""
+    """transformers' `flex_attention` on a GPU: it repeats keys and values if the number of heads is no power of 2."""
     heads = query.shape[1]
     if heads & (heads - 1):
         key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
