@@ -102,6 +102,6 @@ class Workload:
         return Batch(rows, length, len(sequences))
 
     def cut(self, length: int) -> "Workload":
-        """The same workload, without the oldest tokens of long sequences: equally many for all responses to a prompt."""
+        """The same workload without the oldest tokens of long sequences, equally many for all responses to a prompt."""
         cut = [[ids[max(0, max(map(len, group)) - length) :] for ids in group] for group in self.comparisons]
         return Workload(cut, min(length, self.longest), self.layout)
