@@ -129,7 +129,7 @@ class _Matrices:
         return (matrix.T if self.transposed else matrix).to(self.dtype)
 
     def _dequantized(self, e: int) -> Tensor:
-        """Dequantize in rows of one block: if blocks straddle rows, bitsandbytes 0.50's CPU kernel misreads constants."""
+        """Dequantize in rows of a block: where blocks straddle rows, bitsandbytes 0.50's CPU kernel is wrong."""
         part = QuantState(
             absmax=self.absmax[e],
             shape=torch.Size((self.absmax.shape[1], self.state.blocksize)),

@@ -55,9 +55,8 @@ def prove_decoded(model: RewardModel, decoded: DecodedText, folder: str) -> None
     for place, item in enumerate(golden, start=1):
         if not is_of_kind(item, decoded.as_turns):
             continue
-        alone = [
-            Candidates(item.prompt, (r,), item.tools, item.template_kwargs) for r in item.responses
-        ]  # cut one by one
+        # each response alone, since texts are cut one by one
+        alone = [Candidates(item.prompt, (r,), item.tools, item.template_kwargs) for r in item.responses]
         written = [decoded.candidates(text) for text in model.tokenization.texts(item.candidates())]
         if model.tokenization.tokenize(alone) != model.tokenization.tokenize(written):
             raise UserError(
