@@ -65,7 +65,7 @@ class RewardModel:
     tokens_per_batch: int = TOKENS_PER_BATCH
 
     def __post_init__(self) -> None:
-        """Make tokens without an embedding, and more tokens than positions, errors of their row."""
+        """Treat tokens without an embedding and sequences beyond the positions as faults of their row."""
         self.tokenization.vocabulary = embedding_rows(inner_model(self.model))
         self.tokenization.positions = usable_positions(self.model)
 

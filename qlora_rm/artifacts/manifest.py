@@ -166,8 +166,7 @@ class Merge:
         dtype: storage dtype of the merged weights, "bf16" or "fp32".
         compared_in: dtype in which the merged model's golden scores were computed.
         drift: largest distance of these scores from the golden scores.
-        base: "dequantized", the quantized weights that the adapter was trained on, or "original", those before
-            quantization.
+        base: "dequantized", the weights of the quantized base in training, or "original", those before quantization.
     """
 
     method: str

@@ -104,7 +104,7 @@ def _noise(items: Sequence[GoldenItem], ways: Tensor) -> Noise | None:
 
 @contextmanager
 def computing_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Make `model` compute in `dtype` as for a consumer that loads it in this dtype.
+    """Make `model` compute in `dtype`, as it would for a consumer that loads it in this dtype.
 
     This covers unquantized weights and the arithmetic of 4-bit layers, without autocast. The score head keeps its own
     precision. Afterwards everything is restored, bit for bit.

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 ONE_BY_ONE = "one_by_one"
-"""Name under which transformers knows this implementation."""
+"""Name of this implementation in transformers' registry."""
 
 
 def one_by_one(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ class _Matrices:
         return (matrix.T if self.transposed else matrix).to(self.dtype)
 
     def _dequantized(self, e: int) -> Tensor:
-        """Dequantize in rows of a block: where blocks straddle rows, bitsandbytes 0.50's CPU kernel is wrong."""
+        """Dequantize in rows of a block: bitsandbytes 0.50's CPU kernel uses wrong scales if blocks straddle rows."""
         part = QuantState(
             absmax=self.absmax[e],
             shape=torch.Size((self.absmax.shape[1], self.state.blocksize)),

@@ -1,4 +1,4 @@
-"""The score head: found by its place in the model, computed in its own precision, initialized small."""
+"""The score head: how it is found, computes in its own precision, and is initialized small."""
 
 import math
 from typing import Any

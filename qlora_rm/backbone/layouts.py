@@ -1,4 +1,4 @@
-"""Where a loaded model reads a sequence's score, and in which batch layouts that score must equal the one alone."""
+"""Where a loaded model reads a sequence's score, and which batch layouts must not change that score."""
 
 from typing import Literal, get_args
 

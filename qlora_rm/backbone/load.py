@@ -268,8 +268,10 @@ def _match_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
 
 
 def _to_device(model: PreTrainedModel, config: BackboneConfig) -> None:
-    """Move the model to this process's GPU, so that the probe runs where training will. Quantized weights are already
-    there, and ZeRO-3 places what it shards."""
+    """Move the model to this process's GPU, so that the probe runs where training will.
+
+    Quantized weights are already there, and ZeRO-3 places what it shards.
+    """
     if torch.cuda.is_available() and config.quantization == "none" and not is_deepspeed_zero3_enabled():
         nn.Module.to(model, torch.device("cuda", torch.cuda.current_device()))
 
@@ -302,8 +304,10 @@ def _require_quantized(model: PreTrainedModel, config: BackboneConfig, was_saved
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' loading report and replace its bar. This module checks and reports new and missing weights
-    itself, and counts the weights read in a `Phase`."""
+    """Silence transformers' loading report and replace its bar.
+
+    This module checks and reports new and missing weights itself, and counts the weights read in a `Phase`.
+    """
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     hook = transformers_logging.set_tqdm_hook(_counted)

@@ -137,7 +137,7 @@ def _templates(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def _written(tokenizer: PreTrainedTokenizerBase) -> Iterator[int]:
-    """Ids that the chat template writes around small conversations; it may assemble the names of such tokens."""
+    """Ids that the chat template writes around small conversations, including tokens whose names it concatenates."""
     if not tokenizer.chat_template:
         return
     for turns in CONVERSATIONS:

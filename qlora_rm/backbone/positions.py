@@ -62,7 +62,6 @@ def positions_shift(model: nn.Module) -> bool:
     Rotary and relative positions are the same wherever a sequence begins; a table may be indexed through the attention
     mask.
     """
-    """The tables of a loaded model, wrapped or not."""
     inner = inner_model(model)
     embedding: Any = inner.get_input_embeddings()
     widths = {embedding.weight.shape[-1], inner.config.get_text_config().hidden_size}
@@ -70,7 +69,7 @@ def positions_shift(model: nn.Module) -> bool:
 
 
 def position_tables(model: nn.Module) -> list[PositionTable]:
-    """The tables of a loaded model, in wrappers or not."""
+    """The tables of a loaded model, wrapped or not."""
     inner = inner_model(model)
     with gathered_at_work(inner):
         return tables_of(inner)

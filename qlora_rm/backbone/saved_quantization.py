@@ -48,7 +48,6 @@ def require_obeyable(name: str, config: PretrainedConfig, asked: Quantization) -
     Raises:
         UserError: the checkpoint is saved in another quantization than the one asked for.
     """
-    # bitsandbytes' defaults, for settings that an old config.json lacks
     saved = saved_quantization(config)
     if saved in ("none", asked):
         return
@@ -68,7 +67,7 @@ def kept_settings(config: PretrainedConfig) -> str | None:
     saved = saved_settings(config)
     if not saved.get("load_in_4bit"):
         return None
-    # what an old config.json does not name has bitsandbytes' defaults
+    # bitsandbytes' defaults, for settings that an old config.json lacks
     found = {
         "bnb_4bit_quant_type": "fp4",
         "bnb_4bit_use_double_quant": False,
@@ -101,8 +100,7 @@ def config_of_run(config: PretrainedConfig, dtype: torch.dtype, plain: list[str]
                 setattr(part, name, value)
     saved = saved_settings(config)
     if saved.get("load_in_4bit") or saved.get("load_in_8bit"):
-        # with None, transformers would skip the head it expects (`lm_head` and tied weights); this head has another
-        # name
+        # with None, transformers would skip its usual heads (`lm_head`, tied weights), which are not this one
         skipped = [*(saved.get("llm_int8_skip_modules") or []), *plain]
         config.quantization_config = saved | {
             "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),

@@ -28,7 +28,7 @@ def narrow_to_text(model: PreTrainedModel, head: list[str], lora: LoraConfig, ex
         UserError: a target's kind has no adapter here, or text never passes through the target.
     """
     asked = copy(lora)
-    asked.modules_to_save = None  # PEFT would find none of these among the targets
+    asked.modules_to_save = None  # otherwise PEFT excludes these from the targets
     matched = {name: module for name, module in model.named_modules() if name and _is_target(asked, name)}
     towers = unreached(model)
     heads = {name for name in matched if is_in_head(name, head)}

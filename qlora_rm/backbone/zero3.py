@@ -45,8 +45,7 @@ def sharded_loading(whole: list[str]) -> Iterator[None]:
     """
     _require_known_libraries()
     free_weights_after_forward()
-    # an empty module: partitioning and DeepSpeed's memory-saving linear function work as with a model, and no context
-    # is entered
+    # an empty module: partitioning and DeepSpeed's memory-saving linear function work, and no context is entered
     init = zero.Init(module=nn.Module(), config_dict_or_path=deepspeed_config())
     set_parameter = core_model_loading.set_param_for_module
 

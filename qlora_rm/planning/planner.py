@@ -135,7 +135,7 @@ class Planner:
 
 
 def shares(pairs_per_step: int, ranks: int) -> Iterator[tuple[int, int]]:
-    """Ways to split an optimizer step evenly over the ranks: comparisons in a micro-batch, and accumulation."""
+    """All ways to split an optimizer step exactly over the ranks: comparisons in a micro-batch, and accumulation."""
     own, left = divmod(pairs_per_step, ranks)
     return ((n, own // n) for n in range(min(own, MOST_PAIRS), 0, -1) if left == own % n == 0)
 

@@ -1,4 +1,4 @@
-"""Replacements in a rehearsal for kernels that do not run on fake tensors or keep other tensors on another device."""
+"""Replacements, in a rehearsal, for kernels that cannot run on fake tensors or keep other tensors on a GPU."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

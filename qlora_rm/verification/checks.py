@@ -110,7 +110,7 @@ def check_golden_ids(manifest: Manifest, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def check_weights(subject: Subject) -> Iterator[Check]:
-    """Check that the head is trained and has one label, and weights are finite and neither missing nor superfluous."""
+    """Check that the head is trained with one label, weights are finite, and files and model hold the same tensors."""
     matrices = {name: p for name, p in subject.head.items() if p.dim() >= 2}
     rows = [len(p) for p in matrices.values()][-1:]
     one = rows == [1]
@@ -128,7 +128,7 @@ def _listed(names: list[str], consequence: str) -> str:
 
 
 def check_vocabulary(subject: Subject, tokenizer: PreTrainedTokenizerBase) -> Iterator[Check]:
-    """Check that every token has an embedding, and that the model's pad id, which locates the score, is right."""
+    """Check that every token has an embedding row, and that model and tokenizer agree on the pad id."""
     model: Any = subject.model.get_base_model() if isinstance(subject.model, PeftModel) else subject.model
     pad, rows = tokenizer.pad_token_id, embedding_rows(model)
     fits = pad is not None and pad < rows and len(tokenizer) <= rows

@@ -55,7 +55,7 @@ def prove_decoded(model: RewardModel, decoded: DecodedText, folder: str) -> None
     for place, item in enumerate(golden, start=1):
         if not is_of_kind(item, decoded.as_turns):
             continue
-        # each response alone, since texts are cut one by one
+        # one response at a time: each text is cut by itself
         alone = [Candidates(item.prompt, (r,), item.tools, item.template_kwargs) for r in item.responses]
         written = [decoded.candidates(text) for text in model.tokenization.texts(item.candidates())]
         if model.tokenization.tokenize(alone) != model.tokenization.tokenize(written):
@@ -65,7 +65,7 @@ def prove_decoded(model: RewardModel, decoded: DecodedText, folder: str) -> None
 
 
 def is_of_kind(item: GoldenItem, as_turns: bool) -> bool:
-    """Whether an item is a conversation, or with `as_turns` False plain text (not token ids, which have no text)."""
+    """Whether an item is a conversation; with `as_turns` False, whether it is plain text (token ids have no text)."""
     return kind_of(item.responses[0]) == ("turns" if as_turns else "text")
 
 

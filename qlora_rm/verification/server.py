@@ -94,7 +94,7 @@ class _Proof:
         refused = {id(question.item) for question in questions if not self._is_taken(question)}
         taken = [
             q for q in questions if id(q.item) not in refused
-        ] or questions  # whole items: their cut is a common one
+        ] or questions  # complete items, since their responses are cut together
         whole = [q for q in taken if is_of_kind(q.item, as_turns) and not self._is_cut(q, as_turns)]
         self.questions, self.whole = (taken if endpoint.protocol == "score" else whole), whole
         self.left_out = len(questions) - len(self.questions)

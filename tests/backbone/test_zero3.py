@@ -162,7 +162,7 @@ def test_an_unquantized_backbone_has_the_seeded_head_and_shares_prompts(three_ra
 
 @pytest.mark.slow
 def test_every_architecture_is_sharded_and_scores_as_whole(three_ranks):
-    """Among them are transposed weights (gpt2), fused experts (mixtral), tied embeddings, heads of several layers (bart).
+    """Among them: transposed weights (gpt2), fused experts (mixtral), tied embeddings, heads of several layers (bart).
 
     A forward and a backward pass without an engine leave nothing gathered.
     """
