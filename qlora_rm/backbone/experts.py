@@ -197,7 +197,7 @@ def lora_modules(model: nn.Module) -> dict[type[nn.Module], Callable[..., nn.Mod
     """Factories of LoRA layers for targeted parameters, by type of the module that holds them (PEFT's custom modules).
 
     One-by-one experts get `ExpertsLora`. A linear layer whose weight is targeted gets the LoRA layer that its own name
-    would give it, because PEFT would add B A to its weight, which may be packed.
+    would give it. PEFT would add B A to its weight, which may be packed.
     """
     experts = {
         type(module) for module in fused_experts(model).values() if module.config._experts_implementation == ONE_BY_ONE

@@ -136,7 +136,7 @@ class _Watch(TorchFunctionMode):
     """Record lookups in tables of floats by numbers that are consecutive within the sequence.
 
     It ends the forward pass at the first attention. A decoder looks positions up after its encoder's attention, so that
-    a model with a decoder runs to the end.
+    a model with both runs to the end if it has memory.
 
     Arguments:
         left: tokens of padding before the sequence.

@@ -83,8 +83,8 @@ def batches(
 ) -> Iterator[list[int]]:
     """Indices of the sequences that are scored together.
 
-    They come either in sorted order, which groups sequences with equal beginnings, or longest first, so that padding is
-    short and too large a batch fails at once.
+    In sorted order, sequences with equal beginnings share a batch. Otherwise the longest come first, so that padding
+    is short and too large a batch fails at once.
 
     Arguments:
         rotation: sequences share a batch only where it gives their lengths the same number (`rotary.rotation_of`).

@@ -31,7 +31,7 @@ def sharded_loading(whole: list[str]) -> Iterator[None]:
 
     transformers sets all loaded parameters through one function. The wrapper shards all parameters that the module then
     holds, quantized or not, including experts that an inner wrapper has quantized there. Every process reads and
-    quantizes every weight, one at a time and in step with the others (a broadcast each), so that a host reads its file
+    quantizes every weight, one at a time and in step with the others (a broadcast each). A host thus reads its file
     once and keeps no copy. Threaded loading is off, because it would read full weights ahead; so is the memory
     reservation for the full model.
 

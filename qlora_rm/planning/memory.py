@@ -112,9 +112,9 @@ def frozen(weights: Weights, setting: Setting) -> int:
 def gathered(weights: Weights, setting: Setting) -> int:
     """Weights that are unsharded at the peak under ZeRO-3; 0 otherwise.
 
-    These are the largest layer (or the embedding), or, at the turn from forward to backward, the weights that DeepSpeed
-    keeps for reuse within the reuse distance, half on either side of the turn. Prefetched weights come on top. Packed
-    weights count as elements of one byte.
+    This is the larger of two: the largest layer (or the embedding), and what DeepSpeed keeps at the turn from forward
+    to backward. It keeps weights that it will use again within the reuse distance, half on either side of the turn.
+    Prefetched weights come on top. Packed weights count as elements of one byte.
     """
     if setting.stage < 3:
         return 0

@@ -113,8 +113,8 @@ class Planner:
     def cost(self, setting: Setting, card: Card) -> float:
         """Seconds a comparison, up to a factor that all candidates share; the key that orders settings.
 
-        Products: 2 operations a token and active weight in the forward pass, as many in backward (frozen weights get no
-        gradient), and as many again where checkpointing repeats the forward pass.
+        Products: 2 operations a token and active weight in the forward pass, and as many in backward (frozen weights
+        get no gradient). Checkpointing repeats the forward pass.
         Unpacking: each pass reads packed weights, then writes and reads them in 16 bit, however many tokens there are.
         Communication: gradients once an optimizer step (twice their size, by ring reduction). Under ZeRO-3 also all
         packed weights once a pass, over the link between GPUs, or with offload over the slower link to the host.
