@@ -108,7 +108,7 @@ def test_gradients_of_a_pair_on_both_sides_of_the_switch(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_a_model_of_others_gives_what_stock_code_gives_alone(kind: str) -> None:
-    """Another project's model is not pinned: sequences share a batch only if it rotates them alike; none affects later ones."""
+    """Another project's model is not pinned: sequences share a batch only if rotated alike; none affects later ones."""
     config = config_of(kind)
     model = build(config)
     wanted = [fresh_alone(config, sequence) for sequence in SEQUENCES]
