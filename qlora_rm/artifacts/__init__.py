@@ -1,1 +1,1 @@
-"""Artefacts: the manifest and its golden scores, loading, merging, verifying."""
+"""Artifacts: the manifest and its golden scores, hashes, loading, and safetensors files."""

@@ -1,4 +1,4 @@
-"""Where a finished model computes, and in which dtype."""
+"""The device and dtype in which a finished model computes."""
 
 import bitsandbytes as bnb
 import torch
@@ -16,7 +16,7 @@ def lacks_16_bit_units() -> bool:
 
 
 def compute_dtype(manifest: Manifest | None, precision: Precision = "auto") -> torch.dtype:
-    """The dtype to compute in: the one asked for, else the model's own where the machine has units for it."""
+    """The dtype to compute in: the one asked for, else the model's own if the machine has units for it."""
     if precision != "auto":
         return DTYPES[precision]
     best, reason = best_dtype()
@@ -30,7 +30,7 @@ def compute_dtype(manifest: Manifest | None, precision: Precision = "auto") -> t
 
 
 def compute_in_fp32(model: nn.Module) -> None:
-    """Widen every weight that is not quantized, and compute 4-bit layers in fp32; no weight changes its value."""
+    """Widen every unquantized weight to fp32, and compute 4-bit layers in fp32; no weight changes its value."""
     compute_quantized_layers_in(model, torch.float32)
     for parameter in model.parameters():
         packed = isinstance(parameter, (bnb.nn.Params4bit, bnb.nn.Int8Params))
@@ -39,7 +39,7 @@ def compute_in_fp32(model: nn.Module) -> None:
 
 
 def to_accelerator(model: nn.Module) -> nn.Module:
-    """On the GPU where there is one and the model fits; quantized models already are."""
+    """Move the model to the GPU if there is one and the model fits; quantized models are already there."""
     if not torch.cuda.is_available() or next(model.parameters()).device.type != "cpu":
         return model
     try:

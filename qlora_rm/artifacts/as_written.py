@@ -1,7 +1,7 @@
-"""Whether a model folder is as its manifest says: the one function that every command asks before it scores.
+"""Check whether a model folder matches its manifest; every command calls this before it scores.
 
-A command that loads a changed file would give other scores than those that the manifest proves. A changed chat template may
-do worse: it is a program. So these checks come before a tokenizer renders anything, and before weights are read.
+A command that loads a changed file would give other scores than the manifest proves. A changed chat template may do
+worse: it is a program. These checks therefore run before a tokenizer renders anything and before weights are read.
 """
 
 from collections.abc import Collection, Iterator
@@ -25,16 +25,15 @@ WITHOUT_CONFIGURATIONS = 3
 
 
 def require_as_written(folder: str, manifest: Manifest, way_out: str = "") -> None:
-    """Refuse a folder whose files or configuration are not those of its manifest.
+    """Refuse a folder whose files or configuration differ from its manifest.
 
-    Hashes of weights are taken from the cache where the file has not changed since (`hash_cache`); small files are always
-    hashed.
+    Hashes of weights come from the cache if the file is unchanged (`hash_cache`); small files are always hashed.
 
     Arguments:
         way_out: a sentence for the end of the message.
 
     Raises:
-        UserError: what has changed, the first of it by name.
+        UserError: something has changed; the message names the first changes.
     """
     lines = [*file_changes(folder, manifest, cached=True), *config_changes(folder, manifest), *rule_changes(manifest)]
     if lines:
@@ -47,11 +46,11 @@ def require_as_written(folder: str, manifest: Manifest, way_out: str = "") -> No
 def file_changes(
     folder: str, manifest: Manifest, *, cached: bool = False, names: Collection[str] | None = None
 ) -> list[str]:
-    """How the files that a reader loads differ from those beside which the manifest was written; one line each.
+    """How the files that a consumer loads differ from those that the manifest lists; one line each.
 
     Arguments:
         cached: take hashes of large files from the cache.
-        names: look at these files only.
+        names: check only these files.
     """
     if manifest.schema_version <= NO_HASHES:
         return []
@@ -67,10 +66,10 @@ def rule_changes(manifest: Manifest) -> list[str]:
 
 
 def config_changes(folder: str, manifest: Manifest) -> list[str]:
-    """What the configurations say otherwise than the manifest, of all that a reader takes from them; one line each.
+    """How the configurations differ from the manifest in what a consumer reads from them; one line each.
 
     Raises:
-        UserError: a configuration is no JSON object.
+        UserError: a configuration is not a JSON object.
     """
     path = Path(folder) / "adapter_config.json"
     if path.exists():
@@ -98,7 +97,7 @@ def _adapter_changes(config: dict[str, Any], manifest: Manifest) -> Iterator[str
 
 
 def _same_place(named: str, base: str) -> bool:
-    """Whether both name one base. The manifest's is absolute; PEFT writes what was typed, relative to any folder."""
+    """Whether both name one base. The manifest's path is absolute; PEFT saves it as typed, relative to any folder."""
     if named == base:
         return True
     if not is_local(base):

@@ -1,4 +1,4 @@
-"""The sha256 of every byte of a base's weights (`--verify_base full`), where samples of them are not enough."""
+"""The sha256 of every byte of a base's weights (`--verify_base full`), for cases where samples are not enough."""
 
 import hashlib
 from pathlib import Path
@@ -13,7 +13,7 @@ KINDS = ("*.safetensors", "*.bin")
 
 
 def hash_of_base(name_or_path: str, revision: str | None = None) -> str | None:
-    """sha256 over the names and the contents of a base's weight files; None where it has none that can be read."""
+    """sha256 over the names and contents of a base's weight files; None if there are none or they cannot be read."""
     try:
         files = _files(name_or_path, revision)
     except (OSError, UserError):

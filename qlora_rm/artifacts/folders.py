@@ -17,14 +17,14 @@ Kind = Literal["adapter", "model"]
 
 @contextmanager
 def new_folder(output: str) -> Iterator[Path]:
-    """A folder beside `output` that becomes `output` at the end, or vanishes with any error.
+    """Create a temporary folder next to `output`, renamed to `output` at the end and removed after any error.
 
-    What a process that was killed has left of such a folder is removed by the next that writes to `output`.
+    It first removes temporary folders that killed processes have left for the same `output`.
 
     Raises:
-        UserError: `output` exists and is not an empty folder, or cannot be made.
+        UserError: `output` exists and is not an empty folder, or cannot be created.
     """
-    target = Path(output).resolve()  # of a link what it points to: a folder cannot be renamed to a link
+    target = Path(output).resolve()  # follows a link: a folder cannot be renamed to a link
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{output} exists and is not an empty folder. Choose another --output, or remove it.")
     if os.path.ismount(target):
@@ -45,7 +45,7 @@ def new_folder(output: str) -> Iterator[Path]:
 
 
 def _remove_abandoned(target: Path, host: str) -> None:
-    """Only this host's: whether a process of another lives cannot be seen from here."""
+    """Remove only this host's folders: processes of another host cannot be checked from here."""
     for left in target.parent.glob(f".{target.name}.{host}.*"):
         process = left.name.rpartition(".")[2]
         if process.isdigit() and not _is_alive(int(process)):

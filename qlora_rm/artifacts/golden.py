@@ -1,4 +1,4 @@
-"""Golden items: texts, token ids and scores that travel with a model, and how far a copy's scores may move."""
+"""Golden items: texts, token ids and scores stored with a model, and how far a copy's scores may move."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -18,15 +18,15 @@ Score = Callable[[list[list[int]]], Tensor]
 
 @dataclass(frozen=True)
 class GoldenItem:
-    """One prompt, its responses, the token ids they must become and the scores they were given after training.
+    """One prompt, its responses, the token ids they must become, and their scores after training.
 
     Attributes:
         prompt: text or turns.
         responses: text or turns each.
         token_ids: of each response with its prompt.
         scores: one for each response.
-        tools: what the chat template is given besides; null: none.
-        template_kwargs: and any further arguments of it.
+        tools: the tools given to the chat template; null: none.
+        template_kwargs: any further arguments of the chat template.
     """
 
     prompt: Any
@@ -42,12 +42,12 @@ class GoldenItem:
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far a score may stand from the golden one, and between which pairs the order may change.
+    """How far a score may differ from the golden one, and which pairs may change their order.
 
     Attributes:
-        absolute, relative: a score may move by the larger of `absolute` and `relative` times its size.
+        absolute, relative: a score may move by the larger of `absolute` and `relative` times its absolute value.
         flip_margin: pairs of one prompt further apart than this must keep their order.
-        typical: what the root mean square of all differences may be; None: no bound besides that of each.
+        typical: bound on the root mean square of all differences; None: only each difference is bounded.
     """
 
     absolute: float
@@ -64,16 +64,16 @@ class Tolerance:
 
 
 SAFE_LENGTH = 256
-"""Tokens that any backbone takes."""
+"""Tokens that any backbone accepts."""
 
 ROOM_FOR_THE_REST = 128
-"""Tokens left beside the long item's prompt for its response, template and special tokens."""
+"""Tokens that the long item's prompt leaves for its response, the template and special tokens."""
 
 SAME = Tolerance(absolute=1e-4, relative=1e-4, flip_margin=2e-4)
-"""fp32 throughout: only the order of summation differs. The narrowest tolerance there is."""
+"""fp32 throughout: only the order of summation differs. The narrowest tolerance."""
 
 ROUNDED = Tolerance(absolute=0.1, relative=0.02, flip_margin=0.2)
-"""Weights or arithmetic in 16 or 8 bit on either side, where the model's noise was not measured (`noise.tolerance`)."""
+"""Weights or arithmetic in 16 or 8 bit on either side, if the model's noise was not measured (`noise.tolerance`)."""
 
 
 @dataclass(frozen=True)
@@ -81,10 +81,10 @@ class Drift:
     """How scores differ from the golden ones.
 
     Attributes:
-        largest, typical: largest absolute difference, and their root mean square; NaN where a score is not finite.
-        scattered: whether the root mean square is more than the tolerance allows.
+        largest, typical: largest absolute difference, and the root mean square; NaN if a score is not finite.
         outside: how many of the `scores` scores moved further than the tolerance allows.
         flips: how many of the `pairs` pairs with a golden margin above `flip_margin` changed their order.
+        scattered: whether the root mean square exceeds the tolerance.
     """
 
     largest: float
@@ -144,7 +144,7 @@ def _margins(scores: Sequence[float]) -> list[float]:
 
 
 def make_golden(candidates: Iterable[Candidates], tokenization: Tokenization, score: Score) -> list[GoldenItem]:
-    """Golden items of `candidates` (a held-out sample) and of `awkward` ones; those tokenization faults are left out.
+    """Make golden items of `candidates` (a held-out sample) and `awkward` ones, without those that cannot be tokenized.
 
     Arguments:
         score: the trained model, computing as in training; called once.
@@ -177,12 +177,13 @@ def _tokenized(items: Sequence[Candidates], tokenization: Tokenization) -> list[
 
 
 def awkward(tokenization: Tokenization, as_turns: bool, longest: int = SAFE_LENGTH) -> list[Candidates]:
-    """Items on which readers of reward models have gone wrong: an empty answer, unicode, length, special tokens,
-    several turns, and two answers that nearly tie.
+    """Items that have exposed errors in consumers of reward models.
+
+    They are an empty answer, unicode, length, special tokens, several turns, and two answers that nearly tie.
 
     Arguments:
-        longest: a length in tokens that the model surely takes. The long item stays below it, since more than a model
-            has positions for ends in an error; where the over-long rule cuts at or below it, the item is cut.
+        longest: a length in tokens that the model certainly accepts. The long item is shorter, since exceeding the
+            model's positions is an error. If the over-long rule cuts at or below this length, the item is cut.
     """
     eos = tokenization.tokenizer.eos_token or ""
     long = "Tell me again. "

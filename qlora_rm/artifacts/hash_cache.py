@@ -1,7 +1,7 @@
-"""Hashes of large files, kept between commands: a file that is not new is hashed once.
+"""A cache of large files' hashes across commands: a file is hashed again only if it changed.
 
-A hash is found again only for the same path, device, inode, size, and times of change. The kernel sets the time of a change
-(ctime); unlike that of a modification, nobody can set it back without setting the machine's clock.
+A hash is reused only for the same path, device, inode, size, and times of modification and change. The kernel sets the
+change time (ctime). Unlike the modification time, nobody can set it back without setting the machine's clock.
 """
 
 import hashlib
@@ -12,25 +12,25 @@ from pathlib import Path
 from qlora_rm.surroundings import cache_home
 
 SMALL = 1 << 20
-"""Bytes below which a file is always hashed."""
+"""Size below which a file is always hashed, in bytes."""
 
 SETTLED = 2.0
-"""Seconds since the last change from which a hash is kept: within them a further change may have the same time."""
+"""Minimum age of the last change for a hash to be cached, in seconds: a later change might get the same time."""
 
 LIMIT = 2000
-"""Hashes kept; the oldest ones are removed beyond it."""
+"""Number of cached hashes; beyond it the oldest are removed."""
 
 
 def hash_file(path: Path) -> str:
-    """sha256 of the whole file."""
+    """sha256 of the complete file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def cached_hash(path: Path) -> str:
-    """sha256 of the whole file; a large one is not read again where its hash is kept.
+    """sha256 of the complete file; a large file is not read again if its hash is cached.
 
-    Without a folder of this user's own that can be written to, nothing is kept.
+    Nothing is cached without a writable folder that belongs to this user alone.
     """
     before = path.stat()
     folder = _folder() if before.st_size >= SMALL else None
@@ -57,7 +57,7 @@ def _key(path: Path, found: os.stat_result) -> str:
 
 
 def _folder() -> Path | None:
-    """Where hashes are kept: a folder that only this user can write to; None where there is none."""
+    """The cache folder, which only this user can write to; None if there is none."""
     folder = cache_home() / "qlora_rm" / "hashes"
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -76,5 +76,5 @@ def _keep(kept: Path, found: str) -> None:
         others = sorted(kept.parent.iterdir(), key=lambda path: path.stat().st_mtime)
         for old in others[:-LIMIT]:
             old.unlink(missing_ok=True)
-    except OSError:  # a full disk, or another process that removes the same: the next command hashes again
+    except OSError:  # a full disk, or another process removing the same file: the next command hashes again
         pass

@@ -1,4 +1,4 @@
-"""Hashes by which a file, or a base, is known again."""
+"""Hashes that identify files and bases."""
 
 import hashlib
 import os
@@ -32,20 +32,20 @@ LOADED = (
     "modules.json",
     "*sentence*bert*_config.json",
 )
-"""Files that this project, transformers, PEFT or vLLM load where they find them: each decides a score, or may."""
+"""Files that this project, transformers, PEFT or vLLM load if present: each affects a score, or may."""
 
 SINCE_VERSION_4 = ("config.json", "adapter_config.json", "*.index.json", "*.py", "vllm.yaml")
-"""Of them, those that files of earlier versions do not list."""
+"""The patterns among them that manifests of earlier versions do not list."""
 
 PICKLES = ("pytorch_model*.bin", "adapter_model*.bin", "pytorch_model*.index.json")
-"""Weights that are loaded by running code; this project writes and reads safetensors."""
+"""Weights whose loading runs code; this project writes and reads safetensors."""
 
 SAMPLES = 64
 SAMPLE_BYTES = 4096
 
 
 def loaded_files(folder: Path) -> list[str]:
-    """Names of the files in `folder`, and in the one subfolder that tokenizers read, that a reader loads."""
+    """Names of the files that a consumer loads from `folder` and from the one subfolder that tokenizers read."""
     here = [path.name for path in folder.iterdir() if path.is_file() and _is_any(path.name, LOADED)]
     beside = folder / SUBFOLDER
     more = [f"{SUBFOLDER}{path.name}" for path in beside.iterdir() if path.is_file()] if beside.is_dir() else []
@@ -53,7 +53,7 @@ def loaded_files(folder: Path) -> list[str]:
 
 
 def hash_files(folder: Path, known: dict[str, str] | None = None) -> dict[str, str]:
-    """File name -> sha256 of everything in a model folder that a reader loads; `known` hashes are not computed again."""
+    """File name -> sha256 of everything a consumer loads from a model folder; `known` hashes are not computed again."""
     known, names = known or {}, loaded_files(folder)
     hashing = Phase("hashing", len(names), "files")
     return {name: known.get(name) or hash_file(folder / name) for name in counted(names, hashing)}
@@ -62,12 +62,12 @@ def hash_files(folder: Path, known: dict[str, str] | None = None) -> dict[str, s
 def changed_files(
     folder: str, sealed: dict[str, str], *, complete: bool, cached: bool = False, names: Collection[str] | None = None
 ) -> list[str]:
-    """What happened to the files of `folder` since they were sealed, one line each.
+    """Changes of the files in `folder` since their hashes were recorded, one line each.
 
     Arguments:
-        complete: the list is of this version, and names configurations and code too.
-        cached: take the hashes of large files that are kept from an earlier command.
-        names: look at these files only.
+        complete: the record is of this version, and lists configurations and code too.
+        cached: take hashes of large files from the cache.
+        names: check only these files.
     """
     lines, hashed = [], cached_hash if cached else hash_file
     wanted = {name: sha256 for name, sha256 in sealed.items() if names is None or name in names}
@@ -84,7 +84,7 @@ def changed_files(
 
 
 def unlisted_files(folder: str, sealed: dict[str, str], *, complete: bool) -> list[str]:
-    """Files of `folder` that a reader would load and that nobody sealed, one line each."""
+    """Files of `folder` that a consumer would load but that have no recorded hash, one line each."""
     return [
         f"{name} is not in the manifest's list{', and would run code' if _is_any(name, PICKLES) else ''}"
         for name in loaded_files(Path(folder))
@@ -97,9 +97,9 @@ def _is_any(name: str, patterns: Iterable[str]) -> bool:
 
 
 def fingerprint(name_or_path: str, revision: str | None = None) -> str | None:
-    """sha256 over names, sizes, headers and samples of a base's safetensors files; None where it has none.
+    """sha256 over names, sizes, headers and samples of a base's safetensors files; None if it has none.
 
-    Any other training of the same shapes changes every sample; hashing all of a 70B base would take minutes.
+    Any other training of the same shapes changes every sample. Hashing all of a 70B base would take minutes.
     """
     try:
         files = model_files(name_or_path, revision)
@@ -109,7 +109,7 @@ def fingerprint(name_or_path: str, revision: str | None = None) -> str | None:
 
 
 def sampled(files: Iterable[Path]) -> str:
-    """sha256 over files' names, sizes and samples of their bytes; of safetensors files their headers whole."""
+    """sha256 over files' names, sizes and samples of their bytes, and complete headers of safetensors files."""
     digest = hashlib.sha256()
     for path in files:
         size = os.path.getsize(path)

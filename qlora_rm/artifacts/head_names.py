@@ -1,3 +1,3 @@
-"""Names of the score head in the weights of whole models that this project writes."""
+"""Names of the score head's weights in the complete models that this project writes."""
 
 HEAD, HEAD_BIAS = "score.weight", "score.bias"

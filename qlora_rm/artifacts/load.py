@@ -1,4 +1,4 @@
-"""Loading a finished reward model: an adapter on its base, or one whole model, to score as it was trained to."""
+"""Load a finished reward model, an adapter on its base or a complete model, to score as in training."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ class RewardModel:
     """A reward model that scores text as it was trained to.
 
     Attributes:
-        model: one label; with an adapter in it or whole.
+        model: one label; a base with an adapter, or a complete model.
         tokenization: by the manifest's contract.
         manifest: None for a reward model that was not written by this project.
         autocast: dtype of the arithmetic, None for fp32.
@@ -60,7 +60,7 @@ class RewardModel:
     tokens_per_batch: int = TOKENS_PER_BATCH
 
     def __post_init__(self) -> None:
-        """What the loaded model has no embedding for is a fault of its row."""
+        """Treat tokens without an embedding and sequences beyond the positions as faults of their row."""
         self.tokenization.vocabulary = embedding_rows(inner_model(self.model))
         self.tokenization.positions = usable_positions(self.model)
 
@@ -80,18 +80,18 @@ class RewardModel:
     ) -> Self:
         """Load an adapter folder, a merged or fully fine-tuned folder, or a reward model from the hub.
 
-        A folder with a manifest is compared with it first (`as_written`). An adapter on a base that has changed must give
-        its golden scores.
+        A folder with a manifest is compared with it first (`as_written`). An adapter on a changed base must give its
+        golden scores.
 
         Arguments:
-            base: another place of the adapter's base than the manifest names.
-            quantization: of the base or model; unset: as trained.
+            base: the adapter's base, if it is not where the manifest says.
+            quantization: of the base or model. Default: as trained.
             precision: of the arithmetic; "auto" as trained, but fp32 on a CPU without 16-bit units.
-            skip_checks: compare nothing, and say so.
-            compare: False for a caller that compares by itself.
+            skip_checks: compare nothing, and log a warning.
+            compare: False for a caller that makes the comparison itself.
 
         Raises:
-            UserError: there is no reward model, a part of it is missing, or it is not as its manifest says.
+            UserError: there is no reward model, a part of it is missing, or it differs from its manifest.
         """
         folder = str(folder)
         kind = artifact_kind(folder)
@@ -139,7 +139,7 @@ class RewardModel:
         return loaded
 
     def _require_trained_base(self, folder: str, base: str | None) -> None:
-        """Where the adapter's base has changed, the golden scores decide whether it may be used."""
+        """If the adapter's base has changed, let the golden scores decide whether it may be used."""
         manifest = self.manifest
         assert manifest is not None
         changes = " and ".join(manifest.base.changes(base))
@@ -159,7 +159,7 @@ class RewardModel:
 
     @cached_property
     def text(self) -> TrainedText:
-        """How it reads prompts and responses."""
+        """How the model reads prompts and responses."""
         return trained_text(self.manifest, self.tokenization)
 
     @property
@@ -183,7 +183,7 @@ class RewardModel:
         )
 
     def score_or_fault(self, candidates: Sequence[Candidates]) -> list[list[float] | RowFault]:
-        """For each prompt its responses' scores, or what keeps them from being tokenized."""
+        """Each prompt's scores of its responses, or the fault that prevents tokenizing them."""
         results = self.tokenization.tokenize_each(candidates)
         sequences = [ids for r in results if not isinstance(r, RowFault) for ids in r.tokens.sequences]
         scores = iter(self.score_token_ids(sequences).tolist())
@@ -193,7 +193,7 @@ class RewardModel:
         """Score each prompt's responses.
 
         Raises:
-            UserError: one of them cannot be tokenized; it is named by its place in the list, counting from 1.
+            UserError: a prompt cannot be tokenized; the message gives its place in the list, counting from 1.
         """
         scores: list[list[float]] = []
         for place, result in enumerate(self.score_or_fault(candidates), start=1):

@@ -1,8 +1,8 @@
-"""`rm_manifest.json`: what a reader must know to give a model's sequences the scores it was trained to give.
+"""`rm_manifest.json`: what a consumer needs to give a model's sequences the scores it was trained to give.
 
-The schema is the dataclasses below, `GoldenItem` among them; `Manifest` is the file's outermost object, and
-docs/manifest.md the same for people. Every key must be there and no other; what may be unknown is null. Files of earlier
-versions are read as far as they go.
+The dataclasses below, with `GoldenItem` and `Noise`, are the schema. `Manifest` is the file's outermost object, and
+docs/manifest.md describes the schema for people. Every key must be present, and no other; unknown values are null.
+Files of earlier versions are read as far as they go.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ __all__ = ["Base", "Contract", "Manifest", "Merge", "Reward", "Step", "Training"
 
 FILE_NAME = "rm_manifest.json"
 SCORE_POSITION = LAST
-"""Of files of versions 1 and 2, whatever the model."""
+"""The value in files of versions 1 and 2, whatever the model."""
 LIBRARIES = (
     "torch",
     "transformers",
@@ -57,20 +57,21 @@ class Contract:
     """How text becomes token ids, and at which of them the score is read.
 
     Attributes:
-        chat_template_sha256: of the template's text; null where there is none.
-        bos_token_id, eos_token_id, pad_token_id: the tokenizer's; pad stands in no sequence.
+        chat_template_sha256: of the template's text; null if there is none.
+        bos_token_id, eos_token_id, pad_token_id: the tokenizer's; no sequence contains the pad token.
         eos_rule: where sequences get an end-of-text token, in words.
         max_length: the longest sequence in tokens; null: no limit.
-        over_long: what is done with longer ones: "truncate_prompt", "drop" or "error".
-        rotary_length: the length in tokens whose rotary scaling every sequence gets, where the base would choose it by the
-            longest sequence of a batch; null: the base's scaling does not depend on length.
-        score_position: where the score is read: "last token that is not pad", "first token", "all tokens that are not pad",
-            or "model's own choice". Files of versions 1 and 2 name the last token for every model.
-        date: the moment at which training started, in ISO format, where the chat template reads the clock: it is written
-            into the saved template. null: the template does not read the clock, or an earlier version wrote the file.
-        trained_on: what the training rows were made of: "text", "turns", "token_ids"; null in files of earlier versions.
-        text_as: what a prompt and a response in plain text are scored as: "turns", a user's and an assistant's turn, or
-            "text", one after the other; null in files of earlier versions, where the golden items decide.
+        over_long: the treatment of longer sequences: "truncate_prompt", "drop" or "error".
+        rotary_length: the length in tokens whose rotary scaling every sequence gets, if the base would choose the
+            scaling by the longest sequence of a batch; null: the base's scaling does not depend on length.
+        score_position: where the score is read: "last token that is not pad", "first token", "all tokens that are not
+            pad", or "model's own choice". Files of versions 1 and 2 name the last token for every model.
+        date: the start of training in ISO format, if the chat template reads the clock; the saved template contains
+            this date. null: the template does not read the clock, or an earlier version wrote the file.
+        trained_on: the kinds of the training rows: "text", "turns", "token_ids"; null in files of earlier versions.
+        text_as: how a prompt and a response in plain text are scored: as "turns", one of the user and one of the
+            assistant, or as "text", one after the other; null in files of earlier versions, where the golden items
+            decide.
     """
 
     chat_template_sha256: str | None
@@ -89,15 +90,15 @@ class Contract:
 
 @dataclass(frozen=True)
 class Base:
-    """The backbone the adapter stands on.
+    """The backbone that the adapter was trained on.
 
     Attributes:
         name_or_path: an absolute path or a hub id.
         revision: of the hub's repository; null: its latest.
         config_sha256: of its config.json.
-        weights_fingerprint: sha256 over its safetensors files' names, sizes, headers and samples of their data; null where
-            it has none.
-        weights_sha256: over every byte of its weight files, where the run was told `--verify_base full`; else null.
+        weights_fingerprint: sha256 over names, sizes, headers and data samples of its safetensors files; null if it has
+            none.
+        weights_sha256: over every byte of its weight files, if the run had `--verify_base full`; else null.
     """
 
     name_or_path: str
@@ -112,7 +113,7 @@ class Base:
         return cls(name, revision, hash_of_config(name, revision), fingerprint(name, revision))
 
     def changes(self, name_or_path: str | None = None) -> list[str]:
-        """What of the base, or of another in its place, is not as it was in training; each in a few words."""
+        """What differs between the base, or its replacement, and the base in training; each in a few words."""
         now = Base.of(name_or_path or self.name_or_path, None if name_or_path else self.revision)
         pairs = (
             ("its config.json", self.config_sha256, now.config_sha256),
@@ -127,13 +128,13 @@ class Base:
 
 @dataclass(frozen=True)
 class Training:
-    """What the model was trained on, and how far.
+    """The training data, objective and length.
 
     Attributes:
-        steps: of the optimizer.
+        steps: number of optimizer steps.
         objective: its settings by name.
         data_fingerprint: hash of the comparisons, in their order.
-        data_report: what was read and left out, by kind.
+        data_report: counts of the rows that were read and left out, by kind.
     """
 
     steps: int
@@ -164,8 +165,8 @@ class Merge:
         method: in words.
         dtype: storage dtype of the merged weights, "bf16" or "fp32".
         compared_in: dtype in which the merged model's golden scores were computed.
-        drift: their largest distance from the golden scores.
-        base: "dequantized", the weights the adapter was trained beside, or "original", those before quantization.
+        drift: largest distance of these scores from the golden scores.
+        base: "dequantized", the weights of the quantized base in training, or "original", those before quantization.
     """
 
     method: str
@@ -180,18 +181,18 @@ StepName = Literal["merge", "requantize", "export"]
 
 @dataclass(frozen=True)
 class Step:
-    """What was done to the model after training, and what became of its golden scores.
+    """A change of the model after training, and its effect on the golden scores.
 
     Attributes:
         name: "merge", "requantize" or "export".
         settings: by name.
-        drift: largest distance of a golden score, computed with what was written, from the one it had before; null for a
-            step that leaves every weight as it is.
-        flips: how many golden pairs changed their order.
-        pairs: of how many whose scores had been clearly apart.
-        scores: the golden items' scores from this step on, one list each, where it changes them on purpose; null: they
-            stay what they were.
-        versions: of the libraries that did it.
+        drift: largest distance between the golden scores before the step and those of the written model; null for a
+            step that changes no weights.
+        flips: number of golden pairs that changed their order.
+        pairs: number of golden pairs whose scores were clearly apart before.
+        scores: the golden items' scores from this step on, one list each, if the step changes them on purpose; null:
+            they do not change.
+        versions: of the libraries that performed the step.
     """
 
     name: StepName
@@ -217,22 +218,23 @@ class Manifest:
 
     Attributes:
         contract: how text becomes a score.
-        base: what the adapter stands on.
-        quantization: of the base under training: "none", "4bit" or "8bit".
+        base: the backbone that the adapter was trained on.
+        quantization: of the base in training: "none", "4bit" or "8bit".
         compute_dtype: of the training run's autocast: "fp32", "bf16" or "fp16".
         training: null in a file written by hand.
         reward: null without held-out comparisons.
-        golden: texts, token ids and the scores that training gave them; empty in a checkpoint of an unfinished run.
+        golden: texts, token ids and their scores after training; empty in a checkpoint of an unfinished run.
         noise: how far rounding alone moves the golden scores, by the dtype of the arithmetic: "fp32", "bf16", "fp16"; a
             dtype that was not measured is absent.
         merge: null for adapters and fully fine-tuned models.
-        history: what was done since training, in order.
-        files: sha256 by name of the folder's files that a reader loads (weights, configurations, tokenizer, template, code), as
-            they were when this file was written.
-        versions: of the libraries under which it was trained.
-        schema_version: of this file. Version 1 holds no hashes of files, versions 2 and 3 none of configurations and code.
-        content_sha256: of all other content of this file, so that a change by accident is noticed; null in a file written by
-            hand and in files of earlier versions. It is computed over the JSON with sorted keys and without white space.
+        history: the steps since training, in order.
+        files: sha256 by name of the files in the folder that a consumer loads (weights, configurations, tokenizer,
+            template, code), at the time this file was written.
+        versions: of the libraries that trained the model.
+        schema_version: of this file. Version 1 holds no hashes of files, versions 2 and 3 none of configurations and
+            code.
+        content_sha256: of all other content of this file, to detect accidental changes; null in a file written by hand
+            and in files of earlier versions. It is computed over the JSON with sorted keys and without white space.
     """
 
     contract: Contract
@@ -251,24 +253,26 @@ class Manifest:
     content_sha256: str | None = field(default=None, compare=False)
 
     def expected(self) -> list[GoldenItem]:
-        """The golden items with the scores that this copy of the model must give: training's, or those of the last
-        step that changed them on purpose."""
+        """The golden items with the scores that this copy of the model must give.
+
+        These are the scores after training, or those of the last step that changed them on purpose.
+        """
         changed = [step.scores for step in self.history if step.scores is not None]
         if not changed:
             return self.golden
         return [dataclasses.replace(item, scores=scores) for item, scores in zip(self.golden, changed[-1], strict=True)]
 
     def after(self, step: Step, **changes: Any) -> Self:
-        """The manifest after a further step."""
+        """The manifest with one more step in its history."""
         return dataclasses.replace(self, history=[*self.history, step], **changes)
 
     def save(self, folder: str | os.PathLike[str], known: dict[str, str] | None = None) -> None:
-        """Write `rm_manifest.json` into `folder`, last of its files, whose hashes it holds.
+        """Write `rm_manifest.json` into `folder`, after all other files, whose hashes it holds.
 
-        It is written beside, then renamed, so that no reader sees half a file.
+        It is written to a temporary file and then renamed, so that no consumer sees half a file.
 
         Arguments:
-            known: sha256 of files by name, where they need not be computed again.
+            known: sha256 of files by name, which are not computed again.
         """
         path = Path(folder) / FILE_NAME
         beside = path.with_name(f"{FILE_NAME}.{os.getpid()}")
@@ -287,7 +291,7 @@ class Manifest:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Self:
-        """The manifest of `folder`.
+        """Read the manifest of `folder`.
 
         Raises:
             NoManifest: there is none, or only a newer qlora_rm can read it.
@@ -308,10 +312,10 @@ def make_contract(
     rotary_length: int | None = None,
     trained_on: Sequence[Kind] | None = None,
 ) -> Contract:
-    """The contract that this tokenizer under this tokenization fulfils; a loaded model decides where the score is read.
+    """Describe this tokenizer and tokenization as a contract; a loaded model determines where the score is read.
 
     Arguments:
-        trained_on: the kinds of the training rows; None where they are not known.
+        trained_on: the kinds of the training rows; None if they are not known.
     """
     assert tokenizer.pad_token_id is not None
     return Contract(
@@ -337,7 +341,7 @@ def hash_of_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
 def has_trained_template(tokenizer: PreTrainedTokenizerBase, contract: Contract) -> bool:
     """Whether the tokenizer's chat template is the contract's.
 
-    Earlier versions saved templates that read the clock as they were: their date is fixed when they are read.
+    Earlier versions saved templates that read the clock unchanged; loading fixes their date.
     """
     template = tokenizer.chat_template
     hashes = {_hash_of(template), *([_hash_of(original(template))] if contract.date is None else [])}
@@ -352,7 +356,7 @@ def _hash_of(template: str | dict[str, str] | None) -> str | None:
 
 
 def hash_of_config(name_or_path: str, revision: str | None = None) -> str | None:
-    """sha256 of a model's config.json; None where it cannot be had."""
+    """sha256 of a model's config.json; None if it is not available."""
     try:
         path = cached_file(name_or_path, "config.json", revision=revision)
         return hashlib.sha256(Path(str(path)).read_bytes()).hexdigest()
@@ -361,7 +365,7 @@ def hash_of_config(name_or_path: str, revision: str | None = None) -> str | None
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of the installed libraries whose arithmetic or file formats decide the scores."""
+    """Versions of the installed libraries whose arithmetic or file formats determine the scores."""
     versions = {}
     for name in LIBRARIES:
         try:

@@ -1,4 +1,4 @@
-"""What the values of a manifest may be, beyond their types: finite, of one shape, and in bounds."""
+"""Bounds on a manifest's values beyond their types: finite, of one shape, and within limits."""
 
 import re
 from datetime import datetime
@@ -9,14 +9,14 @@ from qlora_rm.preferences.tokenization import LARGEST_ID
 from qlora_rm.preferences.values import kind_of
 
 LARGEST_SCORE = 1e9
-"""Scores, and what is measured on them, stay below it in size. Trained scores have a size of about 10."""
+"""Bound on the absolute value of scores and their statistics. Trained scores are around 10 in absolute value."""
 
 LARGEST_COUNT = 1 << 48
 LONGEST = 1 << 31
 """Tokens of the longest sequence that a contract may name."""
 
 SUBFOLDER = "additional_chat_templates/"
-"""The one subfolder that transformers reads of a tokenizer's files."""
+"""The only subfolder of a tokenizer's files that transformers reads."""
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -26,10 +26,10 @@ def require_sane(content: dict[str, Any], where: str) -> None:
 
     Arguments:
         content: the parsed file, with the keys of the newest schema.
-        where: the file, which messages name.
+        where: the file name for messages.
 
     Raises:
-        UserError: a value is out of bounds, or does not fit another one; the message names file, field and value.
+        UserError: a value is out of bounds, or contradicts another one; the message names file, field and value.
     """
     _Values(where).check(content)
 
@@ -87,7 +87,7 @@ class _Values:
         )
 
     def _golden(self, golden: list[dict[str, Any]]) -> float:
-        """Check the golden items; returns the largest size of a score."""
+        """Check the golden items; return the largest absolute value of a score."""
         largest = 0.0
         for place, item in enumerate(golden):
             where = f"golden[{place}]"
@@ -123,7 +123,7 @@ class _Values:
             self._scores(f"{where}: scores[{place}]", of_item)
 
     def _noise(self, where: str, noise: dict[str, float], largest_score: float) -> None:
-        """Of numbers that measure one thing, none contradicts another; none is larger than scores allow."""
+        """Check that the noise statistics do not contradict each other and are no larger than the scores allow."""
         largest = noise["largest"]
         self._within(f"{where}: largest", largest, 0, 10 * (1 + largest_score))
         slack = 1e-6 * (1 + largest)

@@ -1,4 +1,4 @@
-"""docs/manifest.md: the manifest's schema for people, out of the dataclasses that are it.
+"""Generate docs/manifest.md, which describes the manifest's schema for people, from the schema's dataclasses.
 
 python -m qlora_rm.artifacts.manifest_page > docs/manifest.md
 """
@@ -77,7 +77,7 @@ Training prints the noise. If a merge to bf16 is refused, the model's scores do 
 
 
 def page() -> str:
-    """The whole page."""
+    """The complete page."""
     return "\n".join([HEAD, *(line for cls in OBJECTS for line in _section(cls)), PROOF, RULE])
 
 
@@ -90,7 +90,7 @@ def _section(cls: Any) -> list[str]:
 
 
 def _described(cls: Any) -> tuple[str, dict[str, str]]:
-    """The docstring's prose, and field name -> what stands under Attributes."""
+    """The docstring's prose, and field name -> its text under Attributes."""
     prose, _, attributes = inspect.cleandoc(cls.__doc__).partition("\n\nAttributes:\n")
     about: dict[str, str] = {}
     for entry in re.split(r"\n    (?=\S)", "\n" + attributes)[1:]:
@@ -101,7 +101,7 @@ def _described(cls: Any) -> tuple[str, dict[str, str]]:
 
 
 def _type_name(hint: Any) -> str:
-    """As JSON's readers would say it: `str or null`, `list of GoldenItem`, `"none" or "4bit"`."""
+    """Name of a type in terms of JSON: `str or null`, `list of GoldenItem`, `"none" or "4bit"`."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin is Literal:
         return " or ".join(f'"{word}"' for word in inner)

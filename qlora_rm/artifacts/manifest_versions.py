@@ -1,4 +1,4 @@
-"""The content of a manifest file as this version's schema has it, whichever version wrote the file."""
+"""Upgrade a manifest file of any version to this version's schema."""
 
 import hashlib
 import json
@@ -15,10 +15,10 @@ SINCE: dict[int, dict[str, tuple[str, ...]]] = {
     3: {"": ("noise",), "contract": ("rotary_length", "date", "trained_on", "text_as")},
     4: {"": ("content_sha256",), "base": ("weights_sha256",)},
 }
-"""By schema version: the keys that it added, by the object that holds them; "" is the outermost one."""
+"""Schema version -> the keys that it added, by the object that holds them; "" is the outermost one."""
 
 UNKNOWN: dict[str, Any] = {"history": [], "files": {}, "noise": {}, "base": "dequantized"}
-"""What stands for a key that a file of an earlier version lacks; null for the others."""
+"""Value of a key that a file of an earlier version lacks; null for all other keys."""
 
 
 class NoManifest(UserError):
@@ -26,7 +26,7 @@ class NoManifest(UserError):
 
 
 def content_of(path: Path) -> dict[str, Any]:
-    """The parsed file, with the keys of the newest schema but its own `schema_version`; types are not checked.
+    """Return the parsed file with the keys of the newest schema, but its own `schema_version`; types are not checked.
 
     Raises:
         NoManifest: there is no file, or a newer qlora_rm wrote it.
@@ -61,10 +61,10 @@ def content_hash(content: dict[str, Any]) -> str:
 
 
 def require_own_hash(content: dict[str, Any], path: Path) -> None:
-    """The file's content is that which it was written with, where it records a hash.
+    """Check the content against its recorded hash, if there is one.
 
     Raises:
-        UserError: it is not.
+        UserError: the content was changed after it was written.
     """
     recorded = content.get("content_sha256")
     if recorded is not None and recorded != content_hash(content):
@@ -74,10 +74,10 @@ def require_own_hash(content: dict[str, Any], path: Path) -> None:
 
 
 def _upgraded(content: dict[str, Any], found: int, path: Path) -> dict[str, Any]:
-    """`content` with the keys that later versions added.
+    """Add the keys of later versions to `content`.
 
     Raises:
-        UserError: a key has a value that the file's own version did not have: the version was changed.
+        UserError: a key has a value that the file's own version did not have: the version number was changed.
     """
     content = dict(content)
     for since in range(found + 1, SCHEMA_VERSION + 1):

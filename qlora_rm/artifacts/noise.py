@@ -1,4 +1,4 @@
-"""How far rounding alone moves a model's scores: measured after training, and the tolerance that follows from it."""
+"""Rounding noise of a model's scores: its measurement after training, and the tolerance that follows from it."""
 
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,28 +19,29 @@ from qlora_rm.console import say
 from qlora_rm.errors import UserError, first_line
 
 LARGEST, TYPICAL = 4.0, 3.0
-"""How many times the measured noise a copy's scores may move: the farthest of them, and their root mean square.
+"""Factors on the measured noise that bound a copy's scores: for the largest difference, and for the root mean square.
 
-Measured on five architectures with random adapters, trained in fp32 and in bf16: merging, storing and computing in bf16 moved
-the farthest score, and the root mean square, by at most 1.9 times the noise. The exception is a mixture of experts trained in
-bf16: its router chose another expert for one sequence, whose score moved by 12 times the noise and is refused.
+Measured on five architectures with random adapters, trained in fp32 and in bf16. Merging, storing and computing in bf16
+moved the largest difference and the root mean square by at most 1.9 times the noise. The exception is a mixture of
+experts trained in bf16: its router chose another expert for one sequence. That score moved by 12 times the noise and is
+refused.
 """
 
 WIDEST = 0.5
 """Share of the golden scores' standard deviation that a tolerance never exceeds, unless that is below `ROUNDED`."""
 
 NARROWER = {"bf16", "fp16", "8bit"}
-"""What rounds further than fp32 does."""
+"""Dtypes and quantization that round more than fp32."""
 
 FP32_WIDEST = 100 * SAME.absolute
-"""What fp32 arithmetic never exceeds."""
+"""Upper bound on the tolerance of fp32 arithmetic."""
 
 
 @dataclass(frozen=True)
 class Noise:
     """How far rounding alone moves a model's golden scores in one dtype of weights and arithmetic.
 
-    Each sequence is scored alone and in every layout of a batch in which the model gives the same score: padded on the
+    Each sequence is scored alone and in every batch layout in which the model gives the same score: padded on the
     right, on the left, and as a forest of shared prompts.
 
     Attributes:
@@ -57,7 +58,7 @@ class Noise:
 def measure_noise(
     model: nn.Module, items: Sequence[GoldenItem], pad_token_id: int, trained_in: torch.dtype
 ) -> dict[DtypeName, Noise]:
-    """The noise of `model`, by the name of the dtype: fp32 and bf16, and fp16 on a GPU or where it was trained in.
+    """Measure the noise of `model` by dtype name: fp32, bf16, and on a GPU or after training in fp16 also fp16.
 
     Arguments:
         model: the trained model with all its weights, outside of any autocast.
@@ -74,7 +75,7 @@ def measure_noise(
         try:
             with computing_in(model, dtype):
                 measured = _noise(items, _all_ways(model, items, pad_token_id, layouts))
-        except RuntimeError as error:  # out of memory, or an operation that this device does not have in this dtype
+        except RuntimeError as error:  # out of memory, or an operation that this device lacks in this dtype
             say(f"noise in {NAMES[dtype]}: not measured, {first_line(error)}")
             continue
         if measured is None:
@@ -85,7 +86,7 @@ def measure_noise(
 
 
 def _all_ways(model: nn.Module, items: Sequence[GoldenItem], pad: int, layouts: Sequence[Layout]) -> Tensor:
-    """Scores [W, S] of the golden sequences in each of W ways that must agree up to rounding: every layout, and alone."""
+    """Scores [W, S] of the golden sequences in W ways that must agree up to rounding: every layout, and alone."""
     sequences = [ids for item in items for ids in item.token_ids]
     ways = [score_sequences(model, sequences, pad_token_id=pad, layout=layout) for layout in layouts]
     ways.append(score_sequences(model, sequences, pad_token_id=pad, layout="right", tokens_per_batch=1))
@@ -93,7 +94,7 @@ def _all_ways(model: nn.Module, items: Sequence[GoldenItem], pad: int, layouts: 
 
 
 def _noise(items: Sequence[GoldenItem], ways: Tensor) -> Noise | None:
-    """What the scores of all ways say; None where one of them is not finite."""
+    """The noise statistics over all ways; None if a score is not finite."""
     if not ways.isfinite().all():
         return None
     distances = (ways - torch.tensor([score for item in items for score in item.scores])).abs()
@@ -103,8 +104,11 @@ def _noise(items: Sequence[GoldenItem], ways: Tensor) -> Noise | None:
 
 @contextmanager
 def computing_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Hold `model` to `dtype` as a consumer that loads it in this dtype does: weights that are not quantized, 4-bit layers'
-    arithmetic, no autocast. The score head keeps its own precision. Afterwards everything is as it was, bit for bit."""
+    """Make `model` compute in `dtype`, as it would for a consumer that loads it in this dtype.
+
+    This covers unquantized weights and the arithmetic of 4-bit layers, without autocast. The score head keeps its own
+    precision. Afterwards everything is restored, bit for bit.
+    """
     head = {id(p) for module in model.modules() if isinstance(module, OwnPrecision) for p in module.parameters()}
     weights = [
         (p, p.data)
@@ -128,7 +132,7 @@ def computing_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 @contextmanager
 def _outside_autocast(model: nn.Module) -> Iterator[None]:
-    """Without the autocast that accelerate puts around a prepared model's forward method."""
+    """Remove the autocast that accelerate puts around a prepared model's forward method."""
     wrapped = vars(model).get("forward")
     if "_original_forward" not in vars(model) or wrapped is None:
         yield
@@ -141,17 +145,17 @@ def _outside_autocast(model: nn.Module) -> Iterator[None]:
 
 
 def tolerance(items: Sequence[GoldenItem], noise: Mapping[Any, Noise], *precisions: str) -> Tolerance:
-    """How far scores may stand from those of `items`, given all that rounds either of them.
+    """How far scores may differ from those of `items`, given everything that rounds either of them.
 
-    4-bit weights are dequantized before they are multiplied, so only the dtypes count; LLM.int8() rounds activations, and
-    its noise is not measured.
+    4-bit weights are dequantized before they are multiplied, so only the dtypes count. LLM.int8() rounds activations,
+    and its noise is not measured.
 
     Arguments:
-        noise: of the model, by dtype; what is absent was not measured.
+        noise: of the model, by dtype; an absent dtype was not measured.
         precisions: dtypes of arithmetic and storage, and quantization, by name.
 
     Raises:
-        UserError: a name is none of these, so that a wrong word never widens the tolerance.
+        UserError: a name is none of these. A wrong word thus never widens the tolerance.
     """
     if unknown := set(precisions) - NARROWER - {"fp32", "4bit", "none"}:
         raise UserError(
@@ -179,7 +183,7 @@ def tolerance(items: Sequence[GoldenItem], noise: Mapping[Any, Noise], *precisio
 def layout_tolerance(
     items: Sequence[GoldenItem], noise: Mapping[Any, Noise], computes_in: str, quantization: str
 ) -> Tolerance:
-    """How far two scores of one sequence may stand apart, alone or in any batch, computed in one dtype."""
+    """How far two scores of one sequence, alone or in any batch, may differ when computed in one dtype."""
     if quantization == "8bit" or (computes_in not in noise and computes_in != "fp32"):
         return ROUNDED
     layouts = noise[computes_in].layouts if computes_in in noise else 0.0

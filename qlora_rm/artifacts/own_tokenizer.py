@@ -1,4 +1,4 @@
-"""The tokenizer that was saved with a model, and the tokenization that its manifest's contract asks for."""
+"""The tokenizer saved with a model, and the tokenization that its manifest's contract requires."""
 
 from pathlib import Path
 
@@ -13,11 +13,11 @@ from qlora_rm.preferences.tokenization import Tokenization
 
 
 def read_tokenizer(folder: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer saved with a model, as it is: its pad token is part of the contract."""
+    """Load the tokenizer saved with a model, unchanged: its pad token is part of the contract."""
     if not any((Path(folder) / name).exists() for name in ("tokenizer_config.json", "tokenizer.json")):
         raise UserError(f"{folder} has no tokenizer: copy the tokenizer files of the training run's output into it.")
     bound_templates()
-    require_plausible_config(folder)  # which transformers reads to choose the tokenizer's class
+    require_plausible_config(folder)  # transformers reads it to choose the tokenizer's class
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers raises bare Exception for a broken file
@@ -28,7 +28,7 @@ def read_tokenizer(folder: str, trust_remote_code: bool = False) -> PreTrainedTo
 
 
 def require_trained_template(folder: str, manifest: Manifest, tokenizer: PreTrainedTokenizerBase) -> None:
-    """A template that was not trained with is never rendered."""
+    """Refuse a chat template that the model was not trained with, so that it is never rendered."""
     if not has_trained_template(tokenizer, manifest.contract):
         raise UserError(
             f"The chat template in {folder} is not the one the model was trained with. Restore the tokenizer files of the "
@@ -37,7 +37,7 @@ def require_trained_template(folder: str, manifest: Manifest, tokenizer: PreTrai
 
 
 def tokenization_of(manifest: Manifest, tokenizer: PreTrainedTokenizerBase) -> Tokenization:
-    """The tokenization that the manifest's contract asks for."""
+    """Return the tokenization that the manifest's contract requires."""
     contract = manifest.contract
     if tokenizer.pad_token_id != contract.pad_token_id:
         raise UserError(

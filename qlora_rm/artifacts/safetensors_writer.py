@@ -1,7 +1,7 @@
-"""Safetensors files written one tensor at a time.
+"""Write safetensors files one tensor at a time.
 
-The library's writer takes a file's tensors all at once. Here all names, dtypes and shapes are known before the first
-value, so headers and index are written first, and values are appended in the order of the plan.
+The library's writer needs all tensors of a file at once. Here all names, dtypes and shapes are known before the first
+value. Headers and index are written first, then values are appended in the planned order.
 """
 
 import hashlib
@@ -22,13 +22,13 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from qlora_rm.backbone.safetensors_reader import NAMES
 
 SHARD_BYTES = 5_000_000_000
-"""A new file is begun where one would grow beyond this; a larger tensor stands alone."""
+"""Size beyond which a new file is started, in bytes; a larger tensor gets its own file."""
 
 WAITING_BYTES = 32_000_000
-"""What may wait to be written beside one piece, which is a whole tensor where layouts were converted."""
+"""Bytes that may wait to be written in addition to one piece, which is a full tensor if layouts were converted."""
 
 FLUSH_BYTES = 128_000_000
-"""So much is sent on to the disk at a time while the merge goes on, or all of it would have to be awaited at the end."""
+"""Bytes flushed to disk at a time during the merge; otherwise everything would be flushed at the end."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Shards:
     """The files of one model, open for writing in the order of `wanted`.
 
     Attributes:
-        sha256: file name -> hash of what was written, complete once the context has ended.
+        sha256: file name -> hash of the written bytes, complete once the context has ended.
     """
 
     def __init__(self, folder: Path, wanted: Sequence[Wanted]):
@@ -98,7 +98,7 @@ class Shards:
 
 
 class _File:
-    """One file: its header at once, then its data, which one thread hashes and writes and another flushes."""
+    """One file: its header first, then its data, which one thread hashes and writes and another flushes."""
 
     def __init__(self, folder: Path, name: str, tensors: Sequence[Wanted]):
         places, end = {}, 0
@@ -121,7 +121,7 @@ class _File:
             self._put(piece.reshape(-1).view(torch.uint8).numpy().data)
 
     def close(self) -> str:
-        """Onto the disk, since the folder is renamed into place once all files are there; returns the sha256."""
+        """Flush to disk, since the folder is renamed once all files are written; return the sha256."""
         self._await(0)
         self._flushed.result()
         self._stop()
@@ -139,7 +139,7 @@ class _File:
         self._waiting_bytes += len(data)
 
     def _await(self, nbytes: int) -> None:
-        """Until no more than so many bytes wait."""
+        """Wait until at most `nbytes` bytes are pending."""
         while self._waiting and self._waiting_bytes > nbytes:
             self._waiting_bytes -= self._waiting.popleft().result()
 

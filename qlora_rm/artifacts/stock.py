@@ -1,4 +1,4 @@
-"""A whole model as any reader loads it, by transformers' Auto class alone."""
+"""Load a complete model as any consumer does, by transformers' Auto class alone."""
 
 from typing import Any
 
@@ -13,9 +13,9 @@ from qlora_rm.progress import Phase
 
 
 def load_stock(folder: str, trust_remote_code: bool = False) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The model as any reader loads it, by transformers' Auto class alone, and its loading report.
+    """Load the model as any consumer does, by transformers' Auto class alone; return it and its loading report.
 
-    It is loaded in the dtype it is stored in, or widened to fp32 on a CPU without 16-bit units.
+    It is loaded in its stored dtype, or widened to fp32 on a CPU without 16-bit units.
     """
     dtype = torch.float32 if lacks_16_bit_units() else "auto"
     config = read_model_config(folder, trust_remote_code=trust_remote_code)
@@ -27,7 +27,7 @@ def load_stock(folder: str, trust_remote_code: bool = False) -> tuple[PreTrained
                 dtype=dtype,
                 output_loading_info=True,
                 trust_remote_code=trust_remote_code,
-                use_safetensors=True,  # this project writes no others, which are loaded by running code
+                use_safetensors=True,  # this project writes only these; loading other weights runs code
             )
     except UserError:
         raise

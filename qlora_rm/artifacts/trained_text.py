@@ -1,4 +1,4 @@
-"""How the model of a manifest reads plain text: the one place that decides it, for every command."""
+"""How a manifest's model reads plain text; all commands use this decision."""
 
 from qlora_rm.artifacts.manifest import Manifest
 from qlora_rm.preferences.text_as import TrainedText, kind_of_row
@@ -6,10 +6,10 @@ from qlora_rm.preferences.tokenization import Tokenization
 
 
 def trained_text(manifest: Manifest | None, tokenization: Tokenization) -> TrainedText:
-    """The reading that the contract asks for.
+    """Return how the contract reads text.
 
-    A file of an earlier version has none: text becomes turns where a golden item is turns, as these versions served it.
-    Where there are no golden items either, text becomes turns where the tokenizer has a template.
+    Files of earlier versions do not record this: text becomes turns if a golden item is turns, as these versions served
+    it. Without golden items, text becomes turns if the tokenizer has a template.
     """
     kinds = trained_kinds(manifest) if manifest else set()
     recorded = manifest.contract.text_as if manifest else None
@@ -21,11 +21,11 @@ def trained_text(manifest: Manifest | None, tokenization: Tokenization) -> Train
 
 
 def trained_kinds(manifest: Manifest) -> set[str]:
-    """The kinds of the training rows; of a file that does not record them, those of the golden items."""
+    """The kinds of the training rows; for a file that does not record them, those of the golden items."""
     recorded = manifest.contract.trained_on
     return {kind_of_row(item.candidates()) for item in manifest.golden} if recorded is None else set(recorded)
 
 
 def scores_turns(manifest: Manifest) -> bool:
-    """Whether a conversation is what the model is to be given first of all."""
+    """Whether the model is primarily meant to score conversations."""
     return "turns" in (trained_kinds(manifest) or ({"turns"} if manifest.contract.chat_template_sha256 else set()))

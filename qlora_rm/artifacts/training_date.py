@@ -1,6 +1,6 @@
-"""Models of earlier versions whose chat template reads the clock: the day of their training is found again.
+"""Recover the day of training for models of earlier versions whose chat template reads the clock.
 
-Since the manifest records it, a saved template reads no clock, and nothing here has anything to do.
+The manifest now records the date and the saved template reads no clock, so that this module has nothing to do.
 """
 
 from datetime import datetime, timedelta
@@ -17,22 +17,22 @@ from qlora_rm.preferences.clock import Template, fixed, fixed_date, now, reads_c
 from qlora_rm.preferences.text_as import kind_of_row
 
 DAYS_BACK = 1500
-"""How far back a day of training is looked for."""
+"""How many days back the day of training is searched."""
 
 
 def fix_to_training(tokenizer: PreTrainedTokenizerBase, folder: str) -> None:
-    """Fix a template that reads the clock to the day on which the golden items of `folder` were rendered; said once.
+    """Fix a template that reads the clock to the day when the golden items of `folder` were rendered; warn once.
 
-    Where that day is not found, the template stays as it is and the checks of the golden items fail.
+    If that day is not found, the template stays as it is and the checks of the golden items fail.
     """
     template = tokenizer.chat_template
     if not reads_clock(template) or not (Path(folder) / FILE_NAME).exists():
         return
     try:
         manifest = Manifest.load(folder)
-    except UserError:  # whoever needs the manifest reports that
+    except UserError:  # callers that need the manifest report that
         return
-    if not has_trained_template(tokenizer, manifest.contract):  # it is not to be rendered, and whoever loads it says so
+    if not has_trained_template(tokenizer, manifest.contract):  # it must not be rendered; loading it reports that
         return
     golden = manifest.golden
     items = [item for item in golden if kind_of_row(item.candidates()) == "turns"]
@@ -58,10 +58,10 @@ def _length(item: GoldenItem) -> int:
 
 
 def _day_of(item: GoldenItem, template: Template, tokenizer: PreTrainedTokenizerBase) -> datetime | None:
-    """The latest day on which the template's rendering of `item` becomes its token ids; None also where it does not depend
-    on the day.
+    """The latest day on which the template's rendering of `item` becomes its token ids.
 
-    Tomorrow is tried too: training may have run in another time zone.
+    None if there is no such day, or if the rendering does not depend on the day. Tomorrow is tried too: training may
+    have run in another time zone.
     """
     text = tokenizer.get_chat_template(tools=item.tools)
     render, today = rendering_at(text), now().replace(hour=0, minute=0, second=0)

@@ -1,4 +1,4 @@
-"""Parsed JSON read as dataclasses: every key there, no other, each of its type."""
+"""Read parsed JSON as dataclasses: every key present, no other, each of its type."""
 
 import dataclasses
 import difflib
@@ -9,7 +9,7 @@ from qlora_rm.errors import UserError
 
 
 def read_as(kind: Any, value: Any, where: str) -> Any:
-    """`value` as the schema's type `kind`: a dataclass, list, dict, Literal, optional or plain type.
+    """Return `value` as the schema's type `kind`: a dataclass, list, dict, Literal, optional or plain type.
 
     Raises:
         UserError: `value` is of another type, or a word that the type does not allow; the message begins with `where`.

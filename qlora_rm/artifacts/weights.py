@@ -26,7 +26,7 @@ def load_adapter_on_base(
     share_prefix: SharePrefix,
     trust_remote_code: bool,
 ) -> nn.Module:
-    """The adapter on its base, the base quantized from the dtype it was quantized from in training."""
+    """Load the adapter on its base, which is quantized from the same dtype as in training."""
     name = base or manifest.base.name_or_path
     revision = None if base else manifest.base.revision
     try:
@@ -64,7 +64,7 @@ def load_whole_model(
     share_prefix: SharePrefix,
     trust_remote_code: bool,
 ) -> nn.Module:
-    """A whole model; one that was trained whole keeps its fp32 weights, as it had them in training."""
+    """Load a complete model; a fully fine-tuned one keeps its fp32 weights, as in training."""
     architecture = (read_model_config(folder, trust_remote_code=trust_remote_code).architectures or ["unknown kind"])[0]
     if not architecture.endswith("ForSequenceClassification"):
         raise UserError(

@@ -1,1 +1,1 @@
-"""The backbone: a causal LM or encoder in 4 bit, its adapter, its score head."""
+"""The backbone: a causal LM or encoder in 4 bit, its adapter and its score head."""

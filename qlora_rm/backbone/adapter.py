@@ -1,4 +1,4 @@
-"""The LoRA adapter: on the backbone's linear layers, never on the head, which is trained whole beside it."""
+"""The LoRA adapter, on the backbone's linear layers. The score head gets no adapter: it is trained in full."""
 
 import re
 from collections.abc import Iterable
@@ -20,9 +20,9 @@ from qlora_rm.errors import UserError, first_line
 
 
 def attach_adapter(backbone: Backbone, config: AdapterConfig) -> PeftModel:
-    """Wrap the backbone in a new LoRA adapter; its head becomes trainable whole (PEFT's `modules_to_save`).
+    """Wrap the backbone in a new LoRA adapter and make its full head trainable (PEFT's `modules_to_save`).
 
-    `task_type` is SEQ_CLS, for it alone makes PEFT train and save the head; adapter weights are fp32.
+    `task_type` is SEQ_CLS, the only type for which PEFT trains and saves the head. Adapter weights are fp32.
     """
     backbone.model.requires_grad_(False)
     modules, parameters = _targets(backbone, config)
@@ -33,7 +33,7 @@ def attach_adapter(backbone: Backbone, config: AdapterConfig) -> PeftModel:
         lora_dropout=config.lora_dropout,
         target_modules=modules,
         target_parameters=parameters or None,
-        # the full names that an expression stands for are those of the chosen layers already
+        # an expression expands to full names, which already are those of the chosen layers
         layers_to_transform=None if is_expression(config.lora_target_modules) else config.lora_layers,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
@@ -55,10 +55,10 @@ def attach_adapter(backbone: Backbone, config: AdapterConfig) -> PeftModel:
 def _targets(backbone: Backbone, config: AdapterConfig) -> tuple[list[str], list[str]]:
     """PEFT's `target_modules` and `target_parameters`.
 
-    On a mixture of experts PEFT 0.21 takes the names of an expert's projections for those of the fused experts, as
-    transformers 4 had them: a shared expert or a dense layer so named would be left out, and the experts adapted instead
-    (peft #3711). To target the layer's weight as a parameter says what is meant, and gives the same adapter. Goes when
-    PEFT leaves full names alone.
+    On a mixture of experts, PEFT 0.21 maps names of an expert's projections to the fused experts, as transformers 4 had
+    them. A shared expert or a dense layer with such a name would be skipped, and the experts adapted instead (peft
+    #3711). Targeting the layer's weight as a parameter is unambiguous and gives the same adapter. Remove once PEFT
+    leaves full names alone.
     """
     experts = fused_experts(backbone.model)
     if config.lora_experts and not experts:
@@ -90,17 +90,17 @@ def _targets(backbone: Backbone, config: AdapterConfig) -> tuple[list[str], list
 
 
 def _in_layers(parameters: Iterable[str], layers: list[int] | None) -> list[str]:
-    """Parameters of the given transformer layers by their full names; of all, by what stands behind the layer's number."""
+    """Full names of the parameters in the given transformer layers; without `layers`, what follows a layer's number."""
     if layers is None:
         return sorted({re.split(r"\.\d+\.", name)[-1] for name in parameters})
     return [name for name in parameters if any(f".{layer}." in name for layer in layers)]
 
 
 def load_adapter(backbone: Backbone, folder: str, *, trainable: bool) -> PeftModel:
-    """Put the adapter of `folder` on the backbone it was trained on, its trained head with it.
+    """Put the adapter of `folder` and its trained head on the backbone it was trained on.
 
     Raises:
-        UserError: the folder holds no adapter, or one without its head, or one of another shape.
+        UserError: the folder holds no adapter, or the adapter has no head or another shape.
     """
     settings = read_adapter_config(folder)
     require_head(folder, backbone)
@@ -117,7 +117,7 @@ def load_adapter(backbone: Backbone, folder: str, *, trainable: bool) -> PeftMod
 
 
 def read_adapter_config(folder: str) -> dict:
-    """The adapter_config.json of a folder, or a `UserError`."""
+    """Return the adapter_config.json of a folder; raise `UserError` where it is missing or unusable."""
     path = Path(folder) / "adapter_config.json"
     try:
         found = read_json(path, "Restore it from the training run's output.")
@@ -131,7 +131,7 @@ def read_adapter_config(folder: str) -> dict:
 
 
 def _require_rank(folder: str, settings: dict) -> None:
-    """Refuse a rank that is larger than any side of the adapter's tensors, before memory for it is taken."""
+    """Refuse a rank larger than any side of the adapter's tensors, before memory for it is allocated."""
     ranks = [settings.get("r"), *(settings.get("rank_pattern") or {}).values()]
     with safe_open(Path(folder) / "adapter_model.safetensors", framework="pt") as file:
         longest = max((max(file.get_slice(name).get_shape(), default=0) for name in file.keys()), default=0)  # noqa: SIM118
@@ -164,12 +164,12 @@ def require_head(folder: str, backbone: Backbone) -> None:
 
 
 def linear_names(backbone: Backbone) -> list[str]:
-    """Last name parts of all linear layers inside the backbone (q_proj, ...) but the head's and gates of experts."""
+    """Last name parts (q_proj, ...) of all linear layers inside the backbone, without the head's and experts' gates."""
     return targets.linear_names(backbone.model, [*backbone.head, *gate_names(backbone.model)])
 
 
 def _train_only(model: PeftModel) -> None:
-    """Adapter and head take gradients, in fp32; everything else is frozen."""
+    """Make adapter and head trainable in fp32; freeze everything else."""
     for name, parameter in model.named_parameters():
         trainable = "lora_" in name or ".modules_to_save." in name
         parameter.requires_grad_(trainable)

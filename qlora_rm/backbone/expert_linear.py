@@ -1,7 +1,8 @@
 """The experts of a layer, computed one expert at a time from weights that may be packed in 4 bit.
 
-transformers lets its fused experts be computed by any registered function (`transformers.integrations.moe`). This one
-dequantizes an expert where its tokens are multiplied, and again in the backward pass: no copy of all experts is made.
+transformers accepts any registered function for its fused experts (`transformers.integrations.moe`). This one
+dequantizes an expert when its tokens are multiplied, and again in the backward pass, so that no copy of all experts
+exists.
 
 Shapes: E experts, T tokens, k experts a token, S = T k rows sorted by expert, H hidden size, r rank of an adapter.
 """
@@ -17,13 +18,13 @@ from torch.autograd.function import once_differentiable
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 ONE_BY_ONE = "one_by_one"
-"""Name under which transformers knows this implementation."""
+"""Name of this implementation in transformers' registry."""
 
 
 def one_by_one(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The forward pass of an experts module: [T, H], each token's experts [T, k] and their weights [T, k] -> [T, H].
 
-    `self.lora` holds the adapters lent to it: weight's name -> A, B and their scale.
+    `self.lora` holds the adapters active during this pass: weight name -> A, B and their scale.
     """
     tokens, k = top_k_index.shape
     chosen = top_k_index.reshape(-1)
@@ -52,8 +53,8 @@ ALL_EXPERTS_FUNCTIONS.register(ONE_BY_ONE, one_by_one)
 class ExpertLinear(torch.autograd.Function):
     """A linear layer of each expert on its own rows: x [S, in] -> [S, out], by frozen weights and an adapter's A and B.
 
-    For the backward pass it keeps the parameter, not its bytes, which ZeRO-3 releases in between and gathers again; and
-    x only where there is an adapter to train.
+    For the backward pass it keeps the parameter instead of its bytes, which ZeRO-3 releases in between and gathers
+    again. It keeps x only where there is an adapter to train.
     """
 
     @staticmethod
@@ -85,7 +86,7 @@ class ExpertLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors  # to be asked for once: checkpointing computes them again
+        saved = ctx.saved_tensors  # read once: under checkpointing each read recomputes them
         grad_x = grad_A = grad_B = None
         if ctx.needs_input_grad[0]:
             matrices = _Matrices(ctx.weight, ctx.transposed, grad.dtype)
@@ -107,9 +108,9 @@ class ExpertLinear(torch.autograd.Function):
 
 
 class _Matrices:
-    """The experts' matrices [out, in] one at a time, dequantized where they are packed.
+    """The experts' matrices [out, in] one at a time, dequantized if they are packed.
 
-    Views of the packed bytes live no longer than this object: none may outlast the module's forward or backward pass.
+    This object holds views of the packed bytes: none may outlast the module's forward or backward pass.
     """
 
     def __init__(self, weight: nn.Parameter, transposed: bool, dtype: torch.dtype):
@@ -128,7 +129,7 @@ class _Matrices:
         return (matrix.T if self.transposed else matrix).to(self.dtype)
 
     def _dequantized(self, e: int) -> Tensor:
-        """In rows of one block: bitsandbytes 0.50's CPU kernel takes wrong constants where blocks straddle rows."""
+        """Dequantize in rows of a block: bitsandbytes 0.50's CPU kernel uses wrong scales if blocks straddle rows."""
         part = QuantState(
             absmax=self.absmax[e],
             shape=torch.Size((self.absmax.shape[1], self.state.blocksize)),
@@ -140,20 +141,20 @@ class _Matrices:
 
 
 def unpacked(weight: Params4bit) -> Tensor:
-    """All experts' weights, dequantized to fp32 on the CPU one after the other."""
+    """Dequantize all experts' weights to fp32 on the CPU, one after the other."""
     matrices = _Matrices(weight, False, torch.float32)
     return torch.stack([matrices[e].cpu() for e in range(len(matrices.stored))])
 
 
 def logical_shape(weight: nn.Parameter) -> torch.Size:
-    """[E, out, in], or [E, in, out], of a fused weight, also where it is packed, or sharded by ZeRO-3."""
+    """Shape [E, out, in] or [E, in, out] of a fused weight, even when it is packed, or sharded by ZeRO-3."""
     if isinstance(weight, Params4bit):
         return torch.Size(weight.quant_state.shape)
     return torch.Size(getattr(weight, "ds_shape", weight.shape))
 
 
 def _spans(rows: Sequence[int]) -> Iterator[tuple[int, slice]]:
-    """Experts that have rows, and where these stand; rows past the last expert's belong to none."""
+    """Yield each expert that has rows, and their slice. Rows after the last expert's belong to no expert."""
     start = 0
     for e, count in enumerate(rows):
         if count:
@@ -162,5 +163,5 @@ def _spans(rows: Sequence[int]) -> Iterator[tuple[int, slice]]:
 
 
 def _of_expert(A: Tensor, B: Tensor, e: int, experts: int) -> tuple[Tensor, Tensor]:
-    """Views of expert e's A [r, in] and B [out, r], by PEFT's layout: A [E r, in], B [out, r E] with E running fastest."""
+    """Views of expert e's A [r, in] and B [out, r]. PEFT lays out A as [E r, in] and B as [out, r E], E fastest."""
     return A.view(experts, -1, A.shape[1])[e], B.view(len(B), -1, experts)[..., e]

@@ -1,8 +1,8 @@
 """Experts in 4 bit: fused expert weights, quantized as they are loaded, and LoRA on them.
 
-transformers 5 holds all experts of a layer in two 3-D parameters, which bitsandbytes' quantizer passes over. Here each
-becomes one `Params4bit`, in the very bytes that `bitsandbytes.functional.quantize_4bit` makes of it. bitsandbytes' own
-way, `nn.parametrize`, dequantizes all experts at each use and lets autograd keep them: 16 bit at work.
+transformers 5 holds all experts of a layer in two 3-D parameters, which bitsandbytes' quantizer skips. Here each
+becomes one `Params4bit`, byte for byte what `bitsandbytes.functional.quantize_4bit` makes of it. bitsandbytes' own way,
+`nn.parametrize`, dequantizes all experts at each use and autograd keeps them: 16 bit during training.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,11 +27,11 @@ from qlora_rm.backbone.saved_quantization import Deserialize4bit, Saved8BitQuant
 
 WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
-"""Names of the linear layers of one expert that stands by itself: a shared one, or a dense layer's."""
+"""Names of the linear layers of an expert outside the fused ones: a shared expert, or a dense layer."""
 
 
 def is_fused_experts(module: nn.Module) -> bool:
-    """Whether a module is of transformers' common form (`use_experts_implementation`), which lets others compute it."""
+    """Whether a module has transformers' common, replaceable form of experts (`use_experts_implementation`)."""
     return hasattr(module, "_apply_gate") and hasattr(module, "is_transposed")
 
 
@@ -46,9 +46,10 @@ def expert_weights(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def gate_names(model: nn.Module) -> list[str]:
-    """Linear layers that weigh experts: routers, and gates of a shared expert. Small, and neither quantized nor adapted.
+    """Linear layers that weigh experts: routers, and gates of a shared expert.
 
-    Most architectures hold the router as a parameter of its own class, which is left alone anyhow.
+    They are small, and neither quantized nor adapted. Most architectures hold the router as a parameter of its own
+    class, which is left alone anyway.
     """
     names = []
     for name, experts in fused_experts(model).items():
@@ -61,7 +62,7 @@ def gate_names(model: nn.Module) -> list[str]:
 
 
 class ExpertsQuantizer(Bnb4BitHfQuantizer):
-    """bitsandbytes' 4-bit quantizer, which takes fused expert weights too where an expert is a whole number of blocks.
+    """bitsandbytes' 4-bit quantizer, extended to fused expert weights whose experts are a whole number of blocks.
 
     A checkpoint that was saved in 4 bit is left as it is: transformers sets its other weights unchanged.
     """
@@ -91,7 +92,7 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
 
 
 class _Quantize(Bnb4bitQuantize):
-    """What the loader calls with each weight, whole and in 16 or 32 bit, before it sets it."""
+    """The operation that the loader calls with each complete weight, in 16 or 32 bit, before it sets it."""
 
     def convert(  # type: ignore[override]
         self, input_dict: dict[str, Any], *, model: Any, **kwargs: Any
@@ -109,10 +110,10 @@ class _Quantize(Bnb4bitQuantize):
 
 
 def pack(weight: Tensor, quant_type: str, double_quant: bool) -> Params4bit:
-    """All experts' weights [E, ., .] as one parameter of packed bytes, uint8 [E . . / 2, 1], and a quantization state.
+    """Pack all experts' weights [E, ., .] into one parameter of bytes, uint8 [E . . / 2, 1], and a quantization state.
 
-    Bytes and state are those that `quantize_4bit` gives for the whole; expert by expert, since bitsandbytes' CPU kernel
-    takes 14 bytes a weight at work (0.50, measured).
+    Bytes and state equal those that `quantize_4bit` gives for the complete weight. This packs one expert at a time,
+    since bitsandbytes' CPU kernel needs 14 bytes a weight while it runs (0.50, measured).
     """
     parts = [quantize_4bit(expert, blocksize=BLOCK, quant_type=quant_type) for expert in weight]
     state = parts[0][1]
@@ -132,16 +133,16 @@ def pack(weight: Tensor, quant_type: str, double_quant: bool) -> Params4bit:
 
 
 def _can_pack(weight: nn.Parameter) -> bool:
-    """No block may straddle two experts."""
+    """Whether no block straddles two experts."""
     return weight.dim() == 3 and weight[0].numel() % BLOCK == 0
 
 
 @contextmanager
 def quantized_experts() -> Iterator[None]:
-    """Let `from_pretrained` with `load_in_4bit` quantize fused expert weights too, and read what was saved in 4 or 8 bit
-    in the dtype asked for.
+    """Let `from_pretrained` with `load_in_4bit` quantize fused expert weights too.
 
-    Goes when transformers' bitsandbytes quantizer does (5.23 passes over every parameter outside a linear layer).
+    It also reads checkpoints saved in 4 or 8 bit in the requested dtype. Remove once transformers' bitsandbytes
+    quantizer does (5.23 skips every parameter outside a linear layer).
     """
     ours = {"bitsandbytes_4bit": ExpertsQuantizer, "bitsandbytes_8bit": Saved8BitQuantizer}
     stock = {name: AUTO_QUANTIZER_MAPPING[name] for name in ours}
@@ -153,7 +154,7 @@ def quantized_experts() -> Iterator[None]:
 
 
 def unpack_experts(model: PreTrainedModel) -> None:
-    """Give the model's packed experts plain fp32 weights on the CPU, and transformers' own implementation, in place."""
+    """Give the model plain fp32 expert weights on the CPU and transformers' own implementation of experts, in place."""
     for experts in fused_experts(model).values():
         for name, weight in expert_weights(experts).items():
             if isinstance(weight, Params4bit):
@@ -165,8 +166,8 @@ def unpack_experts(model: PreTrainedModel) -> None:
 class ExpertsLora(ParamWrapper):
     """PEFT's LoRA of a fused expert weight, for one-by-one experts: same names, shapes, initialization and files.
 
-    PEFT's own adds B A to the whole weight at every forward pass; here the factors are lent to the experts module for
-    the time of its forward pass, and applied to the rows of each expert.
+    PEFT's own class adds B A to the full weight in every forward pass. Here the experts module holds the factors during
+    its forward pass, and applies them to the rows of each expert.
     """
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
@@ -188,15 +189,15 @@ class ExpertsLora(ParamWrapper):
             experts.lora.pop(self.parameter_name, None)
 
 
-# PEFT tells wrappers of parameters by this name, and wraps one in another for a module's second parameter
+# PEFT recognizes wrappers of parameters by this name, and wraps one in another for a module's second parameter
 ExpertsLora.__name__ = "ParamWrapper"
 
 
 def lora_modules(model: nn.Module) -> dict[type[nn.Module], Callable[..., nn.Module | None]]:
-    """What makes the LoRA layers of targeted parameters, by the type of module that holds them (PEFT's custom modules).
+    """Factories of LoRA layers for targeted parameters, by type of the module that holds them (PEFT's custom modules).
 
-    One-by-one experts get `ExpertsLora`; a linear layer whose weight is targeted gets the LoRA layer that it would get
-    by its own name, for PEFT would add B A to its weight, which may be packed.
+    One-by-one experts get `ExpertsLora`. A linear layer whose weight is targeted gets the LoRA layer that its own name
+    would give it. PEFT would add B A to its weight, which may be packed.
     """
     experts = {
         type(module) for module in fused_experts(model).values() if module.config._experts_implementation == ONE_BY_ONE
@@ -206,7 +207,7 @@ def lora_modules(model: nn.Module) -> dict[type[nn.Module], Callable[..., nn.Mod
 
 def _lora_of_linear(target: nn.Module, adapter_name: str, **kwargs: Any) -> nn.Module | None:
     if kwargs.pop("parameter_name", None) is None:
-        return None  # targeted by its own name: PEFT knows what to do
+        return None  # targeted by its own name: leave it to PEFT
     for dispatch in (dispatch_bnb_8bit, dispatch_bnb_4bit, dispatch_default):
         layer = dispatch(target, adapter_name, **kwargs)
         if layer is not None:

@@ -1,4 +1,4 @@
-"""The score head: found by where it stands, computed in its own precision, initialized small."""
+"""The score head: how it is found, computes in its own precision, and is initialized small."""
 
 import math
 from typing import Any
@@ -9,10 +9,10 @@ from transformers import PreTrainedModel
 
 
 class OwnPrecision:
-    """Mixin: compute this module in the dtype of its own weights, whatever autocast says.
+    """Mixin: compute this module in the dtype of its own weights, even under autocast.
 
-    A head kept in fp32 would otherwise be run in bf16 under autocast, and scores and losses rounded to 8 bits of
-    mantissa (losses of exactly 0.6875).
+    Autocast would otherwise run an fp32 head in bf16, and round scores and losses to 8 bits of mantissa (losses of
+    exactly 0.6875).
     """
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
@@ -38,10 +38,10 @@ def compute_in_own_precision(module: nn.Module) -> None:
 
 
 def head_modules(model: PreTrainedModel) -> list[str]:
-    """Names of the modules that make the head: all with weights outside the backbone, and a pooler inside it.
+    """Names of the modules that form the head: all with weights outside the backbone, and a pooler inside it.
 
-    An encoder's pooler stands inside its backbone, but language-model checkpoints do not hold it: frozen with the
-    backbone it would stay random and be lost.
+    An encoder's pooler is inside its backbone, but language-model checkpoints do not hold it. Frozen with the backbone,
+    it would stay random and not be saved.
     """
     prefix = model.base_model_prefix
     outside = [n for n, child in model.named_children() if n != prefix and any(True for _ in child.parameters())]
@@ -55,7 +55,7 @@ def is_in_head(name: str, head: list[str]) -> bool:
 
 
 def initialize(head: nn.Linear, std: float | None, seed: int) -> None:
-    """Draw a new head's weights from N(0, std), reproducibly; std None is 1/sqrt(H + 1), 0 is exactly zero.
+    """Draw a new head's weights from N(0, std), reproducibly. std None means 1/sqrt(H + 1); 0 gives exact zeros.
 
     Source: Stiennon et al. 2020, "Learning to summarize from human feedback", appendix B.
     """

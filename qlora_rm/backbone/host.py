@@ -1,4 +1,4 @@
-"""What this host has to give a process."""
+"""The host memory available to a process."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,12 +9,12 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 
 def free_memory() -> int:
-    """Bytes that can be taken without swapping, or going over the limit of a container or of a SLURM job."""
+    """Bytes that can be allocated without swapping or exceeding the limit of a container or a SLURM job."""
     return min(psutil.virtual_memory().available, *_rooms(CGROUPS, Path("/proc/self/cgroup")), 1 << 62)
 
 
 def _rooms(root: Path, membership: Path) -> Iterator[int]:
-    """Bytes below the limit of each control group (version 2) this process is in, the outer ones' too."""
+    """Bytes left below the limit of each control group (version 2) of this process, including the outer groups."""
     try:
         line = next(line for line in membership.read_text().splitlines() if line.startswith("0::"))
     except (OSError, StopIteration):

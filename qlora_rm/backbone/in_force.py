@@ -1,4 +1,4 @@
-"""What a loaded model really computes with, read from its layers."""
+"""The settings a loaded model actually computes with, read from its layers."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -13,11 +13,11 @@ from qlora_rm.backbone.saved_quantization import name_of
 
 
 def compute_quantized_layers_in(model: nn.Module, dtype: torch.dtype) -> None:
-    """Set the compute dtype of every 4-bit layer, and hold it there.
+    """Set the compute dtype of every 4-bit layer, and keep it there.
 
-    On CPUs with AVX512-BF16 bitsandbytes 0.50 repacks a layer's weights at its first forward in eval mode; from then on it
-    computes in bf16 whatever the compute dtype, and passes no gradient back in training mode either. Goes when it does
-    not.
+    On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks a layer's weights at its first forward in eval mode. From then
+    on the layer computes in bf16 whatever the compute dtype, and passes no gradient back in training mode. Remove once
+    it does not.
     """
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
@@ -26,7 +26,7 @@ def compute_quantized_layers_in(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def dequantize_to(model: nn.Module, dtype: torch.dtype) -> None:
-    """Let 4-bit weights be dequantized to `dtype`, as their layers compute, and not to the dtype they were saved from."""
+    """Dequantize 4-bit weights to `dtype`, in which their layers compute, instead of the dtype they were saved from."""
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)
         if state is not None:
@@ -34,10 +34,10 @@ def dequantize_to(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Switch off all dropout: layers, and probabilities that a module hands to its attention kernel or to a function.
+    """Switch off all dropout: layers, and probabilities that a module passes to its attention kernel or to a function.
 
-    TRL's `disable_dropout_in_model` reaches `nn.Dropout` layers only; Llama and most others hold `attention_dropout` as a
-    number. Goes when TRL reaches those.
+    TRL's `disable_dropout_in_model` changes `nn.Dropout` layers only; Llama and most others hold `attention_dropout` as
+    a number. Remove once TRL changes those too.
     """
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
@@ -48,7 +48,7 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def settings_in_force(model: nn.Module) -> Iterator[str]:
-    """Lines: quantized layers by what they hold and compute in, and the attention kernel."""
+    """Yield lines: quantized layers with their storage and compute dtype, and the attention kernel."""
     inside = {id(m.weight) for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)}
     layers = Counter(_layer(module) for module in model.modules())
     layers.update(

@@ -1,4 +1,4 @@
-"""What is in memory: parameters and bytes by dtype, what was quantized, what is trained."""
+"""Contents of memory: parameters and bytes by dtype, which are quantized, which are trained."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -16,11 +16,11 @@ from qlora_rm.console import table
 
 
 def inventory(model: nn.Module) -> list[str]:
-    """Lines of a table: part x dtype, with parameters, bytes and whether it is trained; whole, also where sharded.
+    """Lines of a table: part x dtype, with parameters, bytes and whether it is trained, as if unsharded.
 
-    Above it stands what the layers compute with (`settings_in_force`).
+    Lines above the table report what the layers compute with (`settings_in_force`).
 
-    A line more says what this process holds of a sharded model; what is still whole the engine shards at its start.
+    Sharded models get an extra line: the bytes this process holds. The engine shards the rest when it starts.
     """
     inner = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
     towers = [] if inner is None else unreached(inner)
@@ -44,8 +44,8 @@ def inventory(model: nn.Module) -> list[str]:
 def unquantized_share(model: PreTrainedModel) -> tuple[float, str]:
     """Share of the backbone's matrix weights outside 4 or 8 bit, and the name of the largest such weight.
 
-    Embeddings and vectors (norms, biases) are never quantized and do not count, nor do parts that text never passes through. Expert weights fused into 3-D
-    parameters do: transformers 5 leaves them in 16 bit without a word.
+    Embeddings and vectors (norms, biases) are never quantized and do not count; neither do parts that text never passes
+    through. Expert weights fused into 3-D parameters count: transformers 5 leaves them in 16 bit without a warning.
     """
     quantized = 0
     plain: dict[str, int] = {}
@@ -70,12 +70,12 @@ def _matrices(model: PreTrainedModel) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def logical_dim(parameter: nn.Parameter) -> int:
-    """Dimensions of the weight, also where DeepSpeed's zero.Init has left an empty stand-in."""
+    """Dimensions of the weight, even where DeepSpeed's zero.Init has left an empty placeholder."""
     return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def logical_size(parameter: nn.Parameter) -> int:
-    """Number of weights a parameter stands for, whatever it is packed into."""
+    """Number of weights a parameter represents, however they are packed."""
     state = getattr(parameter, "quant_state", None)
     if state is not None:
         return int(torch.Size(state.shape).numel())
@@ -83,12 +83,12 @@ def logical_size(parameter: nn.Parameter) -> int:
 
 
 def stored_bytes(parameter: nn.Parameter) -> int:
-    """Bytes it occupies unsharded, the quantization constants included."""
+    """Bytes of the unsharded parameter, including its quantization constants."""
     return int(getattr(parameter, "ds_numel", parameter.numel())) * parameter.element_size() + _constants(parameter)
 
 
 def held_bytes(parameter: nn.Parameter) -> int:
-    """Bytes it occupies on this process: its share where DeepSpeed has sharded it, and all its constants."""
+    """Bytes on this process: its shard where DeepSpeed has sharded the parameter, and all its constants."""
     here: torch.Tensor = getattr(parameter, "ds_tensor", parameter)
     return here.nbytes + _constants(parameter)
 
@@ -118,7 +118,7 @@ def _part(name: str, parameter: nn.Parameter, towers: Sequence[str]) -> str:
 
 
 def human_bytes(size: float) -> str:
-    """As people write it, in powers of ten: 35.3 GB."""
+    """Format a size for people, in powers of ten: 35.3 GB."""
     for unit in ("B", "KB", "MB", "GB"):
         if size < 1000:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"

@@ -1,4 +1,4 @@
-"""JSON files that may be damaged or hostile: read whole, or refused with a message."""
+"""JSON files that may be damaged or hostile: read completely, or refused with a message."""
 
 import json
 import math
@@ -10,25 +10,25 @@ from typing import Any, NoReturn
 from qlora_rm.errors import UserError
 
 LARGEST = 1 << 29
-"""Bytes of the largest JSON file that is read."""
+"""Size of the largest JSON file that is read, in bytes."""
 
 DEEPEST = 64
-"""How deep objects and lists may be nested."""
+"""Largest nesting depth of objects and lists."""
 
 LARGEST_WHOLE = 1 << 63
-"""Whole numbers stay below it in size."""
+"""Bound on integers: their absolute values must be smaller."""
 
 
 def read_json(path: Path, remedy: str, *, strict: bool = True) -> Any:
-    """The content of a JSON file, without NaN, infinite numbers, repeated keys and deep nesting.
+    """Return the content of a JSON file; refuse NaN, infinite numbers, repeated keys and deep nesting.
 
     Arguments:
         remedy: the sentence that ends each error message.
-        strict: False for a model's configuration, which others write: those of Mamba 2 and its relatives hold Infinity. Then
-            only its size and depth are bounded, and its whole numbers.
+        strict: False for a model's configuration, which others write: those of Mamba 2 and its relatives hold Infinity.
+            Then only its size, its depth and its integers are bounded.
 
     Raises:
-        UserError: the file cannot be read, or is no such JSON.
+        UserError: the file cannot be read, or is not such JSON.
         FileNotFoundError: there is no file.
     """
     try:
@@ -43,13 +43,13 @@ def read_json(path: Path, remedy: str, *, strict: bool = True) -> Any:
 
 
 def parse_json(text: str, where: str, remedy: str, *, strict: bool = True) -> Any:
-    """The content of JSON text, under the same rules as `read_json`.
+    """Return the content of JSON text, under the same rules as `read_json`.
 
     Arguments:
-        where: what error messages name.
+        where: the source that error messages name.
 
     Raises:
-        UserError: it is no such JSON.
+        UserError: the text is not such JSON.
     """
 
     def refuse(what: str) -> NoReturn:

@@ -1,4 +1,4 @@
-"""Where a loaded model reads a sequence's score, and which layouts of a batch must therefore give the score of it alone."""
+"""Where a loaded model reads a sequence's score, and which batch layouts must not change that score."""
 
 from typing import Literal, get_args
 
@@ -21,14 +21,15 @@ FIRST, LAST, ALL, OWN = SCORE_POSITIONS
 
 
 def layouts_of(model: nn.Module) -> tuple[Layout, ...]:
-    """The layouts in which `model` must give the score of a sequence alone.
+    """The layouts in which `model` must give a sequence the score that it has alone.
 
-    Padding on the right always. Padding on the left puts padding at the first place of a row: it is required where the
-    score is read at the last token or at all of them, unless the model numbers positions by their place in the row, or has a
-    decoder, which sees its copy of the row without a mask. A forest is required where the model takes one.
+    Right padding is always required. Left padding puts padding at the start of a row. It is required where the score is
+    read at the last token or at all tokens. Exceptions are models that number positions by their place in the row, and
+    models with a decoder, which sees its copy of the row without a mask. A forest is required where the model takes
+    one.
 
-    What is required follows from where the model reads, not from how well it does: a model that reads the last token and
-    whose padding reaches it still has to give equal scores, and fails.
+    The requirement follows from where the model reads, not from how well it does: a model that reads the last token and
+    lets padding reach it must still give equal scores, and fails.
     """
     left = score_position(model) in (LAST, ALL) and not positions_shift(model)
     left = left and not getattr(inner_model(model).config, "is_encoder_decoder", False)
@@ -36,9 +37,9 @@ def layouts_of(model: nn.Module) -> tuple[Layout, ...]:
 
 
 def score_position(model: nn.Module) -> ScorePosition:
-    """The token, or tokens, whose hidden states make the score: those with a gradient, in a short sequence padded right.
+    """The tokens whose hidden states determine the score: those with a gradient in a short, right-padded sequence.
 
-    The head's weights do not matter (a new one may be all zeros): random ones take their place.
+    Random head weights replace the model's own, which may be all zeros in a new head.
     """
     inner = inner_model(model)
     with gathered_at_work(inner):
@@ -54,7 +55,7 @@ def score_position(model: nn.Module) -> ScorePosition:
 
 
 def _gradient(model: PreTrainedModel) -> Tensor | None:
-    """Of the score, for the backbone's last hidden states [1, L, H]; None where the model has none to look at."""
+    """Gradient of the score by the backbone's last hidden states [1, L, H]; None where it cannot be computed."""
     states: list[Tensor] = []
 
     def keep(module: nn.Module, inputs: object, output: object) -> None:
@@ -78,7 +79,7 @@ def _gradient(model: PreTrainedModel) -> Tensor | None:
         with torch.enable_grad():
             logits = functional_call(model, heads, (), probe_inputs(model, right=2)).logits
             return torch.autograd.grad(logits.float().sum(), states[-1], allow_unused=True)[0]
-    except Exception:  # whatever a model's own code does with a short sequence
+    except Exception:  # a model's own code may raise anything on a short sequence
         return None
     finally:
         model.train(was_training)

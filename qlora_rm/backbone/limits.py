@@ -1,4 +1,4 @@
-"""What a backbone's configuration limits: positions and token ids, known before any weight is loaded."""
+"""Limits that follow from a backbone's configuration, before any weight is loaded: positions and token ids."""
 
 from copy import deepcopy
 from typing import Any
@@ -13,20 +13,20 @@ from qlora_rm.backbone.positions import tables_of
 
 
 def positions_of_config(config: PretrainedConfig, trust_remote_code: bool = False) -> int | None:
-    """Tokens of the longest sequence that a model of this configuration has positions for; None where no table limits them.
+    """Tokens of the longest sequence that such a model has positions for; None where no table limits them.
 
-    The model's own code looks positions up, in tables without memory. Where it cannot run so, the answer is None, and
+    The model's own code looks positions up, in tables without memory. Where that fails, the answer is None, and
     `positions.usable_positions` of the loaded model decides.
     """
     try:
         model = _without_memory(config, trust_remote_code)
         return min((table.positions for table in tables_of(model, has_memory=False)), default=None)
-    except Exception:  # whatever a model's own code raises; loading the model reports it
+    except Exception:  # a model's own code may raise anything; loading the model reports it
         return None
 
 
 def _without_memory(config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
-    """The model with weights of zeros that take no memory; its tables of numbers (position_ids) are real."""
+    """Build the model with zero weights that take no memory; its tables of numbers (position_ids) are real."""
     with _RealNumbers():
         model = skeleton(deepcopy(config), trust_remote_code)
     for module in model.modules():
@@ -44,7 +44,7 @@ def _zeros_like(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class _RealNumbers(TorchFunctionMode):
-    """Makes integer tensors on the CPU while a model is built on the meta device, which has no values."""
+    """Creates integer tensors on the CPU while a model is built on the meta device, which holds no values."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})

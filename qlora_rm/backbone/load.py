@@ -1,4 +1,4 @@
-"""Loading a backbone with a score head: in 4 bit, counted, and with nothing initialized behind the user's back."""
+"""Load a backbone with a score head: in 4 bit, with its memory counted, and with no silently initialized weights."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -45,10 +45,10 @@ from qlora_rm.errors import UserError, first_line
 from qlora_rm.progress import Phase, counted
 
 WORTH_SAYING = 0.1
-"""Share of unquantized weights above which a load that allows it says so; routers and small gates stay below."""
+"""Share of unquantized weights above which a permitted load reports it; routers and small gates stay below."""
 
 Loading = Callable[[list[str]], AbstractContextManager[None]]
-"""Made around the reading of 4-bit weights, given the modules that must stay as they are read (the head)."""
+"""Context factory for reading 4-bit weights; its argument lists the modules that must stay as read (the head)."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class Backbone:
     """A loaded sequence-classification model with one label.
 
     Attributes:
-        model: the model, frozen or not as loaded; its head computes in fp32.
-        head: names of the modules that make the score head; they are trained whole and saved.
+        model: the model, frozen or as loaded; its head computes in fp32.
+        head: names of the modules that form the score head; they are trained in full and saved.
         has_new_head: False where the checkpoint already was a reward model.
     """
 
@@ -82,15 +82,15 @@ def load_backbone(
 
     Arguments:
         tokenizer: sets the pad id; the embedding grows where the tokenizer has more entries than it has rows.
-        dtype: compute dtype, and storage dtype of what is not quantized.
+        dtype: compute dtype, and storage dtype of unquantized weights.
         full_fine_tuning: keep unquantized weights in fp32, since they will be trained.
-        loading: how 4-bit weights are loaded, where not whole on every process (`zero3.sharded_loading`).
+        loading: how 4-bit weights are loaded, unless completely on every process (`zero3.sharded_loading`).
         rotary_length: rotate every sequence as one of this length (`rotary.pinned`); None leaves rotation as it is.
-        as_saved: a checkpoint that is saved quantized is loaded as it is, whatever `config.quantization` says.
+        as_saved: load a quantized checkpoint as it is, whatever `config.quantization` says.
 
     Raises:
-        UserError: no model there, saved in another quantization, not one label, weights missing from the checkpoint, or
-            more weights left unquantized than `config.max_unquantized` allows.
+        UserError: there is no model, it is saved in another quantization, it has several labels, its checkpoint lacks
+            weights, or more weights stay unquantized than `config.max_unquantized` allows.
     """
     name = config.model_name_or_path
     if not name:
@@ -128,14 +128,14 @@ def load_backbone(
 
 
 def read_model_config(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
-    """The configuration of a model folder or hub id, or a `UserError` that says what stands there instead."""
+    """Return the configuration of a model folder or hub id; raise a `UserError` that names what is there instead."""
     require_model(name)
     require_plausible_config(name, revision)
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(f"No model could be loaded from {name}: {first_line(error)}") from error
-    except Exception as error:  # each architecture checks its own values, or fails on them in its own way
+    except Exception as error:  # each architecture checks its own values, or fails on them with its own errors
         raise as_user_error(name, error) from error
     if _is_classifier(config) and config.num_labels != 1:
         raise UserError(f"{name} is a classifier with {config.num_labels} labels; a reward model has one.")
@@ -153,7 +153,7 @@ def _head_is_kept(name: str) -> UserError:
 def quantization_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
     """NF4 with double quantization, LLM.int8(), or None.
 
-    The packed storage stays uint8: DeepSpeed's engine casts any other dtype and corrupts the packed bytes silently.
+    The packed storage stays uint8: DeepSpeed's engine casts any other dtype, which silently corrupts the packed bytes.
     """
     if quantization == "4bit":
         return BitsAndBytesConfig(
@@ -174,7 +174,7 @@ def _load_model(
     trust_remote_code: bool,
     loading: Loading | None,
 ) -> tuple[PreTrainedModel, set[str]]:
-    """The model and the names of the parameters its checkpoint did not hold."""
+    """Return the model and the names of the parameters its checkpoint lacks."""
     name = str(config.model_name_or_path)
     try:
         bones = skeleton(model_config, trust_remote_code)
@@ -187,7 +187,7 @@ def _load_model(
     quantization = quantization_config(config.quantization, dtype)
     if quantization is not None and saved == "none":
         quantization.llm_int8_skip_modules = head + gate_names(bones)
-        how["quantization_config"] = quantization  # a checkpoint saved in 4 bit brings its own, which None would hide
+        how["quantization_config"] = quantization  # a checkpoint saved in 4 bit has its own, which None would hide
     in_4_bit = "4bit" in (saved if saved != "none" else config.quantization)
     sharding = loading(head) if loading and in_4_bit else nullcontext()
     with quiet_transformers(), quantized_experts(), sharding:
@@ -208,7 +208,7 @@ def _load_model(
 
 
 def _require_whole(name: str, model: PreTrainedModel, fresh: set[str], head: list[str]) -> None:
-    """Only the head may be new: any other weight the checkpoint lacks would be random and frozen."""
+    """Refuse new weights outside the head: they would be random and frozen."""
     lost = sorted(key for key in fresh if not is_in_head(key, head))
     if lost:
         raise UserError(
@@ -220,11 +220,10 @@ def _require_whole(name: str, model: PreTrainedModel, fresh: set[str], head: lis
 def skeleton(
     model_config: PretrainedConfig, trust_remote_code: bool = False, dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:
-    """The model with one label and plain layers, without memory behind its weights (meta device), for what can be read off
-    shapes and names; of a configuration of its own.
+    """Build the model with one label and plain layers on the meta device, for facts that shapes and names determine.
 
-    Under ZeRO-3 transformers would shard and initialize even this; `set_zero3_state` tells it that this is done. Goes
-    when transformers leaves models on the meta device alone.
+    It gets its own copy of the configuration. Under ZeRO-3 transformers would shard and initialize this model too;
+    `set_zero3_state` makes it skip that. Remove once transformers leaves models on the meta device alone.
     """
     config = deepcopy(model_config)
     config.num_labels = 1
@@ -235,10 +234,10 @@ def skeleton(
 
 
 def _prepare_head(model: PreTrainedModel, head: list[str], fresh: set[str], std: float | None, seed: int) -> None:
-    """fp32 weights and arithmetic for the whole head; the seeded small initialization for a new last layer."""
+    """Make the full head fp32 in weights and arithmetic, and initialize a new last layer with small seeded weights."""
     for name in head:
         module = model.get_submodule(name)
-        make_whole(module)  # transformers shards an unquantized model under ZeRO-3, the head with it
+        make_whole(module)  # under ZeRO-3 transformers shards an unquantized model, including its head
         module.to(torch.float32)
         compute_in_own_precision(module)
     linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and is_in_head(n, head)}
@@ -248,10 +247,10 @@ def _prepare_head(model: PreTrainedModel, head: list[str], fresh: set[str], std:
 
 
 def _match_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, may_grow: bool) -> None:
-    """The model's pad id is the tokenizer's, and its embedding has a row for every token.
+    """Set the model's pad id to the tokenizer's, and give its embedding a row for every token.
 
-    Only a pad token may be without a row where embeddings are frozen: no sequence contains it, and so it does not
-    matter that its row is random and not saved.
+    Where embeddings are frozen, only a pad token may lack a row: no sequence contains it, so it does not matter that
+    its row is random and not saved.
     """
     rows = embedding_rows(model)
     if len(tokenizer) > rows:
@@ -269,14 +268,16 @@ def _match_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
 
 
 def _to_device(model: PreTrainedModel, config: BackboneConfig) -> None:
-    """Onto this process's GPU, so that the probe runs where training will; quantized weights already are there, and
-    ZeRO-3 places what it shards."""
+    """Move the model to this process's GPU, so that the probe runs where training will.
+
+    Quantized weights are already there, and ZeRO-3 places what it shards.
+    """
     if torch.cuda.is_available() and config.quantization == "none" and not is_deepspeed_zero3_enabled():
         nn.Module.to(model, torch.device("cuda", torch.cuda.current_device()))
 
 
 def embedding_rows(model: PreTrainedModel) -> int:
-    """How many token ids the model has an input embedding for, which may have an adapter."""
+    """Number of token ids with an input embedding. The embedding may have an adapter."""
     embedding = model.get_input_embeddings()
     plain = embedding.get_base_layer() if isinstance(embedding, BaseTunerLayer) else embedding
     assert isinstance(plain, nn.Embedding)
@@ -303,8 +304,10 @@ def _require_quantized(model: PreTrainedModel, config: BackboneConfig, was_saved
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence the loading report (what is new and what is missing is checked and said by this module), and count the
-    weights that are read in a phase of ours instead of transformers' bar."""
+    """Silence transformers' loading report and replace its bar.
+
+    This module checks and reports new and missing weights itself, and counts the weights read in a `Phase`.
+    """
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     hook = transformers_logging.set_tqdm_hook(_counted)
@@ -316,7 +319,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def _counted(factory: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """In place of a bar of transformers': its items, counted; without items, a bar that is not drawn."""
+    """Replace a bar of transformers: count its items; without items, return a bar that is not drawn."""
     if not args or not isinstance(args[0], Iterable):
         return factory(*args, **kwargs | {"disable": True})
     return counted(args[0], Phase("loading", kwargs.get("total") or len(args[0]), "weights"))  # type: ignore[arg-type]

@@ -88,10 +88,10 @@ def attention_masks(
 def dense_mask(
     position_ids: Tensor, subtree_end: Tensor, window: int | None = None, chunk: int | None = None
 ) -> Tensor:
-    """Which token may see which, bool [R, 1, L (query), L (key)]: k <= q < subtree_end[k].
+    """Mask of which token may see which, bool [R, 1, L (query), L (key)]: k <= q < subtree_end[k].
 
-    A sliding window and attention in chunks count by depth (position), not by place in the row: a token's own
-    sequence is all it sees, and there depth is what index is in a plain batch.
+    A sliding window and chunked attention count by depth (position), not by place in the row. A token sees only its own
+    sequence, and there depth equals the index in a plain batch.
     """
     q = torch.arange(subtree_end.shape[1], device=subtree_end.device)
     mask = (q <= q[:, None]) & (q[:, None] < subtree_end[:, None, :])
@@ -105,7 +105,7 @@ def dense_mask(
 def block_mask(
     position_ids: Tensor, subtree_end: Tensor, window: int | None = None, chunk: int | None = None
 ) -> BlockMask:
-    """The same for FlexAttention, built on the device from the two index tensors; blocks nobody sees are skipped."""
+    """The same mask for FlexAttention, built on the device from both index tensors; fully masked blocks are skipped."""
 
     def may_see(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         seen = (k <= q) & (q < subtree_end[b, k])
@@ -120,7 +120,7 @@ def block_mask(
 
 
 def forest_batch(sequences: Sequence[list[int]], pad_token_id: int, multiple_of: int = 1) -> dict[str, Tensor]:
-    """The forward pass's inputs for S sequences, each shared beginning once."""
+    """The forward pass's inputs for S sequences, with each shared beginning once."""
     return as_tensors(grow(sequences, pad_token_id, multiple_of))
 
 
@@ -136,25 +136,26 @@ def sharing_model(model: nn.Module) -> PreTrainedModel | None:
 
 
 def row_multiple(model: nn.Module) -> int:
-    """What row lengths of a forest must be a multiple of for the attention kernel of a model, in its wrappers or not."""
+    """The multiple that forest row lengths must have for the model's attention kernel; `model` may be wrapped."""
     inner = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
     return FLEX_BLOCK if inner.config._attn_implementation == "flex_attention" else 1
 
 
 def dense_width(model: nn.Module) -> int | None:
-    """The backbone's hidden size where attention works through a dense mask, None where it skips what the mask hides."""
+    """The backbone's hidden size where attention uses a dense mask; None where it skips what the mask hides."""
     config = next(module for module in model.modules() if isinstance(module, PreTrainedModel)).config
     return None if config._attn_implementation == "flex_attention" else config.get_text_config().hidden_size
 
 
 def share_prefixes(model: PreTrainedModel, choice: SharePrefix, kernel: str | None = None) -> bool:
-    """Let `model` take forests where that gives the scores of plain batches; decides, and says why.
+    """Let `model` take forests where that gives the scores of plain batches; log the decision and its reason.
 
     Arguments:
-        model: loaded, outside any wrapper; its class gains the mixin in place, under its own name, which saved
-            configurations carry.
-        choice: "auto" falls back to plain batches with one line; "true" makes that an error; "false" is plain batches.
-        kernel: the attention kernel the user asked for, if any; no other is tried then.
+        model: loaded, outside any wrapper. Its class gains the mixin in place and keeps its name, which saved
+            configurations hold.
+        choice: "auto" falls back to plain batches and logs one line; "true" makes that an error; "false" means plain
+            batches.
+        kernel: the attention kernel the user asked for, if any; then no other is tried.
 
     Raises:
         UserError: `choice` is "true" and packed scores differ, or cannot be computed.
@@ -177,7 +178,7 @@ def share_prefixes(model: PreTrainedModel, choice: SharePrefix, kernel: str | No
 
 
 def _obstacle(model: PreTrainedModel) -> str | None:
-    """Why no kernel could share here, seen before any is tried; what a short probe would not show among them."""
+    """Why no kernel can share prompts here, checked before any is tried; includes cases a short probe would miss."""
     if not isinstance(getattr(model, "score", None), nn.Linear):
         return "no linear score head on a causal backbone"
     if any(buffer.dtype == torch.bool and buffer.dim() == 4 for buffer in model.buffers()):
@@ -186,7 +187,7 @@ def _obstacle(model: PreTrainedModel) -> str | None:
 
 
 def _kernels(model: PreTrainedModel, asked: str | None) -> list[str]:
-    """Attention kernels to try, the best first: those that take a mask.
+    """Attention kernels that take a mask, in the order to try them.
 
     FlexAttention skips what the mask hides, but has no backward on a CPU, and none with attention dropout.
     """
@@ -200,16 +201,16 @@ def _kernels(model: PreTrainedModel, asked: str | None) -> list[str]:
 
 
 def _try(model: PreTrainedModel, kernel: str) -> str | None:
-    """Switch `model` to sharing with `kernel` and probe it; put everything back and say why where it does not hold."""
+    """Switch `model` to sharing with `kernel` and probe it; on failure restore everything and return the reason."""
     own_class, own_kernel = type(model), model.config._attn_implementation
     allowed = TOLERANCE.get(_dtype(model), TOLERANCE[torch.float32])
     try:
         model.set_attn_implementation(kernel)
         with gathered_at_work(model):
             plain, packed = probe(model)
-            if kernel == "flex_attention":  # the one that is compiled, forward and backward apart
+            if kernel == "flex_attention":  # compiled, forward and backward separately
                 probe_backward(model)
-    except Exception as error:  # whatever an architecture does with a mask it was not written for
+    except Exception as error:  # an architecture may raise anything on a mask it was not written for
         reason = f"{type(error).__name__}: {first_line(error)[:100]}"
     else:
         difference = float(((packed - plain).norm(dim=-1) / plain.norm(dim=-1).clamp(min=1e-12)).max())
@@ -222,10 +223,10 @@ def _try(model: PreTrainedModel, kernel: str) -> str | None:
 
 
 def probe(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
-    """Hidden states at the ends of three short sequences, two sharing a beginning: one by one, and packed; [3, H].
+    """Last hidden states of three short sequences, two with a common beginning: one by one, and packed; [3, H].
 
-    The third begins beyond the positions of pretraining, where rotary scaling may switch for the whole row. Hidden states
-    rather than scores: a head that starts at zero gives any sequence the same score.
+    The third starts beyond the positions of pretraining, where rotary scaling may switch for the entire row. The probe
+    compares hidden states, because a head that starts at zero gives every sequence the same score.
     """
     sequences, starts, batch = _probe_batch(model)
     was_training = model.training
@@ -240,9 +241,9 @@ def probe(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
 
 
 def probe_backward(model: PreTrainedModel) -> None:
-    """One forward and backward pass over the probe's forest in training mode; raises what the kernel raises.
+    """Run one forward and backward pass over the probe's forest in training mode; raise what the kernel raises.
 
-    It goes through the hidden states alone: gradients of weights would be a second model in memory.
+    Only hidden states get gradients: gradients of weights would take the memory of a second model.
     """
     *_, batch = _probe_batch(model)
     was_training = model.training
@@ -276,9 +277,9 @@ def _probe_batch(model: PreTrainedModel) -> tuple[list[list[int]], list[int], di
 
 
 def _beyond_pretraining(model: PreTrainedModel) -> int:
-    """A position after those a backbone was made for; 0 where a table of positions ends there.
+    """A position beyond those a backbone was made for; 0 where a table of positions ends there.
 
-    It begins a chunk, where attention works in chunks: stock models count them from the beginning of the row.
+    It is the start of a chunk where attention works in chunks: stock models count chunks from the beginning of the row.
     """
     if usable_positions(model) is not None:
         return 0
@@ -292,7 +293,7 @@ def _beyond_pretraining(model: PreTrainedModel) -> int:
 
 
 def _dtype(model: PreTrainedModel) -> torch.dtype:
-    """Of the hidden states: that of the embeddings they start from."""
+    """Dtype of the hidden states: that of the embeddings."""
     return next(model.get_input_embeddings().parameters()).dtype
 
 
@@ -306,5 +307,5 @@ MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "subtree_end", "l
 
 
 def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Of a training batch, what the forward pass takes: a forest's tensors, or a padded batch's."""
+    """The entries of a training batch that the forward pass takes: a forest's tensors, or a padded batch's."""
     return {name: batch[name] for name in MODEL_INPUTS if name in batch}

@@ -1,4 +1,4 @@
-"""The pad token: one that no text contains, since readers score the last token that differs from it."""
+"""The pad token: one that no text contains, since consumers score the last token that differs from it."""
 
 import difflib
 import re
@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from qlora_rm.console import say
 from qlora_rm.errors import UserError
 
-# Names under which vocabularies reserve tokens nobody writes, most pad-like first.
+# Names under which vocabularies reserve unused tokens, most pad-like first.
 RESERVED = re.compile(
     r"<\|?pad(ding)?\|?>|\[PAD\]|<\|(finetune_right_|vision_|video_|image_)?pad(_id)?\|>|"
     r"<\|?reserved_(special_token_)?\d+\|?>|\[control_\d+\]|<\|?(unused|extra_id_|dummy_|placeholder)_?\d*\|?>|"
@@ -19,7 +19,7 @@ RESERVED = re.compile(
 )
 
 MARKED = re.compile(r"[<\[{].*\w.*[>\]}]", re.DOTALL)
-"""How tokens look that are no text: <pad>, [PAD], <|padding|>."""
+"""Pattern of tokens that are not text: <pad>, [PAD], <|padding|>."""
 
 ROLES = {
     "bos_token": "its bos token",
@@ -44,14 +44,14 @@ CONVERSATIONS: list[list[dict[str, Any]]] = [
 
 
 def choose_pad_token(tokenizer: PreTrainedTokenizerBase, asked: str | None = None, trained: int | None = None) -> None:
-    """Set a pad token that no sequence contains, and say so where it is not the tokenizer's own.
+    """Set a pad token that no sequence contains, and log it where it is not the tokenizer's own.
 
-    In order: the token asked for; the pad token that the model was trained with; the tokenizer's own, unless texts contain
-    it; a reserved token of the vocabulary; the unknown token of a tokenizer that never emits it; a new token.
+    In order: the token asked for; the pad token that the model was trained with; the tokenizer's own, unless texts
+    contain it; a reserved token of the vocabulary; the unknown token of a tokenizer that never emits it; a new token.
 
     Arguments:
         asked: `--pad_token`.
-        trained: id of the pad token with which a model was trained that is gone on with.
+        trained: id of the pad token that the model was trained with, when training continues.
 
     Raises:
         UserError: the token asked for is not in the vocabulary, or texts contain it.
@@ -76,7 +76,7 @@ def choose_pad_token(tokenizer: PreTrainedTokenizerBase, asked: str | None = Non
 
 
 def why_in_texts(tokenizer: PreTrainedTokenizerBase, token: str) -> str | None:
-    """Why texts contain a token of the vocabulary; None where they do not."""
+    """Return the reason why texts contain a token of the vocabulary; None where they do not."""
     for name, reason in ROLES.items():
         if token == getattr(tokenizer, name, None):
             return reason
@@ -137,7 +137,7 @@ def _templates(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def _written(tokenizer: PreTrainedTokenizerBase) -> Iterator[int]:
-    """Ids that the chat template writes around small conversations, the names of which it may put together."""
+    """Ids that the chat template writes around small conversations, including tokens whose names it concatenates."""
     if not tokenizer.chat_template:
         return
     for turns in CONVERSATIONS:

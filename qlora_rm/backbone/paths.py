@@ -1,4 +1,4 @@
-"""Telling a folder from a hub id, and a model folder from something else, before a library does it in riddles."""
+"""Tell folders from hub ids, and model folders from other folders, before a library raises an obscure error."""
 
 import difflib
 from pathlib import Path
@@ -21,7 +21,7 @@ def require_folder(name: str) -> None:
 
 
 def require_model(name: str) -> None:
-    """Raise `UserError` where a local `name` is no model folder, and say what it is instead."""
+    """Raise `UserError` where a local `name` is not a model folder; the message names what it is instead."""
     require_folder(name)
     folder = Path(name).expanduser()
     if not is_local(name) or (folder / "config.json").exists():

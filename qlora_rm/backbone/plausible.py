@@ -1,7 +1,7 @@
-"""Refuses configurations and weight files that no model has, before anything of their size is made.
+"""Refuse implausible configurations and weight files before anything of their size is allocated.
 
-A config.json is data from others. One with a million layers, or with a vocabulary that no file holds, would take all memory
-or all time of whoever builds the model.
+A config.json is untrusted data. One with a million layers, or with a vocabulary that no file holds, would exhaust the
+memory or time of whoever builds the model.
 """
 
 import re
@@ -19,7 +19,7 @@ from qlora_rm.errors import UserError, first_line
 
 REMEDY = "Fetch or save the model again."
 LARGEST = 1 << 40
-"""No number of a configuration is larger in size."""
+"""Largest absolute value of a number in a configuration."""
 
 LONGEST = 1_000_000
 """Entries of the longest list or object."""
@@ -29,7 +29,7 @@ COUNTS = (
     (re.compile(r"(vocab_size|_positions?|_position_embeddings|n_ctx|_length|_window)$"), 1 << 31),
     (re.compile(r"(_size|_dim|^dim|d_model|n_embd|d_ff|d_kv|n_inner)$"), 1 << 24),
 )
-"""By the end of a key: the largest number that it may have. The first pattern that fits decides."""
+"""Largest value of a number, by the end of its key. The first pattern that matches decides."""
 
 SHARED_LAYERS = 64
 """Layers that a model may have beyond the number of its tensors: ALBERT uses the weights of one layer many times."""
@@ -38,17 +38,18 @@ GROWTH, FREE = 1.5, 10_000_000
 """How many more weights a configuration may imply than the files hold: this factor, and this number for a new head."""
 
 WEIGHTS_PER_BYTE = 4
-"""Of a quantized checkpoint: weights of 2 bits."""
+"""For a quantized checkpoint: 2 bits a weight."""
 
 
 def require_plausible_config(name: str, revision: str | None = None) -> None:
-    """Check a config.json as JSON, before a library makes a configuration of it.
+    """Check a config.json as JSON, before a library builds a configuration from it.
 
     Arguments:
         name: a model folder, a config.json, or a hub id, whose config.json is fetched.
 
     Raises:
-        UserError: it is no JSON object, or a number or list in it is larger than in any model; the message names the key.
+        UserError: it is not a JSON object, or a number or list in it is larger than in any model; the message names the
+            key.
     """
     path = _config_file(name, revision)
     if path is None:
@@ -62,10 +63,10 @@ def require_plausible_config(name: str, revision: str | None = None) -> None:
 
 
 def require_held(name: str, revision: str | None, bones: PreTrainedModel) -> None:
-    """Check that the weights a configuration implies are about those that the files hold.
+    """Check that a configuration implies about as many weights as the files hold.
 
     Arguments:
-        bones: the model without memory behind its weights.
+        bones: the model on the meta device.
 
     Raises:
         UserError: it implies far more, or a file is broken.
@@ -92,7 +93,7 @@ def is_quantized(name: str, revision: str | None) -> bool:
 
 
 def as_user_error(name: str, error: Exception) -> UserError:
-    """What a library says of a configuration that it cannot read or build, for people."""
+    """Turn a library's error about a configuration that it cannot read or build into a `UserError`."""
     return UserError(f"No model could be loaded from {name}: {type(error).__name__}: {first_line(error):.300}")
 
 
@@ -101,7 +102,7 @@ def _config_file(name: str, revision: str | None) -> Path | None:
         return Path(name)
     try:
         found = cached_file(name, "config.json", revision=revision, _raise_exceptions_for_missing_entries=False)
-    except (OSError, ValueError):  # whoever loads the model says what is missing
+    except (OSError, ValueError):  # loading the model reports what is missing
         return None
     return None if found is None else Path(found)
 
@@ -129,7 +130,7 @@ def _require_bounded(path: Path, key: str, value: Any) -> None:
 
 
 def _require_layers(name: str, path: Path, content: dict[str, Any]) -> None:
-    """A layer has a tensor at least, but for models that use one layer many times."""
+    """Check that a model has at least one tensor a layer, unless it uses one layer many times."""
     pattern = COUNTS[0][0]
     most = max((v for k, v in _entries(content) if type(v) is int and pattern.search(k) and "layer" in k), default=0)
     if most <= SHARED_LAYERS or not is_local(name) or Path(name).is_file():

@@ -1,7 +1,7 @@
-"""The tables in which a model looks positions up: how long a sequence they allow, and whether padding shifts it.
+"""Position tables of a model: how long a sequence they allow, and whether padding shifts it.
 
-A table is found by watching a short forward pass, not by its name: a lookup by consecutive numbers in a table of floats is
-a lookup by position. The first number is the one that position 0 has (RoBERTa and OPT begin at 2).
+A table is found by watching a short forward pass, not by its name: a lookup by consecutive numbers in a table of floats
+is a lookup by position. The first number is the row of position 0 (RoBERTa and OPT begin at 2).
 """
 
 from collections.abc import Iterator
@@ -17,13 +17,13 @@ from transformers import PreTrainedModel
 from qlora_rm.backbone.zero3_gather import gathered_at_work
 
 TOKENS = 6
-"""Of the probe's sequence; a table has more rows than the probe has tokens, so that hidden states are not taken for one."""
+"""Length of the probe's sequence. Tables have more rows than the probe has tokens, which excludes hidden states."""
 
 PADDING = 2
-"""Of the same sequence padded on the left."""
+"""Padding tokens when the same sequence is padded on the left."""
 
 ATTENTION = {functional.scaled_dot_product_attention, functional.softmax, torch.softmax, Tensor.softmax}
-"""What comes after the lookup of positions."""
+"""Calls that follow the lookup of positions."""
 
 GATHER = {torch.gather, Tensor.gather}
 
@@ -33,10 +33,11 @@ class PositionTable:
     """One table of positions.
 
     Attributes:
-        rows: how many it has.
+        rows: number of rows.
         first: the row of a sequence's first token.
-        width: of a row. As wide as hidden states it is added to them; a rotary table has the width of an attention head.
-        shifts: a sequence padded on the left is looked up at other rows.
+        width: of a row. A table as wide as the hidden states is added to them; a rotary table is as wide as an
+            attention head.
+        shifts: whether a sequence padded on the left is looked up at other rows.
     """
 
     rows: int
@@ -46,7 +47,7 @@ class PositionTable:
 
     @property
     def positions(self) -> int:
-        """Tokens of the longest sequence that it has rows for."""
+        """Tokens of the longest sequence that the table has rows for."""
         return self.rows - self.first
 
 
@@ -56,9 +57,10 @@ def usable_positions(model: nn.Module) -> int | None:
 
 
 def positions_shift(model: nn.Module) -> bool:
-    """Whether padding on the left gives a sequence other positions: those of a table in which the place in the row counts.
+    """Whether padding on the left gives a sequence other positions: those of a table indexed by the place in the row.
 
-    Rotary and relative positions are the same wherever a sequence begins; a table may be read by the attention mask.
+    Rotary and relative positions are the same wherever a sequence begins; a table may be indexed through the attention
+    mask.
     """
     inner = inner_model(model)
     embedding: Any = inner.get_input_embeddings()
@@ -67,7 +69,7 @@ def positions_shift(model: nn.Module) -> bool:
 
 
 def position_tables(model: nn.Module) -> list[PositionTable]:
-    """The tables of a loaded model, in wrappers or not."""
+    """The tables of a loaded model, wrapped or not."""
     inner = inner_model(model)
     with gathered_at_work(inner):
         return tables_of(inner)
@@ -79,7 +81,7 @@ def inner_model(model: nn.Module) -> PreTrainedModel:
 
 
 def probe_ids(model: PreTrainedModel) -> list[int]:
-    """`TOKENS` ids that are neither padding nor consecutive; the last is end-of-text, where BART and T5 read their score."""
+    """`TOKENS` ids, neither padding nor consecutive; the last is end-of-text, where BART and T5 read their score."""
     config = model.config.get_text_config()
     pad, end = (getattr(config, name, None) for name in ("pad_token_id", "eos_token_id"))
     ids = [token for token in range(config.vocab_size - 1, 0, -2) if token not in (pad, end)][:TOKENS]
@@ -104,7 +106,7 @@ def tables_of(model: PreTrainedModel, *, has_memory: bool = True) -> list[Positi
     """The tables of a model.
 
     Arguments:
-        has_memory: there are numbers behind its weights.
+        has_memory: whether its weights have values.
     """
     alone, padded = _lookups(model, 0, has_memory), _lookups(model, PADDING, has_memory)
     pairs = zip(alone, padded, strict=False)
@@ -112,14 +114,14 @@ def tables_of(model: PreTrainedModel, *, has_memory: bool = True) -> list[Positi
 
 
 def _lookups(model: PreTrainedModel, left: int, has_memory: bool) -> list[tuple[int, int, int]]:
-    """Rows and width of each table, and the row of the sequence's first token behind `left` tokens of padding."""
+    """Rows and width of each table, and the row of the sequence's first token after `left` tokens of padding."""
     watch, inputs = _Watch(model, left, has_memory), probe_inputs(model, left=left)
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad(), watch:
             model(**inputs)
-    except Exception:  # the lookups are done; or the model cannot run, which comes up when it scores
+    except Exception:  # the lookups are done; or the model cannot run, which scoring reports
         return watch.found
     finally:
         model.train(was_training)
@@ -127,16 +129,18 @@ def _lookups(model: PreTrainedModel, left: int, has_memory: bool) -> list[tuple[
 
 
 class _Done(Exception):
-    """Positions have been looked up."""
+    """Raised once positions have been looked up."""
 
 
 class _Watch(TorchFunctionMode):
-    """Notes lookups in tables of floats by numbers that are consecutive where the sequence stands, and ends the forward
-    pass at the first attention (a decoder's positions come after its encoder's attention).
+    """Record lookups in tables of floats by numbers that are consecutive within the sequence.
+
+    It ends the forward pass at the first attention. A decoder looks positions up after its encoder's attention, so that
+    a model with both runs to the end if it has memory.
 
     Arguments:
         left: tokens of padding before the sequence.
-        has_memory: otherwise products with weights are zeros, and are not computed.
+        has_memory: if False, products with weights are zeros and are not computed.
     """
 
     def __init__(self, model: PreTrainedModel, left: int, has_memory: bool) -> None:
@@ -168,14 +172,14 @@ class _Watch(TorchFunctionMode):
             self.found.append((rows, table.shape[-1], numbers[0]))
 
     def _holds(self, table: Tensor) -> bool:
-        """Whether `table` is the model's, not a tensor of hidden states."""
+        """Whether `table` is a parameter or buffer of the model, not a tensor of hidden states."""
         place = table.untyped_storage().data_ptr()
         own = (*self.model.parameters(), *self.model.buffers())
         return any(tensor.untyped_storage().data_ptr() == place for tensor in own)
 
 
 def _lookup(func: Any, args: Any, kwargs: Any) -> Iterator[tuple[Any, int, Any]]:
-    """The table, its dimension and the index of a call that looks rows up."""
+    """Yield the table, its dimension and the index of a call that looks up rows."""
     if func is functional.embedding:
         yield args[1] if len(args) > 1 else kwargs["weight"], 0, args[0] if args else kwargs["input"]
     elif func in (torch.index_select, Tensor.index_select) and len(args) == 3:

@@ -1,4 +1,4 @@
-"""Which parts of a backbone text passes through: towers for images or sound take no part in a reward model of text."""
+"""Parts of a backbone that text passes through: towers for images or sound take no part in a reward model of text."""
 
 import re
 from collections.abc import Sequence
@@ -13,14 +13,15 @@ from qlora_rm.console import say
 from qlora_rm.errors import first_line
 
 PROBE = 4
-"""Token ids of the forward pass that shows what text passes through."""
+"""Token ids in the forward pass that shows what text passes through."""
 
 
 def unreached(model: PreTrainedModel) -> list[str]:
     """Names of the largest modules with weights that a forward pass of text alone never enters, in the model's order.
 
-    Only backbones of several parts (a text configuration inside the outer one) are tried; the answer is kept on the model.
-    A module of a list whose like is entered counts as entered: an expert that these few tokens were not sent to.
+    Only backbones of several parts (a text configuration inside the outer one) are tried; the model caches the answer.
+    A module in a list counts as entered where a similar one is entered, such as an expert that these few tokens did not
+    reach.
     """
     known: list[str] | None = getattr(model, "_unreached_by_text", None)
     if known is None:
@@ -31,7 +32,7 @@ def unreached(model: PreTrainedModel) -> list[str]:
 
 
 def freeze_unreached(model: PreTrainedModel) -> None:
-    """Train nothing that text never passes through: it would get no gradient, for which DDP waits."""
+    """Freeze what text never passes through: it would get no gradient, and DDP waits for one."""
     for tower in unreached(model):
         model.get_submodule(tower).requires_grad_(False)
 
@@ -42,14 +43,14 @@ def is_below(name: str, modules: Sequence[str]) -> bool:
 
 
 def pattern_of(modules: Sequence[str]) -> str:
-    """A regular expression that the names of `modules` and of all inside them match in full."""
+    """A regular expression that matches the full names of `modules` and of everything inside them."""
     return rf"({'|'.join(map(re.escape, modules))})(\..*)?"
 
 
 def _followed(model: PreTrainedModel) -> list[str]:
     try:
         return _roots(model, _entered(model))
-    except Exception as error:  # an architecture whose code wants more than text, or numbers on the meta device
+    except Exception as error:  # the architecture's code needs more than text, or numbers on the meta device
         reason = f"{type(error).__name__}: {first_line(error)[:100]}"
         say(f"backbone: which parts text passes through was not found ({reason}); all count as reached")
         return []
@@ -62,7 +63,7 @@ def _entered(model: PreTrainedModel) -> set[str]:
 
     def note(module: nn.Module, *_: object) -> None:
         entered.add(names[module])
-        if isinstance(module, nn.MultiheadAttention):  # which computes with its layers' weights without calling them
+        if isinstance(module, nn.MultiheadAttention):  # it computes with its layers' weights without calling them
             entered.update(f"{names[module]}.{name}" for name, _ in module.named_modules() if name)
 
     hooks = [module.register_forward_pre_hook(note) for module in names]
@@ -92,7 +93,7 @@ def _roots(model: PreTrainedModel, entered: set[str]) -> list[str]:
 
 
 def _like_another(model: nn.Module, name: str, entered: set[str]) -> bool:
-    """Whether it, or a module it is inside of, stands in a list with one of its class that was entered."""
+    """Whether the module, or one that contains it, is in a list with an entered module of the same class."""
     parts = name.split(".")
     for end in range(1, len(parts) + 1):
         place, holder = ".".join(parts[:end]), ".".join(parts[: end - 1])

@@ -1,10 +1,12 @@
-"""Rotary scaling that depends on length, made one rule for the whole life of a model.
+"""Rotary scaling that depends on length, replaced by one fixed rule for the life of a model.
 
-longrope (Phi-3) and dynamic NTK choose the rotation of every sequence of a batch by its longest one (transformers 5.23,
-`modeling_rope_utils.dynamic_rope_update`), so that a long neighbour changes the scores of short ones; dynamic NTK also
-keeps the longest length it has seen (Qwen #401). vLLM chooses once, at its start. A reward model is therefore given the rotation of its
-longest sequence for all sequences, and its configuration says so in a form in which nothing is left to choose: longrope
-with twice the same factors, dynamic NTK as plain rotation with the theta it comes to. Every consumer then agrees.
+longrope (Phi-3) and dynamic NTK choose the rotation of all sequences in a batch by the longest one (transformers 5.23,
+`modeling_rope_utils.dynamic_rope_update`). A long neighbour thus changes the scores of short sequences. Dynamic NTK
+also keeps the longest length it has seen (Qwen #401). vLLM chooses once, at its start.
+
+A reward model therefore rotates all sequences as its longest one. Its configuration states this in a form that leaves
+no choice: longrope with the same factors twice, dynamic NTK as plain rotation with the resulting theta. Every consumer
+then agrees.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,7 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 Parameters = dict[str, Any]
 
 ORIGINAL = "original_inv_freq"
-"""End of the name of the buffer that holds a rotary layer's first frequencies."""
+"""Suffix of the name of the buffer that holds a rotary layer's first frequencies."""
 
 
 def depends_on_length(config: PretrainedConfig) -> bool:
@@ -34,16 +36,20 @@ def longest_reach(config: PretrainedConfig) -> int:
 
 
 def rotary_length(config: PretrainedConfig, max_length: int | None) -> int | None:
-    """The length whose rotation all sequences of a model get that is trained up to `max_length`: that, or without a limit
-    the length the scaling was made for. None where rotation does not depend on length."""
+    """The length whose rotation all sequences of a model get; None where rotation does not depend on length.
+
+    It is the `max_length` of training, or without a limit the length the scaling was made for.
+    """
     if not depends_on_length(config):
         return None
     return max_length or longest_reach(config)
 
 
 def pinned(config: PretrainedConfig, length: int | None) -> PretrainedConfig:
-    """A configuration that rotates every sequence as one of `length` tokens; the same one where there is nothing to choose,
-    or `length` is None."""
+    """A configuration that rotates every sequence as one of `length` tokens.
+
+    It is `config` itself where rotation does not depend on length, or `length` is None.
+    """
     if length is None or not depends_on_length(config):
         return config
     config = deepcopy(config)
@@ -54,23 +60,23 @@ def pinned(config: PretrainedConfig, length: int | None) -> PretrainedConfig:
             _pin_longrope(parameters, length, made_for)
         elif _is_dynamic(parameters):
             _pin_dynamic(parameters, length, text)
-            # plain rotation promises no more positions than this, where dynamic NTK promised a multiple (vLLM)
+            # plain rotation allows only this many positions, where dynamic NTK allowed a multiple (vLLM)
             made_for = max(made_for, length)
     text.max_position_embeddings = made_for
     return config
 
 
 def rotates_as_short(config: PretrainedConfig, length: int) -> bool:
-    """Whether a sequence of `length` tokens is rotated as the shortest are, so that no sequence up to there is a special case."""
+    """Whether a sequence of `length` tokens is rotated as the shortest are, so that all lengths up to it are alike."""
     long, short = (list(_parameters(pinned(config, n).get_text_config())) for n in (length, 1))
     return long == short
 
 
 def rotation_of(model: nn.Module) -> Callable[[int], int] | None:
-    """Which sequences a loaded model rotates alike: from a length to a number that is the same for those.
+    """A function from a length to a number that is equal for lengths a loaded model rotates alike.
 
-    A model that was not pinned (another project's) is defined by what it gives for a sequence alone; only sequences that it
-    rotates alike may share a batch. None for a model that rotates all alike.
+    An unpinned model (another project's) is defined by its output for a sequence alone; only sequences that it rotates
+    alike may share a batch. None for a model that rotates all lengths alike.
     """
     inner = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
     if inner is None or not depends_on_length(inner.config):
@@ -88,8 +94,11 @@ def rotation_of(model: nn.Module) -> Callable[[int], int] | None:
 
 
 def forget_lengths(model: nn.Module) -> None:
-    """Put dynamic NTK back to where it starts: transformers 5.23 keeps the frequencies of the longest sequence so far, for
-    shorter ones above the original length too (transformers #25306). Remove once it computes them for each batch."""
+    """Reset dynamic NTK to its first frequencies.
+
+    transformers 5.23 keeps the frequencies of the longest sequence so far, for shorter ones above the original length
+    too (transformers #25306). Remove once it computes them for each batch.
+    """
     for module in model.modules():
         for name, original in [(n, b) for n, b in module.named_buffers(recurse=False) if n.endswith(ORIGINAL)]:
             kind = name.removesuffix(ORIGINAL)  # empty, or the kind of layer

@@ -1,8 +1,8 @@
-"""Safetensors files (https://huggingface.co/docs/safetensors) read one tensor at a time.
+"""Read safetensors files (https://huggingface.co/docs/safetensors) one tensor at a time.
 
-The format: 8 bytes with the header's length, a JSON header with each tensor's dtype, shape and place, then the data. The
-library's own reader maps a whole file, writable, which Linux refuses for one larger than memory; here each tensor is
-mapped alone, for mapped pages count as resident until nothing uses the mapping.
+The format: 8 bytes with the header's length, a JSON header with each tensor's dtype, shape and place, then the data.
+The library's own reader maps a whole file, writable, which Linux refuses for a file larger than memory. Here each
+tensor has its own mapping, because mapped pages count as resident until nothing uses the mapping.
 """
 
 import mmap
@@ -44,7 +44,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor's place: its file, the bytes from `start` to `stop` of it, and what they are."""
+    """A tensor's place: its file, its bytes from `start` to `stop`, and their dtype and shape."""
 
     file: Path
     start: int
@@ -57,10 +57,10 @@ class Stored:
         return self.stop - self.start
 
     def read(self) -> Tensor:
-        """The tensor: pages of the file, which must not change meanwhile, copied where they are written to.
+        """Map the tensor from pages of the file, which must not change meanwhile; pages are copied when written to.
 
         Raises:
-            UserError: the file was cut short.
+            UserError: the file is truncated.
         """
         if not self.nbytes:
             return torch.empty(self.shape, dtype=self.dtype)
@@ -71,24 +71,24 @@ class Stored:
         except ValueError as error:  # longer than the file
             raise UserError(f"{self.file} is cut short. Fetch or save it again.") from error
         raw = torch.frombuffer(pages, dtype=torch.uint8, count=self.nbytes, offset=self.start - begin)
-        if self.start % self.dtype.itemsize:  # the format allows it, processors need not
+        if self.start % self.dtype.itemsize:  # the format allows it, processors may not
             raw = raw.clone()
         return raw.view(self.dtype).reshape(self.shape)
 
     def like(self) -> Tensor:
-        """A stand-in without data, on the meta device."""
+        """An empty tensor of this dtype and shape on the meta device."""
         return torch.empty(self.shape, dtype=self.dtype, device="meta")
 
 
 class Checkpoint(dict[str, Stored]):
-    """Tensor name -> place, of a model's safetensors files, one or many."""
+    """Tensor name -> place, over a model's safetensors files, one or many."""
 
     @classmethod
     def of_model(cls, name_or_path: str, revision: str | None = None) -> Self | None:
-        """The files of a folder or hub id; None where it has no safetensors.
+        """The tensors of a folder or hub id; None where it has no safetensors.
 
         Raises:
-            UserError: a file is missing, broken or cut short.
+            UserError: a file is missing, broken or truncated.
         """
         files = model_files(name_or_path, revision)
         return cls.of_files(files) if files else None
@@ -102,7 +102,7 @@ class Checkpoint(dict[str, Stored]):
 
 
 def model_files(name_or_path: str, revision: str | None = None) -> list[Path]:
-    """The safetensors files of a model folder or hub id, in the order of their names; none where there are none."""
+    """The safetensors files of a model folder or hub id, sorted by name; empty where there are none."""
 
     def fetch(name: str) -> Path | None:
         path = cached_file(name_or_path, name, revision=revision, _raise_exceptions_for_missing_entries=False)

@@ -1,4 +1,4 @@
-"""Settings that a checkpoint brings along in its config.json, held against what the run asks for."""
+"""Settings in a checkpoint's config.json, compared with what the run asks for."""
 
 from copy import deepcopy
 from typing import Any
@@ -14,7 +14,7 @@ from qlora_rm.config import Quantization
 from qlora_rm.errors import UserError
 
 OURS = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_quant_storage": "uint8"}
-"""How `--quantization 4bit` quantizes; a checkpoint may have been saved otherwise."""
+"""How `--quantization 4bit` quantizes; a checkpoint may have been saved with other settings."""
 
 IN_THE_WAY = {
     "use_cache": False,
@@ -23,7 +23,7 @@ IN_THE_WAY = {
     "output_router_logits": False,
     "return_dict": True,
 }
-"""Settings of a config.json that only cost memory here, or change what a forward pass returns, and what they are set to."""
+"""Overrides of config.json settings that only cost memory here, or change what a forward pass returns."""
 
 
 def saved_settings(config: PretrainedConfig) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def kept_settings(config: PretrainedConfig) -> str | None:
     saved = saved_settings(config)
     if not saved.get("load_in_4bit"):
         return None
-    # what an old config.json does not name has bitsandbytes' defaults
+    # bitsandbytes' defaults, for settings that an old config.json lacks
     found = {
         "bnb_4bit_quant_type": "fp4",
         "bnb_4bit_use_double_quant": False,
@@ -89,7 +89,7 @@ def config_of_run(config: PretrainedConfig, dtype: torch.dtype, plain: list[str]
 
     Arguments:
         dtype: compute dtype of 4-bit layers.
-        plain: modules that a quantized checkpoint must not make quantized layers of: the head, gates of experts.
+        plain: modules of a quantized checkpoint that must not become quantized layers: the head, gates of experts.
     """
     config = deepcopy(config)
     config.num_labels = 1
@@ -100,7 +100,7 @@ def config_of_run(config: PretrainedConfig, dtype: torch.dtype, plain: list[str]
                 setattr(part, name, value)
     saved = saved_settings(config)
     if saved.get("load_in_4bit") or saved.get("load_in_8bit"):
-        # None lets transformers find its own names of a head (`lm_head` and tied weights), which here is another one
+        # with None, transformers would skip its usual heads (`lm_head`, tied weights), which are not this one
         skipped = [*(saved.get("llm_int8_skip_modules") or []), *plain]
         config.quantization_config = saved | {
             "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
@@ -110,10 +110,10 @@ def config_of_run(config: PretrainedConfig, dtype: torch.dtype, plain: list[str]
 
 
 def _in_dtype_of_model(read: dict[str, Any], model: Any = None, full_layer_name: str = "", **_: Any) -> dict[str, Any]:
-    """What was read of a weight, in the model's dtype where it is not quantized.
+    """Cast a weight that was read to the model's dtype where it is not quantized.
 
-    transformers 5.23 passes the weights of norms and embeddings through the same conversion as packed ones, and leaves
-    them in the dtype they are stored in, whatever `dtype` says (transformers #47378). Goes when it casts them.
+    transformers 5.23 converts the weights of norms and embeddings like packed ones, and leaves them in their stored
+    dtype, whatever `dtype` says (transformers #47378). Remove once it casts them.
     """
     if len(read) != 1 or not getattr(model, "is_quantized", False):
         return read
@@ -126,26 +126,26 @@ def _in_dtype_of_model(read: dict[str, Any], model: Any = None, full_layer_name:
 
 
 class Deserialize4bit(Bnb4bitDeserialize):
-    """Reads a checkpoint saved in 4 bit; what is not quantized gets the dtype asked for."""
+    """Reads a checkpoint saved in 4 bit; unquantized weights get the dtype asked for."""
 
     def convert(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         return _in_dtype_of_model(super().convert(*args, **kwargs), **kwargs)
 
 
 class Deserialize8bit(Bnb8bitDeserialize):
-    """Reads a checkpoint saved in 8 bit; what is not quantized gets the dtype asked for."""
+    """Reads a checkpoint saved in 8 bit; unquantized weights get the dtype asked for."""
 
     def convert(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         return _in_dtype_of_model(super().convert(*args, **kwargs), **kwargs)
 
 
 class Saved8BitQuantizer(Bnb8BitHfQuantizer):
-    """bitsandbytes' 8-bit quantizer, whose unquantized weights take the dtype asked for."""
+    """bitsandbytes' 8-bit quantizer, whose unquantized weights get the dtype asked for."""
 
     def get_load_operations(self) -> dict[str, Any]:
         return {"deserialize": Deserialize8bit}
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """As options name it: fp32, bf16, fp16; otherwise torch's name."""
+    """The dtype's name in options: fp32, bf16, fp16; otherwise torch's name."""
     return NAMES.get(dtype, str(dtype).removeprefix("torch."))

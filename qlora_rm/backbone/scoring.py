@@ -1,4 +1,4 @@
-"""Batches of token sequences, and their scores outside the trainer: the one way evaluation and proofs read a model."""
+"""Batch token sequences and score them outside the trainer, for evaluation and for proofs."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -15,7 +15,7 @@ from qlora_rm.progress import Phase
 Layout = Literal["forest", "right", "left"]
 
 TOKENS_PER_BATCH = 8192
-"""Upper bound of a batch's padded size, unless a caller knows better."""
+"""Default upper bound of a batch's padded size."""
 
 
 def pad_batch(sequences: Sequence[Sequence[int]], pad_token_id: int, side: str = "right") -> dict[str, Tensor]:
@@ -40,11 +40,11 @@ def score_sequences(
     """Scores of S token sequences, float32 [S] on the CPU, in the order given.
 
     Arguments:
-        model: any sequence-classification model with one label, in a wrapper or not; put back into the mode it was in.
+        model: any sequence-classification model with one label, wrapped or not; its train or eval mode is restored.
         autocast: the dtype of the training run's autocast, so that scores are computed as they were trained.
-        tokens_per_batch: upper bound of a batch's size in tokens (a single longer sequence stands alone).
-        layout: a forest, each shared beginning once, or a batch padded on one side; unset: a forest where the model
-            takes one (`packed.share_prefixes`).
+        tokens_per_batch: upper bound of a batch's size in tokens (a single longer sequence gets its own batch).
+        layout: a forest, with each shared beginning once, or a batch padded on one side. Default: a forest where the
+            model takes one (`packed.share_prefixes`).
     """
     scores = torch.empty(len(sequences))
     was_training = model.training
@@ -70,7 +70,7 @@ def score_sequences(
 
 
 def _device(model: nn.Module) -> torch.device:
-    """Where inputs go: beside the first weight; weights that accelerate reads from the disk as they are used are none."""
+    """Device for inputs: that of the first weight not on the meta device, where accelerate keeps offloaded weights."""
     return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
 
 
@@ -83,8 +83,8 @@ def batches(
 ) -> Iterator[list[int]]:
     """Indices of the sequences that are scored together.
 
-    Either in sorted order, so that sequences which begin alike meet; or by length, longest first, so that padding is
-    short and too large a batch fails at once.
+    In sorted order, sequences with equal beginnings share a batch. Otherwise the longest come first, so that padding
+    is short and too large a batch fails at once.
 
     Arguments:
         rotation: sequences share a batch only where it gives their lengths the same number (`rotary.rotation_of`).

@@ -1,4 +1,4 @@
-"""A reward model without its weights: which there are, in which dtype they are loaded, and which are quantized."""
+"""A reward model without its weights: their names, the dtype each is loaded in, and which are quantized."""
 
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ from qlora_rm.config import Quantization
 
 @dataclass(frozen=True)
 class Skeleton:
-    """What loading a backbone for training would make of it, found without reading a weight.
+    """The result of loading a backbone for training, found without reading a weight.
 
     Attributes:
         model: on the meta device, in fp32, with one label and plain layers.
@@ -34,10 +34,10 @@ class Skeleton:
 
     @classmethod
     def of(cls, config: PretrainedConfig, quantization: Quantization, dtype: torch.dtype) -> "Skeleton":
-        """By the library's own rules: its quantizer replaces layers in a second skeleton, which is then asked.
+        """Apply the library's own rules: its quantizer replaces layers in a second skeleton, which gives the answers.
 
         Arguments:
-            config: of a backbone of any kind; where it was saved in 4 bit, its own quantization holds.
+            config: of a backbone of any kind; one saved in 4 bit keeps its own quantization.
         """
         assert not is_deepspeed_zero3_enabled(), "transformers would shard the skeleton"
         plain, loaded = (skeleton(config, dtype=wanted) for wanted in (torch.float32, dtype))

@@ -1,4 +1,4 @@
-"""Which layers `--lora_target_modules` and `--lora_layers` name: each word and each index must match a layer."""
+"""Resolve `--lora_target_modules` and `--lora_layers` to layers: each word and each index must match a layer."""
 
 import difflib
 import re
@@ -14,7 +14,7 @@ from qlora_rm.config import AdapterConfig, require
 from qlora_rm.errors import UserError
 
 ADAPTABLE = (*LINEAR, nn.Embedding)
-"""Modules that get LoRA layers which every later command can merge."""
+"""Modules whose LoRA layers every later command can merge."""
 PLAIN_NAME = re.compile(r"[\w\-]+(\.[\w\-]+)*")
 """A module's name, or the last parts of one; anything else is a regular expression."""
 LAYER_INDEX = re.compile(r".*?\.[^.]*\.(?P<index>\d+)\.")
@@ -22,14 +22,14 @@ LAYER_INDEX = re.compile(r".*?\.[^.]*\.(?P<index>\d+)\.")
 
 
 def named_modules(model: PreTrainedModel, head: list[str], config: AdapterConfig) -> list[str] | None:
-    """The modules that `--lora_target_modules` names, as PEFT takes them; None where it is not given.
+    """The modules that `--lora_target_modules` names, in PEFT's form; None where the option is not given.
 
-    A plain name stands for all modules whose name ends with it. A regular expression, which is not combined with other
-    words, stands for the modules whose full names match it (`re.fullmatch`, as in PEFT); their names are returned, in the
-    layers that `--lora_layers` chooses.
+    A plain name selects all modules whose name ends with it. A regular expression cannot be combined with other words.
+    It selects the modules whose full names match it (`re.fullmatch`, as in PEFT), in the layers that `--lora_layers`
+    chooses; their full names are returned.
 
     Raises:
-        UserError: a word or an index of a layer matches nothing that can be adapted.
+        UserError: a word or a layer index matches nothing that can be adapted.
     """
     words = config.lora_target_modules
     adaptable = [n for n, m in model.named_modules() if isinstance(m, ADAPTABLE) and not is_in_head(n, head)]
@@ -66,7 +66,7 @@ def _require_layers(adaptable: Iterable[str], layers: list[int] | None) -> None:
 def _named(
     word: str, model: PreTrainedModel, head: list[str], adaptable: list[str], layers: list[int] | None
 ) -> list[str]:
-    """The modules that a plain name stands for; of those, the ones in the chosen layers."""
+    """The modules that a plain name selects, in the chosen layers."""
     matched = [name for name in adaptable if _ends_with(name, word)]
     if matched:
         chosen = [name for name in matched if _is_chosen(name, word, layers)]
@@ -100,7 +100,7 @@ def _named(
 
 
 def _matching(words: list[str], adaptable: list[str], layers: list[int] | None) -> list[str]:
-    """The modules that a regular expression stands for, in the chosen layers."""
+    """The modules that a regular expression matches, in the chosen layers."""
     expression = next(word for word in words if not PLAIN_NAME.fullmatch(word))
     if "," in expression and all(PLAIN_NAME.fullmatch(part.strip()) for part in expression.split(",") if part.strip()):
         raise UserError(f"--lora_target_modules {expression}: separate names by spaces (in YAML, write a list).")
@@ -132,7 +132,7 @@ def _ends_with(name: str, word: str) -> bool:
 
 
 def _is_chosen(name: str, word: str, layers: list[int] | None) -> bool:
-    """Whether `--lora_layers` leaves a module in: one outside the layers only by its full name, as in PEFT."""
+    """Whether `--lora_layers` keeps a module. As in PEFT, one outside the layers is kept only by its full name."""
     layer = _layer_of(name)
     return layers is None or layer in layers or (layer is None and name == word)
 

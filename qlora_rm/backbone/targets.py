@@ -1,4 +1,4 @@
-"""Which layers an adapter may be put on: those that every later command can merge, verify and serve."""
+"""Layers an adapter may be put on: those that every later command can merge, verify and serve."""
 
 from collections import defaultdict
 from copy import copy
@@ -19,16 +19,16 @@ LINEAR = (nn.Linear, Conv1D, bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
 
 
 def narrow_to_text(model: PreTrainedModel, head: list[str], lora: LoraConfig, expression: str | None = None) -> None:
-    """Leave out of `lora` the targets that text never passes through, and check the others.
+    """Exclude the targets that text never passes through from `lora`, and check the others.
 
     Arguments:
         expression: the regular expression, if any, whose matches the targets are.
 
     Raises:
-        UserError: a target is of a kind that has no adapter here, or out of the reach of text.
+        UserError: a target's kind has no adapter here, or text never passes through the target.
     """
     asked = copy(lora)
-    asked.modules_to_save = None  # PEFT would find none of its own among the targets
+    asked.modules_to_save = None  # otherwise PEFT excludes these from the targets
     matched = {name: module for name, module in model.named_modules() if name and _is_target(asked, name)}
     towers = unreached(model)
     heads = {name for name in matched if is_in_head(name, head)}
@@ -51,7 +51,7 @@ def narrow_to_text(model: PreTrainedModel, head: list[str], lora: LoraConfig, ex
 
 
 def linear_names(model: PreTrainedModel, without: list[str]) -> list[str]:
-    """Last name parts (q_proj, ...) of all linear layers that text passes through, but for the modules `without`."""
+    """Last name parts (q_proj, ...) of all linear layers that text passes through, except the modules `without`."""
     apart = [*without, *unreached(model)]
     return sorted(
         {
@@ -63,7 +63,7 @@ def linear_names(model: PreTrainedModel, without: list[str]) -> list[str]:
 
 
 def _is_target(lora: LoraConfig, name: str, target: str | None = None) -> bool:
-    """By PEFT's own rule; of all targets, or of one of a list of them."""
+    """Apply PEFT's own rule, for all targets or for one of a list."""
     if target is None or isinstance(lora.target_modules, str):
         return bool(check_target_module_exists(lora, name))
     return (name == target or name.endswith(f".{target}")) and bool(check_target_module_exists(lora, name))

@@ -1,4 +1,4 @@
-"""Loading a tokenizer, with its chat template and a pad token that can never be a scored token."""
+"""Load a tokenizer, with its chat template and a pad token that can never be a scored token."""
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -20,17 +20,17 @@ def load_tokenizer(
     pad_token: str | None = None,
     trained_pad: int | None = None,
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub id, with a pad token that no text contains (see `choose_pad_token`).
+    """Return the tokenizer of a folder or hub id, with a pad token that no text contains (see `choose_pad_token`).
 
     Arguments:
         chat_template_path: a Jinja file, or a folder or hub id whose tokenizer's template is taken.
         eos_token: an existing token to use as end of sequence instead of the tokenizer's own.
         pad_token: an existing token to pad with.
-        trained_pad: id of the pad token with which a model was trained that is gone on with.
+        trained_pad: id of the pad token that the model was trained with, when training continues.
     """
     require_folder(name)
     bound_templates()
-    require_plausible_config(name, revision)  # which transformers reads to choose the tokenizer's class
+    require_plausible_config(name, revision)  # transformers reads it to choose the tokenizer's class
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers raises bare Exception for a broken file

@@ -1,8 +1,8 @@
 """4-bit weights under ZeRO-3: sharded while they load, and freed after use.
 
-DeepSpeed's own way in, a model built inside `zero.Init`, is closed to quantized models (transformers leaves it out for
-them, since a weight is quantized only once it is read): every process would load the whole of it. Here each weight is
-sharded as soon as it was read and quantized; what is made later (adapter, new head) the engine shards when it starts.
+DeepSpeed's own way, a model built inside `zero.Init`, does not work for quantized models. transformers skips it for
+them, since a weight is quantized only after it is read, and every process would load the full model. Here each weight
+is sharded as soon as it is read and quantized. The engine shards what is made later (adapter, new head) when it starts.
 """
 
 import os
@@ -22,30 +22,30 @@ from qlora_rm.backbone.zero3_gather import is_sharded
 from qlora_rm.errors import UserError
 
 KNOWN = {"bitsandbytes": "0.50", "deepspeed": "0.19", "transformers": "5.23"}
-"""Versions whose internals this module knows; elsewhere it would shard wrongly, or not at all, without a word."""
+"""Versions whose internals this module relies on; with others it would shard wrongly, or silently not at all."""
 
 
 @contextmanager
 def sharded_loading(whole: list[str]) -> Iterator[None]:
-    """Of every weight that `from_pretrained` sets inside the block, each process keeps its share only.
+    """Let each process keep only its shard of every weight that `from_pretrained` sets inside the block.
 
-    transformers sets all loaded parameters through one function; wrapped, it shards what stands in the parameter's
-    module afterwards, quantized or not, and experts that an inner wrapper has quantized there. Every process reads and
-    quantizes every weight, one at a time and in step with the others (a broadcast each), so that a host reads its file
-    once and keeps no copy. Loading in threads is off, which would read ahead whole weights, and so is the
-    reservation of memory for the whole model.
+    transformers sets all loaded parameters through one function. The wrapper shards all parameters that the module then
+    holds, quantized or not, including experts that an inner wrapper has quantized there. Every process reads and
+    quantizes every weight, one at a time and in step with the others (a broadcast each). A host thus reads its file
+    once and keeps no copy. Threaded loading is off, because it would read full weights ahead; so is the memory
+    reservation for the full model.
 
-    Goes when transformers shards quantized models under ZeRO-3 itself.
+    Remove once transformers shards quantized models under ZeRO-3 itself.
 
     Arguments:
-        whole: modules left whole, by name: the score head.
+        whole: names of modules left unsharded: the score head.
 
     Raises:
-        UserError: a library of another version than this reaches into.
+        UserError: a library has another version than those in `KNOWN`.
     """
     _require_known_libraries()
     free_weights_after_forward()
-    # an empty module: partitioning and DeepSpeed's sparing linear function as with a model, and nothing entered
+    # an empty module: partitioning and DeepSpeed's memory-saving linear function work, and no context is entered
     init = zero.Init(module=nn.Module(), config_dict_or_path=deepspeed_config())
     set_parameter = core_model_loading.set_param_for_module
 
@@ -65,23 +65,23 @@ def sharded_loading(whole: list[str]) -> Iterator[None]:
 
 
 def _shard(parameter: nn.Parameter, init: zero.Init) -> None:
-    """Shard a parameter that is loaded and still whole."""
+    """Shard a parameter that is loaded and not yet sharded."""
     if is_sharded(parameter) or parameter.device.type == "meta":
         return
     if parameter.device.type == "cpu":
-        # may lie in the mapped file; the broadcast would turn its pages into memory held until the end
+        # it may be a view of the mapped file; the broadcast would turn its pages into memory held until the end
         parameter.data = parameter.data.clone()
     init._convert_to_zero_parameters([parameter])
 
 
 def free_weights_after_forward() -> None:
-    """Let ZeRO-3 free a 4-bit weight it gathered, once the layer has run.
+    """Let ZeRO-3 free a gathered 4-bit weight once its layer has run.
 
     bitsandbytes keeps `weight.view(-1, 1)` for backward: a second tensor over the gathered bytes, which outlives
-    DeepSpeed's release, so that after a forward pass the whole model is in memory on every process. A packed weight
-    is such a column already; kept itself, it is empty after the release and gathered again for backward.
+    DeepSpeed's release. After a forward pass every process would then hold the full model. A packed weight is already
+    such a column; if the weight itself is kept, it is empty after the release and gathered again for backward.
 
-    Goes when bitsandbytes keeps the parameter, or saves it through autograd's `save_for_backward`.
+    Remove once bitsandbytes keeps the parameter, or saves it through autograd's `save_for_backward`.
     """
     bnb.nn.Params4bit.view = _view_or_itself  # type: ignore[method-assign, assignment]
 

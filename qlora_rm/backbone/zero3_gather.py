@@ -1,7 +1,7 @@
-"""A model that DeepSpeed has sharded, worked on before it has an engine: parts made whole, and forward passes.
+"""Work on a model that DeepSpeed has sharded, before it has an engine: unshard parts, and run forward passes.
 
-Everything here goes through the methods that DeepSpeed gives a sharded parameter, so that nothing has to import it where
-nothing is sharded. All of it is collective: every process of the job must call it, in the same order.
+This module uses only methods that DeepSpeed adds to a sharded parameter, so that unsharded models need no import of it.
+All of it is collective: every process of the job must call it, in the same order.
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from torch import nn
 
 
 def is_sharded(parameter: nn.Parameter) -> bool:
-    """Whether DeepSpeed keeps a share of this parameter on each process; `ds_shape` is then its shape."""
+    """Whether DeepSpeed keeps a shard of this parameter on each process; `ds_shape` is then its full shape."""
     return hasattr(parameter, "ds_id")
 
 
@@ -21,9 +21,9 @@ def any_sharded(model: nn.Module) -> bool:
 
 
 def make_whole(module: nn.Module) -> None:
-    """Put ordinary parameters, the same on all processes, in the place of a module's sharded ones, to be worked on.
+    """Replace a module's sharded parameters by ordinary ones, equal on all processes, so that they can be changed.
 
-    The engine shards what it finds whole when it starts.
+    The engine shards unsharded parameters when it starts.
     """
     for owner in module.modules():
         for name, parameter in list(owner.named_parameters(recurse=False)):
@@ -34,7 +34,7 @@ def make_whole(module: nn.Module) -> None:
 
 
 def shard_like(model: nn.Module, module: nn.Module) -> None:
-    """Shard what is whole in `module` as the rest of `model` is, where it is."""
+    """Shard the unsharded parameters of `module` if `model` is sharded."""
     sharded: Any = next(filter(is_sharded, model.parameters()), None)
     if sharded is not None:
         sharded.convert_to_zero_parameters([p for p in module.parameters() if not is_sharded(p)])
@@ -42,9 +42,9 @@ def shard_like(model: nn.Module, module: nn.Module) -> None:
 
 @contextmanager
 def gathered_at_work(model: nn.Module) -> Iterator[None]:
-    """Let a sharded model compute before it has an engine: each module's own weights are whole while it runs.
+    """Let a sharded model compute before it has an engine: each module's own weights are gathered while it runs.
 
-    For forward and backward passes. A model that is not sharded is left as it is.
+    This serves forward and backward passes. A model that is not sharded is left as it is.
     """
     whole: dict[nn.Module, list[nn.Parameter]] = {}
 

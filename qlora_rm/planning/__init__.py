@@ -1,1 +1,1 @@
-"""What a run needs of a machine, told before any weight is loaded: bytes, cards, the fastest setting that fits."""
+"""Resources a run needs, computed before any weight is loaded: bytes, GPUs, the fastest setting that fits."""

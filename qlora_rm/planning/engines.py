@@ -7,16 +7,16 @@ from qlora_rm.errors import UserError
 from qlora_rm.planning.memory import Engine
 
 CARDS_PER_NODE = 8
-"""As `ds_configs/multi_node_zero3.json` is written for."""
+"""The number that `ds_configs/multi_node_zero3.json` is written for."""
 
 
 @dataclass(frozen=True)
 class Engines:
-    """What there is to choose from.
+    """The engines to choose from.
 
     Attributes:
-        cuda: on cards; otherwise on a host's processors.
-        per_node: ranks on a machine, beyond which there are several; None where all are on one.
+        cuda: whether the run uses GPUs; otherwise a host's processors.
+        per_node: ranks on a machine, beyond which there are several machines; None where all ranks are on one.
         quantization: of the backbone.
     """
 
@@ -25,11 +25,11 @@ class Engines:
     quantization: Quantization = "4bit"
 
     def of(self, ranks: int) -> list[Engine]:
-        """Those with a launch configuration for so many ranks whose run the train door takes."""
+        """Engines with a launch configuration for this many ranks, whose run the train command accepts."""
         return [engine for engine in _for_ranks(ranks) if self.refusal(engine, ranks) is None]
 
     def hpz(self, engine: Engine, ranks: int) -> int:
-        """Of the launch configuration (see `Setting`)."""
+        """The `hpz` of the launch configuration (see `Setting`)."""
         return self.per_node if self.per_node and ranks > self.per_node and engine == "zero3" else 1
 
     def require(self, engine: Engine | None, ranks: int) -> None:
@@ -39,7 +39,7 @@ class Engines:
             raise UserError(" ".join(dict.fromkeys(map(str, why))))
 
     def refusal(self, engine: Engine, ranks: int) -> str | None:
-        """Why a run is not planned, with the way out; None where it is."""
+        """Return why a run cannot be planned, with a remedy; None where it can."""
         if self.per_node and ranks > self.per_node:
             if ranks % self.per_node:
                 fewer = ranks // self.per_node * self.per_node

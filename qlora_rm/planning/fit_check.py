@@ -1,4 +1,4 @@
-"""Does the run that was asked for fit the memory at hand? Asked before weights are loaded."""
+"""Check before weights are loaded whether the requested run fits the available memory."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -20,7 +20,7 @@ from qlora_rm.planning.planner import Planner
 from qlora_rm.planning.workload import Workload
 
 SHORTEST = 128
-"""Tokens below which no cut is proposed."""
+"""Tokens below which no shorter `--max_length` is proposed."""
 
 
 def memory_warning(
@@ -34,13 +34,13 @@ def memory_warning(
     trust_remote_code: bool = False,
     card: Card | None = None,
 ) -> str | None:
-    """None where the run fits; otherwise what it needs, what is free, and the nearest setting that fits.
+    """None where the run fits; otherwise its needs, the free memory, and the nearest setting that fits.
 
     Arguments:
         rows: the training comparisons, tokenized (columns of `preferences.load_preferences`).
-        setting: what was asked for.
-        ranks_here: processes on this host, which share its memory where there is no card.
-        card: the memory at hand; unset: this process's card, or the host's free memory.
+        setting: the requested setting.
+        ranks_here: processes on this host, which share its memory where there is no GPU.
+        card: the available device. Default: this process's GPU, or the host's free memory.
     """
     card = card or card_at_hand(ranks_here)
     try:
@@ -59,8 +59,8 @@ def memory_warning(
     except UserError as error:
         if not adapter.adapter:
             raise
-        return f"memory: not planned for this adapter ({first_line(error)[:100]})"  # PEFT passes over names that match nothing
-    except Exception as error:  # an architecture whose code does not run without numbers is no reason not to train
+        return f"memory: not planned for this adapter ({first_line(error)[:100]})"  # PEFT ignores unmatched names
+    except Exception as error:  # code that fails without numbers is no reason not to train
         return f"memory: not planned for this backbone ({type(error).__name__}: {first_line(error)[:100]})"
     if need.total <= card.memory:
         return None
@@ -73,7 +73,10 @@ def memory_warning(
 
 
 def nearest(planner: Planner, asked: Setting, card: Card) -> str:
-    """The setting that fits and changes least: the micro-batch and checkpointing; the engine; the length; the cards."""
+    """The setting that fits with the least change.
+
+    It tries the micro-batch and checkpointing, the engine, the length, and the number of GPUs, in this order.
+    """
     if same := planner.fastest(card, asked.ranks, asked.engine):
         return f"This fits: {in_words(same)}."
     if other := planner.fastest(card, asked.ranks):
@@ -91,19 +94,19 @@ def nearest(planner: Planner, asked: Setting, card: Card) -> str:
 
 
 def ranks_on_a_machine(ranks: int, ranks_here: int, card: Card) -> int | None:
-    """As the run was launched; one that is on one machine may have more cards there than it took."""
+    """Ranks on a machine as launched. On a single machine the run may use more GPUs than were launched."""
     if ranks > ranks_here:
         return ranks_here
     return max(ranks, CARDS_PER_NODE) if card.is_cuda else None
 
 
 def in_words(setting: Setting) -> str:
-    """The options of the train door that make a setting."""
+    """The options of the train command that give a setting."""
     return " ".join(f"--{name} {value}" for name, value in door_options(setting).items())
 
 
 def card_at_hand(ranks_here: int) -> Card:
-    """This process's card with what is free on it; without one, a share of the host's free memory."""
+    """This process's GPU with its free memory; without a GPU, a share of the host's free memory."""
     if not torch.cuda.is_available():
         return processors(free_memory() / ranks_here)
     free, total = torch.cuda.mem_get_info()
@@ -112,7 +115,7 @@ def card_at_hand(ranks_here: int) -> Card:
 
 
 def taken_from_adapter(adapter: AdapterConfig) -> AdapterConfig:
-    """Of a run that goes on from an adapter, the shape that adapter has."""
+    """The adapter configuration of the run; when it continues from an adapter, the shape of that adapter."""
     if not adapter.adapter:
         return adapter
     saved = read_adapter_config(adapter.adapter)

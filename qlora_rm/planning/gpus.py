@@ -1,4 +1,4 @@
-"""What a run is put on: cards of four sizes, any other, or the memory of a host without one."""
+"""Devices a run is planned for: GPUs of four sizes, any other GPU, or the memory of a host without one."""
 
 from dataclasses import dataclass
 
@@ -9,17 +9,18 @@ GB = 1e9
 
 @dataclass(frozen=True)
 class Card:
-    """A device as the plan sees it.
+    """A device as the plan models it.
 
     Attributes:
-        memory: bytes; of a card its nominal size in units of 1e9, which is a little less than it reports.
+        memory: bytes. For a GPU its nominal size in units of 1e9, which is a little less than it reports.
         is_cuda: False for a process on a host's processors.
-        tflops: dense bf16 products, 1e12 operations a second. Like the two rates below it serves to order settings, not to
-            promise seconds.
+        tflops: dense bf16 products, 1e12 operations a second. Like the two rates below it orders settings and does not
+            predict seconds.
         bandwidth: of its memory, 1e9 bytes a second.
         link: to its neighbours, 1e9 bytes a second.
-        context: bytes that CUDA and the libraries' workspaces take. An assumption: it was not measured here.
-        fragmentation: what the allocator holds over what is asked of it, as a share of the activations. Likewise assumed.
+        context: bytes that CUDA and the libraries' workspaces take. An assumption, not measured here.
+        fragmentation: what the allocator holds beyond the requested memory, as a share of the activations. Also
+            assumed.
     """
 
     name: str
@@ -33,7 +34,7 @@ class Card:
     fragmentation: float = 0.08
 
     def runtime(self, ranks: int) -> int:
-        """Bytes that no tensor of the run accounts for; NCCL's buffers where there are several ranks."""
+        """Bytes that belong to no tensor of the run; with several ranks they include NCCL's buffers."""
         return round(self.context + (self.communication if ranks > 1 else 0))
 
 
@@ -43,11 +44,13 @@ CARDS = {
     "80": Card("80 GB", 80 * GB, tflops=312, bandwidth=2000, link=250),
     "141": Card("141 GB", 141 * GB, tflops=900, bandwidth=4800, link=400),
 }
-"""By size; the rates are about those of an RTX 4090, an RTX A6000, an A100 and an H200."""
+"""GPUs by memory; the rates are about those of an RTX 4090, an RTX A6000, an A100 and an H200."""
 
 LIBRARIES = 0.02 * GB
-"""Measured (benchmarks/memory.py): what a process on a CPU grows by between the end of its imports and the first step,
-beyond the weights: the trainer, the data, the libraries' thread pools."""
+"""Growth of a CPU process between the end of its imports and the first step, beyond the weights.
+
+The trainer, the data and the libraries' thread pools cause it. Measured (benchmarks/memory.py).
+"""
 
 
 def processors(memory: float) -> Card:
@@ -59,7 +62,7 @@ def processors(memory: float) -> Card:
 
 
 def card_named(word: str) -> Card:
-    """24, 48, 80, 141, any other number of GB, or cpu with such a number (cpu:64).
+    """Parse 24, 48, 80, 141, any other number of GB, or cpu with such a number (cpu:64).
 
     Raises:
         UserError: it is none of these.

@@ -1,4 +1,4 @@
-"""The command line of a setting, in the words of the train door and of `accelerate launch`."""
+"""The command line of a setting: options of `qlora-rm train` and of `accelerate launch`."""
 
 import shlex
 from collections.abc import Mapping, Sequence
@@ -9,14 +9,14 @@ from qlora_rm.planning.memory import Setting
 CONFIGS = {"single": "single_gpu", "ddp": "ddp", "zero2": "zero2", "zero3": "zero3", "zero3_offload": "zero3_offload"}
 CPU_CONFIGS = {"ddp": "cpu_ddp", "zero2": "cpu_zero2", "zero3": "cpu_zero3"}
 MODEL, ROWS = "BACKBONE", "ROWS.jsonl"
-"""Stand where a plan was made without naming a model, or data."""
+"""Placeholders in a plan that names no model, or no data."""
 
 
 def launch_line(setting: Setting, options: Mapping[str, Any], *, cuda: bool = True) -> str:
-    """`accelerate launch` with everything the setting decides, and `options` of the train door that shape its memory.
+    """Build the `accelerate launch` command for a setting, with the train `options` that affect its memory.
 
     Arguments:
-        options: name to value; None and values equal to a flag's absence are left to the caller to leave out.
+        options: name to value. The caller leaves out None and values that equal a flag's absence.
     """
     words = ["accelerate", "launch", "--quiet"]
     if name := config_name(setting, cuda):
@@ -37,7 +37,7 @@ def launch_line(setting: Setting, options: Mapping[str, Any], *, cuda: bool = Tr
 
 
 def door_options(setting: Setting) -> dict[str, Any]:
-    """The setting in the train door's options."""
+    """The setting as options of the train command."""
     return {
         "engine": setting.engine.removesuffix("_offload"),
         "per_device_train_batch_size": setting.pairs,
@@ -47,7 +47,7 @@ def door_options(setting: Setting) -> dict[str, Any]:
 
 
 def config_name(setting: Setting, cuda: bool = True) -> str | None:
-    """Of the file in accelerate_configs/; one process on a CPU needs none."""
+    """Name of the file in accelerate_configs/; None for one process on a CPU, which needs none."""
     if not cuda:
         return None if setting.engine == "single" else CPU_CONFIGS[setting.engine]
     if setting.nodes > 1:

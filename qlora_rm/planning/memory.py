@@ -1,7 +1,7 @@
-"""The arithmetic of a rank's memory: one term a function, with its formula and why it is so.
+"""The arithmetic of a rank's memory: one term a function, with its formula and its reason.
 
-N is the number of ranks. Weights of an adapter (and of the head) are trained in fp32 with AdamW, and so cost 4 bytes
-each, their gradients 4, and AdamW's two moments 8.
+N is the number of ranks. Weights of an adapter (and of the head) are trained in fp32 with AdamW. Each weight costs 4
+bytes, its gradient 4, and AdamW's two moments 8.
 """
 
 import math
@@ -25,13 +25,13 @@ REUSE_DISTANCE = 1_000_000_000
 
 @dataclass(frozen=True)
 class Setting:
-    """How a run is set up.
+    """The settings of a run.
 
     Attributes:
         pairs: comparisons in a micro-batch.
         accumulation: micro-batches in an optimizer step.
-        hpz: under ZeRO-3, ranks that share out a second copy of the weights among them (`zero_hpz_partition_size`): those of
-            a machine, where there are several; 1 without such copies.
+        hpz: under ZeRO-3, ranks that shard a second copy of the weights among them (`zero_hpz_partition_size`). With
+            several machines these are the ranks of one machine; 1 without such copies.
     """
 
     engine: Engine
@@ -52,17 +52,17 @@ class Setting:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one rank at the peak of a training step, by what they are for; `total` is their sum.
+    """Bytes on one rank at the peak of a training step, by purpose; `total` is their sum.
 
     Attributes:
-        weights: frozen ones at rest: packed, their scales, embeddings and norms.
-        gathered: under ZeRO-3, whole weights of the layers at work.
+        weights: frozen weights at rest: packed ones, their scales, embeddings and norms.
+        gathered: under ZeRO-3, unsharded weights of the layers in use.
         trained: adapter and head, and the copies of them that an engine keeps.
-        gradients: theirs.
+        gradients: of the trained weights.
         optimizer: AdamW's moments.
-        buckets: buffers that gradients are sent in.
+        buckets: communication buffers for gradients.
         activations: what a micro-batch keeps and computes with.
-        runtime: what the device's libraries take (assumed for cards, measured on CPUs).
+        runtime: memory of the device's libraries (assumed for GPUs, measured on CPUs).
     """
 
     weights: int
@@ -95,8 +95,11 @@ def memory(weights: Weights, step: Step, setting: Setting, card: Card) -> Memory
 
 
 def frozen(weights: Weights, setting: Setting) -> int:
-    """ZeRO-3 leaves each rank 1/N of the packed and plain weights, or with offload of parameters none; the scales are
-    no parameters, and stay. Where `zero_hpz_partition_size` keeps a second copy within each node, that comes on top."""
+    """Frozen weights on a rank.
+
+    ZeRO-3 leaves each rank 1/N of the packed and plain weights; with parameter offload it leaves none. The scales are
+    not parameters, and stay. A second copy within each node (`zero_hpz_partition_size`) adds to that.
+    """
     sharded = weights.packed + weights.plain
     if setting.stage < 3:
         return sharded + weights.scales
@@ -107,9 +110,12 @@ def frozen(weights: Weights, setting: Setting) -> int:
 
 
 def gathered(weights: Weights, setting: Setting) -> int:
-    """Under ZeRO-3 what is at work is whole: the largest layer (or the embedding), or, where forward turns into
-    backward, what DeepSpeed keeps since it will be used again within the reuse distance, half of it on either side of
-    the turn; and what is fetched ahead. Packed weights count as elements of one byte."""
+    """Weights that are unsharded at the peak under ZeRO-3; 0 otherwise.
+
+    This is the larger of two: the largest layer (or the embedding), and what DeepSpeed keeps at the turn from forward
+    to backward. It keeps weights that it will use again within the reuse distance, half on either side of the turn.
+    Prefetched weights come on top. Packed weights count as elements of one byte.
+    """
     if setting.stage < 3:
         return 0
     at_the_turn = min(weights.packed, REUSE_DISTANCE // 2)
@@ -117,16 +123,21 @@ def gathered(weights: Weights, setting: Setting) -> int:
 
 
 def trained(weights: Weights, setting: Setting) -> int:
-    """Whole up to ZeRO-2, which beside it keeps a master copy of its share, in fp32 though the weights are; 1/N under
-    ZeRO-3."""
+    """Trained weights on a rank: complete up to ZeRO-2, 1/N under ZeRO-3.
+
+    ZeRO-1 and ZeRO-2 also keep an fp32 master copy of the rank's share, although the weights are fp32.
+    """
     if setting.stage == 3:
         return share(weights.trained, setting.ranks)
     return weights.trained + (share(weights.trained, setting.ranks) if setting.stage else 0)
 
 
 def gradients(weights: Weights, step: Step, setting: Setting) -> int:
-    """Whole under one process and DDP, 1/N under ZeRO-2 and 3. Without accumulation they come into being as activations
-    go, and count as far as they are there at the peak."""
+    """Gradients on a rank: complete under one process and DDP, 1/N under ZeRO-2 and 3.
+
+    In one process without accumulation, gradients appear while activations are freed. Only those alive at the peak
+    count.
+    """
     if setting.stage >= 2:
         return share(FP32 * weights.trainable, setting.ranks)
     come_and_go = setting.engine == "single" and setting.accumulation == 1
@@ -134,13 +145,16 @@ def gradients(weights: Weights, step: Step, setting: Setting) -> int:
 
 
 def optimizer(weights: Weights, setting: Setting) -> int:
-    """1/N from ZeRO-1 on."""
+    """Optimizer state on a rank: 1/N from ZeRO-1 on."""
     return share(ADAM * weights.trainable, setting.ranks if setting.stage else 1)
 
 
 def buckets(weights: Weights, setting: Setting, card: Card) -> int:
-    """DDP copies all gradients into its buckets. ZeRO allocates a bucket whole however few gradients there are, on cards
-    two of them for ZeRO-1 and 2, since communication overlaps; CPU ranks send gradients as they are."""
+    """Communication buffers on a rank.
+
+    DDP copies all gradients into its buckets. ZeRO allocates full buckets however few gradients there are: two on GPUs
+    for ZeRO-1 and 2, since communication overlaps, otherwise one. CPU ranks send gradients without buckets.
+    """
     if setting.engine == "ddp":
         return FP32 * weights.trainable
     if not setting.stage or not card.is_cuda:
@@ -149,15 +163,15 @@ def buckets(weights: Weights, setting: Setting, card: Card) -> int:
 
 
 def loading(weights: Weights, setting: Setting) -> int:
-    """Bytes on a rank when the last weight is read: all that stays, and a few matrices in 16 bit on their way into 4."""
+    """Bytes on a rank when the last weight is read: all that stays, and a few 16-bit matrices not yet quantized."""
     return frozen(weights, setting) + 4 * weights.dense
 
 
 def host(weights: Weights, setting: Setting) -> int:
-    """Bytes of host memory a rank asks for: its share of the offloaded weights, pinned."""
+    """Bytes of host memory a rank allocates: its share of the offloaded weights, pinned."""
     return share(weights.packed + weights.plain, setting.ranks) if setting.engine == "zero3_offload" else 0
 
 
 def share(size: int, ranks: int) -> int:
-    """A rank's part of what is split evenly, the last one padded."""
+    """A rank's part of an even split; the last part is padded."""
     return math.ceil(size / ranks)

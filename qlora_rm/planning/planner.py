@@ -1,4 +1,4 @@
-"""The fastest setting that fits: every candidate in the order of a stated cost, the first that fits is taken."""
+"""Find the fastest setting that fits: sort all candidates by a stated cost, and take the first that fits."""
 
 from collections.abc import Callable, Iterator
 from copy import copy
@@ -19,18 +19,18 @@ MOST_PAIRS = 32
 """Comparisons in the largest micro-batch that is planned."""
 MORE_RANKS = (2, 4, 8, 16, 32, 64)
 USEFUL = 0.45
-"""Part of a card's peak rate that products of a training step reach. It is the same for all candidates."""
+"""Share of a GPU's peak rate that products of a training step reach. It is the same for all candidates."""
 
 
 class Planner:
-    """A backbone, its adapter and its data, asked what settings take on a card.
+    """Plans settings for a backbone, its adapter and its data.
 
     Arguments:
         config: the backbone's.
-        workload: tells the tokens of micro-batches, given how they are laid out.
-        cuda: plan for cards; otherwise for a host's processors.
+        workload: from a layout to the tokens of micro-batches.
+        cuda: plan for GPUs; otherwise for a host's processors.
         pairs_per_step: comparisons in an optimizer step over all ranks.
-        per_node: as of `Engines`.
+        per_node: see `Engines`.
     """
 
     def __init__(
@@ -55,10 +55,11 @@ class Planner:
         self.rehearsal = Rehearsal(model, dtype, self.layout.kernel)
 
     def step(self, setting: Setting) -> Step:
-        """What a micro-batch takes.
+        """Memory of a micro-batch.
 
-        Rehearsed for one comparison and for the most there may be. Every storage grows by so much a row, so the peak, a
-        maximum of straight lines, lies on the line between the two or below it. Where rows differ in length, rehearsed.
+        Rehearsed for one comparison and for `MOST_PAIRS`. Every storage grows linearly with rows, so the peak, a
+        maximum of straight lines, is on or below the line between the two. If row lengths differ, the batch itself is
+        rehearsed.
         """
         few, many = self.workload.batch(1), self.workload.batch(MOST_PAIRS)
         batch = self.workload.batch(setting.pairs)
@@ -75,7 +76,7 @@ class Planner:
         return memory(self.weights, self.step(setting), setting, card)
 
     def fits(self, setting: Setting, card: Card) -> bool:
-        """Whether it does; without a rehearsal where not even the weights do."""
+        """Whether the setting fits. If the weights alone do not, nothing is rehearsed."""
         alone = memory(self.weights, Step(0, 0, 0), setting, card).total
         return alone <= card.memory and self.memory(setting, card).total <= card.memory
 
@@ -95,28 +96,28 @@ class Planner:
         return next((s for s in self.candidates(card, ranks, engine) if self.fits(s, card)), None)
 
     def leanest(self, card: Card, ranks: int, engine: Engine | None = None) -> Setting:
-        """The candidate that takes the least memory, whether it fits or not: one comparison at a time."""
+        """The candidate that takes the least memory, whether it fits or not; it has one comparison in a micro-batch."""
         small = [s for s in self._candidates(ranks, engine) if s.pairs == 1]
         return min(small, key=lambda setting: self.memory(setting, card).total)
 
     def ranks_needed(self, card: Card, more_than: int) -> Setting | None:
-        """The fastest setting on the fewest cards, more than given, on which any fits."""
+        """The fastest setting on the fewest GPUs, more than `more_than`, on which any fits."""
         return next((s for n in MORE_RANKS if n > more_than for s in [self.fastest(card, n)] if s), None)
 
     def cut(self, length: int) -> "Planner":
-        """The same for sequences of at most `length` tokens."""
+        """The same planner for sequences of at most `length` tokens."""
         shorter = copy(self)
         shorter.workload = self.workload.cut(length)
         return shorter
 
     def cost(self, setting: Setting, card: Card) -> float:
-        """Seconds a comparison, up to a factor all candidates share: what settings are ordered by.
+        """Seconds a comparison, up to a factor that all candidates share; the key that orders settings.
 
-        Products: 2 operations a token and active weight in the forward pass, as many in backward (frozen weights get
-        no gradient), and again as many where checkpointing computes the forward pass a second time.
-        Unpacking: each pass reads packed weights and writes and reads them in 16 bit, however many tokens there are.
-        Communication: gradients once an optimizer step (twice their size, as a ring reduces them); under ZeRO-3 all
-        packed weights once a pass, over the link between cards, or with offload over the slower one to the host.
+        Products: 2 operations a token and active weight in the forward pass, and as many in backward (frozen weights
+        get no gradient). Checkpointing repeats the forward pass.
+        Unpacking: each pass reads packed weights, then writes and reads them in 16 bit, however many tokens there are.
+        Communication: gradients once an optimizer step (twice their size, by ring reduction). Under ZeRO-3 also all
+        packed weights once a pass, over the link between GPUs, or with offload over the slower link to the host.
         """
         passes = 3 if setting.checkpointing else 2
         weights, batch = self.weights, self.workload.batch(setting.pairs)
@@ -129,12 +130,12 @@ class Planner:
         if setting.engine == "zero3_offload":
             gathering += passes * weights.packed / setting.ranks / 20e9
         reduction = 2 * others * 4 * weights.trainable / (link * 1e9) / setting.accumulation
-        bookkeeping = 1e-3 * setting.stage  # between equals, the engine that does less
+        bookkeeping = 1e-3 * setting.stage  # breaks ties in favour of the engine that does less
         return (products + unpacking + gathering + reduction + bookkeeping) / (setting.pairs * setting.ranks)
 
 
 def shares(pairs_per_step: int, ranks: int) -> Iterator[tuple[int, int]]:
-    """All ways to make exactly an optimizer step of so many ranks' micro-batches: comparisons in one, and accumulation."""
+    """All ways to split an optimizer step exactly over the ranks: comparisons in a micro-batch, and accumulation."""
     own, left = divmod(pairs_per_step, ranks)
     return ((n, own // n) for n in range(min(own, MOST_PAIRS), 0, -1) if left == own % n == 0)
 

@@ -32,11 +32,11 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
         "num_experts": 128, "num_experts_per_tok": 8, "vocab_size": 151936, "use_sliding_window": False}),
 }  # fmt: skip
 CONTEXT = 131_072
-"""Positions; it has no part in memory where they are rotary."""
+"""Positions; rotary ones do not affect memory."""
 
 
 def published(size: str) -> PretrainedConfig:
-    """The configuration known by `size`, upper or lower case.
+    """Return the configuration known by `size`, in upper or lower case.
 
     Raises:
         UserError: there is none.
@@ -50,7 +50,7 @@ def published(size: str) -> PretrainedConfig:
 
 
 def read_shape(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
-    """The configuration of a folder, a hub id, or a config.json by itself; no weights need be there."""
+    """Return the configuration of a folder, a hub id, or a config.json alone; weights are not needed."""
     path = Path(name).expanduser()
     folder = str(path.parent) if path.is_file() and path.name == "config.json" else name
     return read_model_config(folder, revision, trust_remote_code)

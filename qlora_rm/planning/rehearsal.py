@@ -1,12 +1,12 @@
-"""A training step without numbers: the model's own code over tensors that have shapes and no storage, and what it keeps.
+"""A training step without numbers: the model's own code over tensors that have shapes but no storage.
 
 Forward and backward pass run for real (attention, adapters, checkpointing, autocast, whatever the architecture does) on
-torch's fake tensors, and a meter counts the storages alive after every operation. What a formula must be told for each
-architecture is read off the architecture itself. Three things are stood in for, since their kernels do not run on fake
-tensors or differ by device (`stand_ins.py`): the quantized product, FlexAttention, and fused experts.
+torch's fake tensors. A meter counts the storages alive after every operation. A formula would need facts about each
+architecture; here they come from the architecture's code. Three kernels have stand-ins (`stand_ins.py`), since they do
+not run on fake tensors or differ by device: the quantized product, FlexAttention, and fused experts.
 
-Layers of one kind cost the same, so the step is rehearsed on two of each kind and on three, and the difference counted
-for the rest.
+Layers of one kind cost the same. The step is rehearsed on two layers of each kind and on three, and the difference is
+multiplied for the rest.
 """
 
 import math
@@ -40,7 +40,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Step:
-    """Bytes that a step takes beside the weights.
+    """Bytes that a step takes in addition to the weights.
 
     Attributes:
         kept: alive when the forward pass ends: what backward will need.
@@ -59,7 +59,7 @@ class Step:
         return Step(self.kept * n, self.peak * n, self.gradients * n)
 
     def towards(self, other: "Step", part: float) -> "Step":
-        """On the straight line to `other`."""
+        """The point at fraction `part` of the straight line to `other`."""
         return Step(*(math.ceil(a + (b - a) * part) for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def minus(self, other: "Step") -> "Step":
@@ -67,7 +67,7 @@ class Step:
 
 
 class Meter(TorchDispatchMode):
-    """Bytes of the storages made since it was entered and still alive; `peak` is the most there were."""
+    """Counts the bytes of live storages made since it was entered; `peak` is their maximum."""
 
     def __init__(self, known: nn.Module):
         super().__init__()
@@ -101,11 +101,11 @@ class Meter(TorchDispatchMode):
 
 
 class Rehearsal:
-    """Steps of the model whose skeleton it is given, which it takes over.
+    """Runs steps of a model skeleton, which it modifies.
 
     Arguments:
-        model: of `skeleton.build`.
-        dtype: compute dtype; 16-bit ones run under autocast, as the trainer runs them.
+        model: from `skeleton.build`.
+        dtype: compute dtype; 16-bit ones run under autocast, as in the trainer.
         kernel: attention kernel: `sdpa` or `eager` as a CPU runs them, or `flex_attention`.
     """
 
@@ -126,7 +126,7 @@ class Rehearsal:
         """Bytes of one forward and backward pass.
 
         Arguments:
-            accumulates: gradients of earlier micro-batches stand, and are not counted again.
+            accumulates: gradients of earlier micro-batches exist, and are not counted again.
         """
         key = (batch, checkpointing, accumulates)
         if key not in self._steps:
@@ -144,7 +144,7 @@ class Rehearsal:
         return total
 
     def _run(self, counts: dict[Any, int], batch: Batch, checkpointing: bool, accumulates: bool) -> Step:
-        """The step on so many layers of each kind."""
+        """Run the step on the given number of layers of each kind."""
         with self._only(counts), self.fake, kernels_stood_in(), Meter(self.model) as meter:
             switch_checkpointing(self.inner, checkpointing)
             trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -167,7 +167,7 @@ class Rehearsal:
 
     @contextmanager
     def _only(self, counts: dict[Any, int]) -> Iterator[None]:
-        """Take all but the first so many layers of each kind out of the model."""
+        """Reduce the model to the first `counts[kind]` layers of each kind."""
         if self.layers is None:
             yield
             return
@@ -194,7 +194,7 @@ class Rehearsal:
 
 
 def inputs(batch: Batch) -> dict[str, Tensor]:
-    """The forward pass's inputs in the shapes of `batch`: a forest's, or a padded batch's with its mask laid out."""
+    """The forward pass's inputs in the shapes of `batch`: a forest's, or a padded batch's with its full 4-D mask."""
     ids = torch.zeros(batch.rows, batch.length, dtype=torch.long)
     if batch.packed:
         leaves = torch.zeros(batch.sequences, 2, dtype=torch.long)
@@ -211,7 +211,7 @@ def switch_checkpointing(model: PreTrainedModel, on: bool) -> None:
 
 
 def layer_list(model: PreTrainedModel) -> tuple[nn.Module, str, nn.ModuleList] | None:
-    """The list of transformer layers, with the module and the name it stands under; None where there is none."""
+    """The list of transformer layers, with its owner and its name there; None where there is none."""
     found = [
         (sum(p.numel() for p in child.parameters()), owner, name, child)
         for owner in model.modules()
@@ -222,7 +222,7 @@ def layer_list(model: PreTrainedModel) -> tuple[nn.Module, str, nn.ModuleList] |
 
 
 def kinds_of_layers(model: PreTrainedModel, layers: Any) -> list[Any]:
-    """What tells layers apart, for each of them: class, shapes, and the kind of attention."""
+    """What distinguishes layers, for each layer: the kind of attention, the class and the shapes."""
     if layers is None:
         return []
     types = getattr(model.config.get_text_config(), "layer_types", None) or [""] * len(layers[2])

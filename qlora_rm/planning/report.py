@@ -1,4 +1,4 @@
-"""A plan, for people and as JSON: what the backbone weighs, what a step takes, what fits, and the line to type."""
+"""A plan, for people and as JSON: the backbone's weights, memory of a step, what fits, and the command to launch."""
 
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -28,12 +28,12 @@ TERMS = tuple(Memory.__dataclass_fields__)
 
 @dataclass(frozen=True)
 class Answer:
-    """For one kind of card: the fastest setting that fits, or what would.
+    """The plan for one kind of device: the fastest setting that fits, or the nearest one that would.
 
     Attributes:
-        settings: each engine with its own fastest setting that fits (its leanest, where none does), and what it takes.
-        fastest: of all, the fastest that fits; None where none does.
-        hint: then, the nearest that would.
+        settings: each engine with its fastest setting that fits (its leanest, where none does), and its memory.
+        fastest: the fastest of all that fit; None where none does.
+        hint: in that case, the nearest setting that would fit.
     """
 
     card: Card
@@ -55,7 +55,7 @@ class Answer:
 
 
 def answer(planner: Planner, card: Card, ranks: int, engine: Engine | None, options: dict[str, Any]) -> Answer:
-    """What fits on `ranks` cards of one kind."""
+    """The answer for `ranks` devices of one kind."""
     settings = []
     for name in [engine] if engine else planner.engines.of(ranks):
         setting = planner.fastest(card, ranks, name)
@@ -69,7 +69,7 @@ def answer(planner: Planner, card: Card, ranks: int, engine: Engine | None, opti
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything `qlora-rm plan` says."""
+    """The content of `qlora-rm plan`'s output."""
 
     name: str
     planner: Planner
@@ -144,7 +144,7 @@ def make_plan(
     """Plan for a model (a folder, hub id or config.json) or a published shape.
 
     Raises:
-        UserError: neither or both are given, there is no such model, or data without a tokenizer to read it.
+        UserError: neither or both are given, there is no such model, or there is data but no tokenizer to read it.
     """
     if (model is None) == (options.params is None):
         raise UserError("Give a MODEL (folder, hub id or config.json) or --params SIZE: one of the two.")
@@ -197,10 +197,10 @@ def _require_effect(model: str | None, options: PlanConfig, backbone: BackboneCo
 
 
 def _within_positions(options: PlanConfig, config: PretrainedConfig, name: str) -> PlanConfig:
-    """The options with a default `--max_length` lowered to the backbone's positions, as training lowers it.
+    """Lower a default `--max_length` to the backbone's positions, as training does.
 
     Raises:
-        UserError: another length than the default is more than there are positions.
+        UserError: `--max_length` is not the default and exceeds the positions.
     """
     positions, default = positions_of_config(config, options.trust_remote_code), PlanConfig().max_length
     if positions is None or options.max_length <= positions:
@@ -217,7 +217,7 @@ def _within_positions(options: PlanConfig, config: PretrainedConfig, name: str) 
 def workload_of(
     model: str | None, options: PlanConfig, data: DataConfig, vocabulary: int | None, layout: Layout
 ) -> Workload:
-    """Measured where there is data, assumed otherwise."""
+    """The workload, measured where there is data, assumed otherwise."""
     if not data.dataset:
         return Workload.assumed(options.max_length, options.share, options.responses, layout)
     if model is None:
@@ -238,7 +238,7 @@ def door_words(
     data: DataConfig,
     precision: str,
 ) -> dict[str, Any]:
-    """The options of the train door that a plan rests on: those that are no defaults."""
+    """The options of the train command that a plan depends on and that are not defaults."""
     words: dict[str, Any] = {
         "model_name_or_path": model or MODEL,
         "dataset": data.dataset or ROWS,

@@ -1,6 +1,6 @@
 """A backbone without its weights: the modules that loading would make, quantized and adapted, on the meta device.
 
-Counting them is exact for every architecture the libraries know, where a formula would know only some.
+Counting them is exact for every architecture the libraries support, where a formula would cover only some.
 """
 
 from collections.abc import Iterator
@@ -30,18 +30,19 @@ CODE_BYTES = (16 + 256) * 4
 
 @dataclass(frozen=True)
 class Weights:
-    """Bytes of a model at rest, all of it in one place.
+    """Bytes of a model at rest, unsharded.
 
     Attributes:
-        packed: 4- or 8-bit weights, the experts' among them.
-        scales: their quantization constants. ZeRO shards parameters, and these are none: every rank keeps them all.
-        plain: frozen weights outside quantization: embeddings, norms, biases.
-        trained: adapter and head (or the whole model), fp32.
-        largest: the most that is in use at one time of what ZeRO-3 shards: the packed weights of a layer, or the
+        packed: 4- or 8-bit weights, including the experts'.
+        scales: their quantization constants. ZeRO shards only parameters, and these are none: every rank keeps them
+            all.
+        plain: frozen unquantized weights: embeddings, norms, biases.
+        trained: adapter and head (or the full model), fp32.
+        largest: the most that ZeRO-3 shards and that is in use at one time: the packed weights of a layer, or the
             embedding.
-        parameters: number of weights, whatever they are packed into.
+        parameters: number of weights, however they are packed.
         trainable: number of those that are trained.
-        active: number of those a token is multiplied with: of a mixture's experts, the ones it is sent to.
+        active: number of those a token is multiplied with; of a mixture's experts, the ones it is routed to.
         dense: bytes of the largest matrix once dequantized to the compute dtype.
     """
 
@@ -57,7 +58,7 @@ class Weights:
 
     @property
     def total(self) -> int:
-        """Bytes of a whole copy."""
+        """Bytes of a complete copy."""
         return self.packed + self.scales + self.plain + self.trained
 
 
@@ -69,10 +70,10 @@ def build(
     *,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel | PeftModel:
-    """The model that `load_backbone` and `attach_adapter` would make of `config`, without any storage.
+    """Build the model that `load_backbone` and `attach_adapter` would make of `config`, without any storage.
 
     Raises:
-        UserError: the adapter names layers that are not there.
+        UserError: the adapter names layers that do not exist.
     """
     whole = not adapter.use_lora
     model: Any = skeleton(config, trust_remote_code, torch.float32 if whole else dtype)
@@ -80,8 +81,8 @@ def build(
     freeze_unreached(model)  # while its layers are plain, which run on the meta device
     for name in head:
         compute_in_own_precision(model.get_submodule(name).to(torch.float32))
-    disable_dropout(model)  # as the train door does, before LoRA brings its own
-    if isinstance(getattr(model, "score", None), nn.Linear):  # takes forests, as far as can be told without a probe
+    disable_dropout(model)  # as the train command does, before LoRA adds its own
+    if isinstance(getattr(model, "score", None), nn.Linear):  # takes forests, as far as is known without a probe
         cls = type(model)
         model.__class__ = type(cls.__name__, (PrefixSharing, cls), {})
     model.config.use_cache = False
@@ -96,7 +97,7 @@ def build(
 
 
 def weigh(model: PreTrainedModel | PeftModel, dtype: torch.dtype) -> Weights:
-    """Count a skeleton; `dtype` is the compute dtype that packed weights are unpacked to."""
+    """Count a skeleton; `dtype` is the compute dtype that packed weights are dequantized to."""
     inner = backbone_of(model)
     head, quantized = head_modules(inner), bool(getattr(inner, "is_quantized", False))
     text = inner.config.get_text_config()
@@ -125,7 +126,7 @@ def weigh(model: PreTrainedModel | PeftModel, dtype: torch.dtype) -> Weights:
 
 
 def quantized_bytes(parameter: torch.Tensor, experts: bool = False) -> tuple[int, int]:
-    """Bytes of a matrix (or of fused experts) once quantized, and of its constants; exactly as bitsandbytes keeps them.
+    """Bytes of a matrix (or of fused experts) once quantized, and of its constants, as bitsandbytes stores them.
 
     4 bit: two weights a byte; a uint8 scale for every 64 weights, an fp32 one for every 256 scales, two code books.
     8 bit: a byte a weight; an fp32 scale for every row.
@@ -153,7 +154,7 @@ def is_experts(parameter: torch.Tensor) -> bool:
 
 
 def experts_per_token(config: PretrainedConfig) -> int:
-    """How many of its experts a mixture sends each token to."""
+    """Number of experts that a mixture routes each token to."""
     return int(getattr(config, "num_experts_per_tok", None) or getattr(config, "top_k_experts", None) or 1)
 
 

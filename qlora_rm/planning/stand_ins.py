@@ -1,4 +1,4 @@
-"""What a rehearsal puts in place of kernels that do not run on fake tensors, or keep other things on another device."""
+"""Replacements, in a rehearsal, for kernels that cannot run on fake tensors or keep other tensors on a GPU."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from qlora_rm.planning.skeleton import BLOCK, quantized_bytes
 
 
 def materialize(model: nn.Module) -> None:
-    """Give every parameter and buffer of a skeleton a fake storage; quantized layers get a stand-in's class."""
+    """Give every parameter and buffer of a skeleton a fake storage; quantized layers get a stand-in class."""
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is None:
@@ -32,7 +32,7 @@ def materialize(model: nn.Module) -> None:
 
 
 class FrozenProduct(torch.autograd.Function):
-    """x W^T with W unpacked for the moment of the product, and again in backward; the input is not kept."""
+    """x W^T with W dequantized for the product, and again in backward; the input is kept only if `keeps_input`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, out_features: int, bias: Tensor | None, keeps_input: bool) -> Tensor:
@@ -47,15 +47,17 @@ class FrozenProduct(torch.autograd.Function):
 
 
 def unpacked(shape: tuple[int, int], like: Tensor) -> Tensor:
-    """A matrix in the dtype of `like`; its scales, once out of their own 8 bit, are fp32, and are made twice over (one
-    more time where their mean is added)."""
+    """A dequantized matrix in the dtype of `like`.
+
+    Its scales, dequantized from 8 bit, are fp32 and exist twice for a moment (a second time when their mean is added).
+    """
     scales = torch.empty(shape[0] * shape[1] // BLOCK)
     scales = scales + 1
     return torch.empty(shape, dtype=like.dtype)
 
 
 class FrozenLinear4bit(bnb.nn.Linear4bit):
-    """Takes the place of a `Linear4bit` with storage."""
+    """Replaces a `Linear4bit` that has storage."""
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(self.compute_dtype)
@@ -63,14 +65,14 @@ class FrozenLinear4bit(bnb.nn.Linear4bit):
 
 
 class FrozenLinear8bit(bnb.nn.Linear8bitLt):
-    """Takes the place of a `Linear8bitLt`, whose product keeps its input."""
+    """Replaces a `Linear8bitLt`, whose product keeps its input."""
 
     def forward(self, x: Tensor) -> Tensor:
         return FrozenProduct.apply(x, self.out_features, self.bias, True)
 
 
 class Flex(torch.autograd.Function):
-    """What FlexAttention keeps: query, key, value, its output and a log-sum-exp per query; no mask, no scores."""
+    """Keeps what FlexAttention keeps: query, key, value, its output and a log-sum-exp per query; no mask, no scores."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -88,8 +90,7 @@ class Flex(torch.autograd.Function):
 def flex_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **_: Any
 ) -> tuple[Tensor, None]:
-    """transformers' `flex_attention` on a card: keys and values are repeated only where the number of heads is no power
-    of two."""
+    """transformers' `flex_attention` on a GPU: it repeats keys and values if the number of heads is no power of 2."""
     heads = query.shape[1]
     if heads & (heads - 1):
         key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
@@ -97,7 +98,7 @@ def flex_attention(
 
 
 def experts(module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-    """All chosen experts of all tokens at once, over one unpacked expert: what the loop over experts keeps in sum.
+    """Compute all chosen experts of all tokens at once over one dequantized expert; keeps as much as the loop in total.
 
     Arguments:
         hidden: [T, H].
@@ -115,7 +116,7 @@ def experts(module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Ten
 
 @contextmanager
 def kernels_stood_in() -> Iterator[None]:
-    """FlexAttention and the experts' loop replaced in transformers' tables of kernels, for the length of a step."""
+    """Replace FlexAttention and the experts' loop in transformers' kernel tables during a step."""
     tables = ((ALL_ATTENTION_FUNCTIONS, "flex_attention", flex_attention), (ALL_EXPERTS_FUNCTIONS, "eager", experts))
     for table, name, stand_in in tables:
         table[name] = stand_in

@@ -1,4 +1,4 @@
-"""How many tokens a micro-batch has: assumed from a length and a share, or measured on tokenized comparisons."""
+"""Tokens of a micro-batch: assumed from a length and a share, or measured on tokenized comparisons."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,19 +12,19 @@ from qlora_rm.planning.rehearsal import Batch
 from qlora_rm.preferences.forest import grow, pays
 
 HEAVIEST = 64
-"""Comparisons that are looked at: more than stand in any micro-batch that is planned."""
+"""Number of comparisons considered: more than any planned micro-batch holds."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How the train door will lay out a micro-batch for a model.
+    """How the train command will lay out a micro-batch for a model.
 
     Attributes:
         kernel: attention kernel.
-        packed: each prompt once, where it can; otherwise padded.
-        row_multiple: what the lengths of a forest's rows are a multiple of.
-        width: hidden size of the backbone where attention goes through a dense mask, so that a forest that would be more
-            work is padded; None where the kernel skips what the mask hides.
+        packed: each prompt once, where possible; otherwise padded.
+        row_multiple: row lengths of a forest are a multiple of this.
+        width: hidden size of the backbone where attention uses a dense mask; a forest that would be more work is then
+            padded. None where the kernel skips what the mask hides.
     """
 
     kernel: str
@@ -34,7 +34,7 @@ class Layout:
 
     @classmethod
     def of(cls, model: PreTrainedModel, config: BackboneConfig, *, cuda: bool) -> "Layout":
-        """What `backbone.packed.share_prefixes` will decide, as far as it can be told without a probe."""
+        """Predict what `backbone.packed.share_prefixes` will decide, as far as possible without a probe."""
         text = model.config.get_text_config()
         dropout = any(getattr(text, name, 0) for name in ("attention_dropout", "attn_pdrop"))
         packed = config.share_prefix != "false" and isinstance(model, PrefixSharing)
@@ -48,11 +48,11 @@ class Layout:
 
 
 class Workload:
-    """Comparisons, the heaviest first; a micro-batch is taken to hold the heaviest of all.
+    """Comparisons, the heaviest first; a micro-batch is assumed to hold the heaviest of all.
 
     Arguments:
-        comparisons: token ids of each one's sequences.
-        longest: tokens of the longest sequence there is.
+        comparisons: token ids of each comparison's sequences.
+        longest: tokens of the longest sequence.
     """
 
     def __init__(self, comparisons: Sequence[Sequence[list[int]]], longest: int, layout: Layout):
@@ -61,7 +61,7 @@ class Workload:
 
     @classmethod
     def measured(cls, rows: Iterable[Mapping[str, Any]], layout: Layout) -> "Workload":
-        """From tokenized comparisons, rows with the columns of `preferences.load_preferences`."""
+        """Measure tokenized comparisons, rows with the columns of `preferences.load_preferences`."""
 
         def size(row: Mapping[str, Any]) -> int:
             return int(row["tokens"] if layout.packed else len(row["response_ids"]) * row["length"])
@@ -78,19 +78,19 @@ class Workload:
 
     @classmethod
     def assumed(cls, longest: int, share: float, responses: int, layout: Layout) -> "Workload":
-        """Comparisons that are all alike: sequences of the full length, of which responses have a share in common."""
+        """Assume equal comparisons: sequences of the full length, whose responses have a `share` of it in common."""
         prompt = int(longest * share)
         return cls([[[0] * prompt + [1 + r] * (longest - prompt) for r in range(responses)]], longest, layout)
 
     def batch(self, pairs: int) -> Batch:
-        """Shape of a micro-batch of so many comparisons, the largest there can be."""
+        """Shape of the largest micro-batch of `pairs` comparisons."""
         if pairs not in self._batches:
             self._batches[pairs] = self._batch(pairs)
         return self._batches[pairs]
 
     def _batch(self, pairs: int) -> Batch:
         chosen = [self.comparisons[i % len(self.comparisons)] for i in range(pairs)]
-        # the first token tells comparisons apart: of few, some are taken twice, and copies would share everything
+        # the first token keeps comparisons distinct: with few, some are used twice, and copies would share everything
         sequences = [[-i, *ids[1:]] for i, group in enumerate(chosen) for ids in group]
         padded = Batch(len(sequences), max(map(len, sequences)), len(sequences), packed=False)
         if not self.layout.packed:
@@ -102,6 +102,6 @@ class Workload:
         return Batch(rows, length, len(sequences))
 
     def cut(self, length: int) -> "Workload":
-        """The same with no sequence longer than `length`: the oldest tokens go, as many of all responses to a prompt."""
+        """The same workload without the oldest tokens of long sequences, equally many for all responses to a prompt."""
         cut = [[ids[max(0, max(map(len, group)) - length) :] for ids in group] for group in self.comparisons]
         return Workload(cut, min(length, self.longest), self.layout)

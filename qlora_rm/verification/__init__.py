@@ -1,1 +1,1 @@
-"""Checks of a model folder, of a running server, and of what a consumer sees."""
+"""Checks of a model folder, of a running server, and of a consumer's view of a model."""

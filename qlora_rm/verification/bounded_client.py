@@ -1,4 +1,4 @@
-"""An HTTP client for servers that are not trusted: time and size of every answer are bounded, and no redirect is followed."""
+"""An HTTP client for untrusted servers: every answer has limits on time and size, and no redirect is followed."""
 
 import json
 import threading
@@ -12,21 +12,21 @@ import httpx2
 from qlora_rm.errors import first_line
 
 CONNECT_SECONDS, ANSWER_SECONDS, ALL_SECONDS = 10.0, 120.0, 1800.0
-"""For a connection, for a whole answer, and for all answers together."""
+"""Time limits for a connection, for a complete answer, and for all answers together."""
 ANSWER_BYTES = 8_000_000
-"""Of a whole answer, after decompression. The scores of the largest request take less than 1 MB."""
+"""Largest answer, after decompression. The scores of the largest request take less than 1 MB."""
 
 
 class NoAnswer(Exception):
-    """The server gave no scores; why, and what to do."""
+    """The server gave no scores; the message gives the reason and a remedy."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A whole answer.
+    """A complete answer.
 
     Attributes:
-        location: where a redirect points to.
+        location: target of a redirect.
     """
 
     status: int
@@ -42,7 +42,7 @@ class Answer:
         """The body as JSON.
 
         Raises:
-            ValueError: it is something else, or too deeply nested.
+            ValueError: it is not JSON, or too deeply nested.
         """
         try:
             return json.loads(self.content.decode("utf-8"))
@@ -51,10 +51,10 @@ class Answer:
 
 
 class BoundedClient:
-    """A client of one server, to be used in a `with` block.
+    """A client of one server, for use in a `with` block.
 
     Arguments:
-        root: paths are looked up below this URL.
+        root: paths are relative to this URL.
     """
 
     def __init__(self, root: httpx2.URL, headers: dict[str, str]) -> None:
@@ -67,14 +67,14 @@ class BoundedClient:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if not self._stuck:  # its connection is in the hands of another thread, which ends with the process
+        if not self._stuck:  # another thread, which ends with the process, still uses the connection
             self._client.close()
 
     def ask(self, method: str, path: str, body: Any = None) -> Answer:
-        """What the server answers; `body` is sent as JSON.
+        """Return the server's answer; `body` is sent as JSON.
 
         Raises:
-            NoAnswer: nothing, not in time, or too much.
+            NoAnswer: there is no answer, or it is too late or too large.
         """
         seconds = min(ANSWER_SECONDS, self._end - time.monotonic())
         if seconds <= 0:
@@ -82,7 +82,7 @@ class BoundedClient:
         answer: Future[Answer] = Future()
         threading.Thread(target=self._run, args=(answer, method, path, body), daemon=True).start()
         try:
-            return answer.result(seconds)  # the library's timeouts are for each read: an answer may still take for ever
+            return answer.result(seconds)  # the library's timeouts apply to each read, not to the answer
         except (TimeoutError, httpx2.TimeoutException):
             self._stuck = not answer.done()
             raise NoAnswer(f"{path}: no answer in time") from None

@@ -1,4 +1,4 @@
-"""What must hold for a reward model on disk to be the one that was trained, check by check."""
+"""Checks that a reward model on disk is the one that was trained."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -30,10 +30,10 @@ RESTORE = "restore it from the training run's output"
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that must hold, whether it does, and what was seen or what to do.
+    """One condition, whether it holds, and what was found or what to do.
 
     Attributes:
-        checked: False where nothing could be found out, so that the check shows nothing about the model; `ok` is False then.
+        checked: False if the check could not run and shows nothing about the model; `ok` is False then.
     """
 
     name: str
@@ -47,8 +47,8 @@ class Subject:
     """A loaded model under test.
 
     Attributes:
-        head: the trained score head's parameters by name, the last layer's last.
-        missing, unread: tensors the files lack, and those in the files that the model has no place for.
+        head: the trained score head's parameters by name, with the last layer at the end.
+        missing, unread: tensors that the files lack, and tensors in the files that the model has no place for.
         computes_in: name of the dtype of the arithmetic.
     """
 
@@ -71,7 +71,7 @@ class Subject:
 
 
 def check_tokenizer(manifest: Manifest, tokenizer: PreTrainedTokenizerBase) -> Iterator[Check]:
-    """Special tokens and chat template are those of the contract."""
+    """Check that special tokens and chat template are those of the contract."""
     contract, pad, eos = manifest.contract, tokenizer.pad_token_id, tokenizer.eos_token_id
     same = pad is not None and pad == contract.pad_token_id
     seen = f"tokenizer {pad}, manifest {contract.pad_token_id}"
@@ -88,7 +88,7 @@ def check_tokenizer(manifest: Manifest, tokenizer: PreTrainedTokenizerBase) -> I
 
 
 def check_golden_ids(manifest: Manifest, tokenizer: PreTrainedTokenizerBase) -> Iterator[Check]:
-    """The golden texts still become the golden token ids. A chat template that has changed is not rendered: it is a program."""
+    """Check that the golden texts give the golden token ids. A changed chat template, a program, is not rendered."""
     items, pad = manifest.golden, manifest.contract.pad_token_id
     unfinished = "none: a checkpoint of an unfinished run has none; finish the run and verify its output"
     yield Check("golden items are there", bool(items), str(len(items)) if items else unfinished)
@@ -110,7 +110,7 @@ def check_golden_ids(manifest: Manifest, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def check_weights(subject: Subject) -> Iterator[Check]:
-    """The head is a trained one of one label, every weight a number, and files and model hold the same tensors."""
+    """Check that the head is trained with one label, weights are finite, and files and model hold the same tensors."""
     matrices = {name: p for name, p in subject.head.items() if p.dim() >= 2}
     rows = [len(p) for p in matrices.values()][-1:]
     one = rows == [1]
@@ -128,7 +128,7 @@ def _listed(names: list[str], consequence: str) -> str:
 
 
 def check_vocabulary(subject: Subject, tokenizer: PreTrainedTokenizerBase) -> Iterator[Check]:
-    """Every token has an embedding, and the model's pad id, which tells it the scored token, is the tokenizer's."""
+    """Check that every token has an embedding row, and that model and tokenizer agree on the pad id."""
     model: Any = subject.model.get_base_model() if isinstance(subject.model, PeftModel) else subject.model
     pad, rows = tokenizer.pad_token_id, embedding_rows(model)
     fits = pad is not None and pad < rows and len(tokenizer) <= rows
@@ -138,7 +138,7 @@ def check_vocabulary(subject: Subject, tokenizer: PreTrainedTokenizerBase) -> It
 
 
 def check_score_position(subject: Subject, manifest: Manifest) -> Iterator[Check]:
-    """The score is read at the token, or tokens, that the contract names."""
+    """Check that the score is read at the tokens that the contract names."""
     recorded, found = manifest.contract.score_position, score_position(subject.model)
     name, seen = "score is read where the contract says", found
     if recorded != found and recorded == SCORE_POSITION:  # an earlier version wrote this for every model
@@ -148,8 +148,10 @@ def check_score_position(subject: Subject, manifest: Manifest) -> Iterator[Check
 
 
 def check_leftovers(folder: str, manifest: Manifest) -> Iterator[Check]:
-    """A whole model holds plain floating-point weights, and its config asks for no quantization, unless it was
-    quantized on purpose."""
+    """Check that a complete model holds plain floating-point weights and its config requests no quantization.
+
+    A model that was quantized on purpose is exempt.
+    """
     if any(step.name == "requantize" for step in manifest.history):
         return
     config = read_json(Path(folder) / "config.json", f"{RESTORE.capitalize()}.", strict=False)
@@ -163,7 +165,7 @@ def check_leftovers(folder: str, manifest: Manifest) -> Iterator[Check]:
 
 
 def check_files(folder: str, manifest: Manifest) -> Iterator[Check]:
-    """Everything that a reader loads is, bit for bit, what was there when the manifest was written."""
+    """Check that everything a consumer loads is, bit for bit, as it was when the manifest was written."""
     name = "files are those that were written"
     if manifest.schema_version <= NO_HASHES:
         yield Check(name, True, "not tried: schema version 1 holds no hashes of them")
@@ -174,13 +176,13 @@ def check_files(folder: str, manifest: Manifest) -> Iterator[Check]:
 
 
 def check_configuration(folder: str, manifest: Manifest) -> Iterator[Check]:
-    """What readers take from config.json or adapter_config.json is what the manifest says."""
+    """Check that what consumers read from config.json or adapter_config.json agrees with the manifest."""
     changes = config_changes(folder, manifest)
     yield Check("configuration is the manifest's", not changes, _listed(changes, RESTORE))
 
 
 def check_base(manifest: Manifest, base: str | None, *, scores_hold: bool) -> Iterator[Check]:
-    """The adapter stands on the base it was trained on; other files of it will do where all scores are the same."""
+    """Check that the base is the one the adapter was trained on; a changed base passes if all scores are the same."""
     changes = manifest.base.changes(base)
     found = f"{' and '.join(changes)} changed since training" if changes else ""
     way_out = "its scores hold all the same" if scores_hold else "pass --base with the one it was trained on"
@@ -188,7 +190,7 @@ def check_base(manifest: Manifest, base: str | None, *, scores_hold: bool) -> It
 
 
 def check_scores(subject: Subject, manifest: Manifest) -> Iterator[Check]:
-    """The golden scores come out again, whatever the batch, the padding and the order."""
+    """Check that the model reproduces the golden scores, whatever the batch, the padding and the order."""
     items, pad = manifest.expected(), manifest.contract.pad_token_id
     allowed = allowed_drift(manifest, subject.computes_in)
     moved = drift(items, scores_of(items, lambda ids: subject.score(ids, pad)), allowed)
@@ -214,7 +216,7 @@ def _check_batches(subject: Subject, items: list[GoldenItem], pad: int, allowed:
 
 
 def _check_swap(subject: Subject, items: list[GoldenItem], pad: int) -> Check:
-    """Responses handed over in reverse take their scores with them, so that every margin changes its sign."""
+    """Check that swapped responses keep their scores, so that every margin changes its sign."""
     backwards = [GoldenItem(i.prompt, i.responses[::-1], i.token_ids[::-1], i.scores[::-1]) for i in items]
     ahead, behind = (scores_of(order, lambda ids: subject.score(ids, pad)) for order in (items, backwards))
     margins = [a - b for scores in ahead for a, b in combinations(scores, 2)]

@@ -1,4 +1,4 @@
-"""Asking a running server for scores, over the protocols that readers of reward models speak."""
+"""Request scores from a running server over the protocols that consumers of reward models use."""
 
 import math
 import sys
@@ -20,14 +20,14 @@ PROTOCOLS: tuple[Protocol, ...] = ("score", "get_reward", "classify")
 
 LARGEST = sys.float_info.max
 TRIES = 4
-"""How often a server that is busy (503) is asked."""
+"""Number of attempts while a server is busy (503)."""
 
 
 def connect(url: str, token: str | None) -> tuple[BoundedClient, Protocol | None]:
-    """A client of the server at `url`, to be closed, and the protocol that the last part of the path names.
+    """Return a client of the server at `url`, which the caller closes, and the protocol that the end of the path names.
 
     Raises:
-        UserError: `url` is none.
+        UserError: `url` is not a URL of a server.
     """
     try:
         parsed = httpx2.URL(url)
@@ -47,8 +47,8 @@ class Question:
     """One response to score.
 
     Attributes:
-        item, response: the golden item it is of, and its place there.
-        text: prompt and response written out as one text, special tokens spelled.
+        item, response: its golden item, and its place there.
+        text: prompt and response rendered as one text, including special tokens.
     """
 
     item: GoldenItem
@@ -62,13 +62,13 @@ class Question:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A server and how it is spoken to.
+    """A server and the way to query it.
 
     Attributes:
         protocol: "score", this project's own; "get_reward", OpenRLHF's; "classify", vLLM's.
-        about: what the server says of itself, empty where it is not ours.
-        model: name that vLLM wants to be called by, None for none.
-        add_special_tokens: what vLLM is told; the template's renderings hold theirs already.
+        about: the server's description of itself, empty unless it is this project's server.
+        model: model name that vLLM expects, or None.
+        add_special_tokens: setting sent to vLLM; rendered templates already contain their special tokens.
     """
 
     client: BoundedClient
@@ -79,10 +79,10 @@ class Endpoint:
 
     @classmethod
     def find(cls, client: BoundedClient, protocol: Protocol | None, as_turns: bool, probe: Question) -> Self:
-        """What `client` reaches; without `protocol`, ours if the server says so, else what answers `probe`.
+        """Find a protocol that the server answers. Default: this project's, or the first that answers `probe`.
 
         Raises:
-            NoAnswer: nothing there gives a score.
+            NoAnswer: no protocol gives a score.
         """
         health, models = _told(client, "/health"), _told(client, "/v1/models").get("data")
         about = health if str(health.get("server", "")).startswith("qlora_rm") else {}
@@ -100,10 +100,10 @@ class Endpoint:
         raise NoAnswer("; ".join(reasons))
 
     def scores(self, questions: Sequence[Question]) -> list[float]:
-        """Scores of `questions`, asked in one body.
+        """Scores of `questions`, requested in one body.
 
         Raises:
-            NoAnswer: none, or not one for each.
+            NoAnswer: there are no scores, or not one for each question.
         """
         if self.protocol == "score":
             return self._count(_numbers(self._score(questions)), questions)
@@ -128,7 +128,7 @@ class Endpoint:
             raise NoAnswer("/classify answers rows without index and probs; is it vLLM's?") from None
 
     def _score(self, questions: Sequence[Question]) -> list[Any]:
-        """Responses of one prompt that follow one another are asked for together, as the over-long rule wants."""
+        """Request consecutive responses of one prompt together, as the over-long rule requires."""
         body = []
         for _, group in groupby(questions, key=lambda question: id(question.item)):
             together = list(group)
@@ -169,10 +169,10 @@ class Endpoint:
 
 
 def _told(client: BoundedClient, path: str) -> dict[str, Any]:
-    """What a GET answers, empty where that is no JSON object.
+    """Answer to a GET request; empty if that is not a JSON object.
 
     Raises:
-        NoAnswer: nobody answers at all.
+        NoAnswer: nothing answers.
     """
     answer = client.ask("GET", path)
     try:
@@ -193,6 +193,6 @@ def _numbers(values: Sequence[Any]) -> list[float]:
     if not all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
         raise NoAnswer(f"the answer holds something else than numbers: {str(values)[:60]!r}")
     numbers = [float(value) if abs(value) <= LARGEST else math.inf for value in values]
-    if not all(map(math.isfinite, numbers)):  # NaN and Infinity, which Python reads though JSON has none, and 1e999
+    if not all(map(math.isfinite, numbers)):  # NaN and Infinity, which Python accepts although JSON has none, and 1e999
         raise NoAnswer(f"the answer holds a number that is not finite: {str(numbers)[:60]!r}")
     return numbers

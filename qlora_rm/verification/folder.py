@@ -1,4 +1,4 @@
-"""The proof that a reward model on disk still is the one that was trained: every check with its result."""
+"""Verify that a reward model on disk is still the one that was trained: every check with its result."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,7 +39,7 @@ T = TypeVar("T")
 Tell = Callable[[Check], None]
 
 COULD_NOT = (NoManifest, BaseIsMissing, PermissionError, MemoryError)
-"""Errors that show nothing about the model: what was to be checked could not be had."""
+"""Errors that show nothing about the model: the check could not get what it needs."""
 
 
 def verify(
@@ -50,17 +50,17 @@ def verify(
     key: str | None = None,
     tell: Tell = lambda check: None,
 ) -> list[Check]:
-    """Check an adapter or whole model that this project wrote against its manifest.
+    """Check an adapter or complete model that this project wrote against its manifest.
 
-    A broken part gives a failing check with a way out, and keeps only those checks from running that need it. Files are
-    compared before anything is loaded: a changed chat template is not rendered, and changed code is not run.
+    A broken part gives a failing check with a remedy, and prevents only the checks that need it. Files are compared
+    before anything is loaded: a changed chat template is not rendered, and changed code is not run.
 
     Arguments:
         key: a file with the public key that signed the manifest; None compares no signature.
-        tell: called with each check as soon as its result is there.
+        tell: called with each check as soon as its result is available.
 
     Raises:
-        UserError: there is nothing of a model in `folder`, or `key` cannot be used.
+        UserError: `folder` holds no model, or `key` cannot be used.
     """
     kind = artifact_kind(folder)
     signed_by = None if key is None else public_key(key)
@@ -69,7 +69,7 @@ def verify(
 
 
 class _Verification:
-    """One run of the checks; `checks` are those made so far."""
+    """One run of the checks; `checks` are the results so far."""
 
     def __init__(self, folder: str, is_adapter: bool, base: str | None, trusted: bool, tell: Tell) -> None:
         self.folder, self.is_adapter, self.base, self.trusted, self.tell = folder, is_adapter, base, trusted, tell
@@ -79,7 +79,7 @@ class _Verification:
         if key is not None:
             self._group("signature", lambda: check_signature(self.folder, key))
             if not self._hold():
-                return self.checks  # nothing in the folder is to be believed, and nothing of it is loaded
+                return self.checks  # the folder is not trusted, and nothing in it is loaded
         manifest = self._part("manifest is readable", lambda: Manifest.load(self.folder))
         if manifest:
             self._group("files are those that were written", lambda: check_files(self.folder, manifest))
@@ -111,7 +111,7 @@ class _Verification:
         self.tell(check)
 
     def _part(self, name: str, read: Callable[[], T]) -> T | None:
-        """What `read` returns, or None and a failing check: files under test may be broken in any way."""
+        """Return the result of `read`, or None and a failing check: files under test may be broken in any way."""
         try:
             found = read()
         except Exception as error:
@@ -121,9 +121,9 @@ class _Verification:
         return found
 
     def _group(self, name: str, group: Callable[[], Iterator[Check]]) -> None:
-        """Add the group's checks; an error on the way is itself a failing check."""
+        """Add the group's checks; an error in between is itself a failing check."""
         try:
-            for check in group():  # those made before an error stay
+            for check in group():  # checks made before an error are kept
                 self._add(check)
         except Exception as error:
             self._add(_failed(name, error))
@@ -140,23 +140,23 @@ def _failed(name: str, error: Exception) -> Check:
 
 
 def _adapter(folder: str, base: str | None, trust_remote_code: bool) -> Subject:
-    """The adapter on its base, as this project loads it."""
+    """Load the adapter on its base, as this project does."""
     loaded = RewardModel.load(folder, base=base, trust_remote_code=trust_remote_code, compare=False)
     peft = loaded.model
     assert isinstance(peft, PeftModel)
     with safe_open(Path(folder) / "adapter_model.safetensors", framework="pt") as file:
         saved = set(file.keys())
     wanted = set(get_peft_model_state_dict(peft))
-    # PEFT saves a copy of an adapted embedding, which a DeepSpeed run does not: it is the base's own
+    # PEFT saves a copy of an adapted embedding, which a DeepSpeed run does not: the copy equals the base's own
     copies = {name for name in wanted if name.endswith(".base_layer.weight")} - saved
     head = {name: p for name, p in peft.named_parameters() if ".modules_to_save." in name}
     return Subject(peft, head, sorted(wanted - saved - copies), sorted(saved - wanted), loaded.computes_in)
 
 
 def load_whole(folder: str, trust_remote_code: bool = False) -> Subject:
-    """A whole model, as any reader loads it, for its checks.
+    """Load a complete model, as any consumer does, for its checks.
 
-    A bias of zeros of the head may stand in the files without a place in the model: SGLang wants it there.
+    The files may hold a zero bias of the head that the model has no place for: SGLang requires it.
     """
     model, info = load_stock(folder, trust_remote_code)
     names = head_modules(model)

@@ -1,4 +1,4 @@
-"""The proof a loaded model gives before it is used: the golden texts become the golden ids and have the golden scores."""
+"""Prove a loaded model before use: the golden texts give the golden ids and the golden scores."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from qlora_rm.preferences.values import kind_of
 
 @dataclass(frozen=True)
 class Proof:
-    """How the golden scores came out, of how many items, and what was allowed."""
+    """Drift of the golden scores, number of items, and the allowed tolerance."""
 
     drift: Drift
     items: int
@@ -46,7 +46,7 @@ def prove(model: RewardModel, folder: str) -> Proof:
 
 
 def prove_decoded(model: RewardModel, decoded: DecodedText, folder: str) -> None:
-    """The golden conversations (or plain texts), written out as one text each, still become their token ids.
+    """Check that the golden conversations (or plain texts), each rendered as one text, still give their token ids.
 
     Raises:
         UserError: one does not.
@@ -55,7 +55,8 @@ def prove_decoded(model: RewardModel, decoded: DecodedText, folder: str) -> None
     for place, item in enumerate(golden, start=1):
         if not is_of_kind(item, decoded.as_turns):
             continue
-        alone = [Candidates(item.prompt, (r,), item.tools, item.template_kwargs) for r in item.responses]  # own cuts
+        # one response at a time: each text is cut by itself
+        alone = [Candidates(item.prompt, (r,), item.tools, item.template_kwargs) for r in item.responses]
         written = [decoded.candidates(text) for text in model.tokenization.texts(item.candidates())]
         if model.tokenization.tokenize(alone) != model.tokenization.tokenize(written):
             raise UserError(
@@ -64,7 +65,7 @@ def prove_decoded(model: RewardModel, decoded: DecodedText, folder: str) -> None
 
 
 def is_of_kind(item: GoldenItem, as_turns: bool) -> bool:
-    """Whether an item is a conversation, or else plain text (and no token ids, which have no text)."""
+    """Whether an item is a conversation; with `as_turns` False, whether it is plain text (token ids have no text)."""
     return kind_of(item.responses[0]) == ("turns" if as_turns else "text")
 
 

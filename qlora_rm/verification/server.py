@@ -1,4 +1,4 @@
-"""The proof that a running server gives the scores a model was trained to give: every check with its result."""
+"""Verify that a running server gives the scores a model was trained to give: every check with its result."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +19,7 @@ from qlora_rm.verification.client import Endpoint, Protocol, Question, connect
 from qlora_rm.verification.golden_proof import is_of_kind
 
 SIGMOID = 0.02
-"""How far a sigmoid of a score computed in 16 bit stands from that of the golden one."""
+"""Largest distance between the sigmoid of a score computed in 16 bit and that of the golden score."""
 
 
 def verify_endpoint(
@@ -33,10 +33,10 @@ def verify_endpoint(
     """Check the server at `url` against the manifest and the tokenizer in `folder`.
 
     Arguments:
-        protocol: unset: by the path of `url`, or found by asking.
+        protocol: default: named by the path of `url`, or found by requests.
 
     Raises:
-        UserError: there is no manifest with golden items and no tokenizer in `folder`, or `url` is none.
+        UserError: `folder` has no manifest with golden items or no tokenizer, or `url` is not a URL.
     """
     manifest, tokenizer = Manifest.load(folder), read_tokenizer(folder, trust_remote_code)
     tokenization = tokenization_of(manifest, tokenizer)
@@ -44,7 +44,7 @@ def verify_endpoint(
         raise UserError(f"{folder} has no golden items to ask for: a checkpoint of an unfinished run has none.")
     checks = [*check_tokenizer(manifest, tokenizer), *check_golden_ids(manifest, tokenizer)]
     if not all(check.ok for check in checks):
-        return checks  # the texts to ask for would not be those of training
+        return checks  # the texts would not be those of training
     questions = questions_of(manifest.expected(), tokenization)
     as_turns = trained_text(manifest, tokenization).decodes_turns
     client, named = connect(url, token)
@@ -69,7 +69,7 @@ def questions_of(items: Sequence[GoldenItem], tokenization: Tokenization) -> lis
 
 
 def _shortest(questions: Sequence[Question], as_turns: bool) -> Question:
-    """The question to find a protocol by: one that any server of the model takes."""
+    """A short question that any server of the model accepts, to find the protocol."""
     of_kind = [question for question in questions if is_of_kind(question.item, as_turns)] or questions
     return min(of_kind, key=lambda question: len(question.item.token_ids[question.response]))
 
@@ -77,9 +77,9 @@ def _shortest(questions: Sequence[Question], as_turns: bool) -> Question:
 class _Proof:
     """The checks of one server.
 
-    Texts longer than the model takes, but not many times as long, are asked for only under this project's own protocol: the others do not say where
-    a prompt ends, and so cannot cut as training did. Nor do they say what is a conversation: of a model that was trained
-    on plain text too, only the conversations are asked for.
+    Over-long texts, unless many times too long, are sent only under this project's own protocol. The other protocols do
+    not mark the end of a prompt, and cannot cut as training did. Nor do they mark conversations: a model that was also
+    trained on plain text gets only the conversations.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class _Proof:
         refused = {id(question.item) for question in questions if not self._is_taken(question)}
         taken = [
             q for q in questions if id(q.item) not in refused
-        ] or questions  # whole items: their cut is a common one
+        ] or questions  # complete items, since their responses are cut together
         whole = [q for q in taken if is_of_kind(q.item, as_turns) and not self._is_cut(q, as_turns)]
         self.questions, self.whole = (taken if endpoint.protocol == "score" else whole), whole
         self.left_out = len(questions) - len(self.questions)
@@ -146,7 +146,7 @@ class _Proof:
         return Check("golden scores are given again", moved.ok, f"{moved}; allowed {self.allowed}{left}")
 
     def _dtype(self, scores: list[float]) -> Check:
-        """What the server computes in cannot be asked of strangers; how exact their scores are, can be seen."""
+        """Report the server's dtype. Other projects' servers do not state it, but their scores show their precision."""
         name = "arithmetic"
         if self.said is not None and self.computes_in is None:
             return Check(name, False, f"the server names {self.said!r:.40}; known are {', '.join(DTYPES)}")
@@ -159,7 +159,7 @@ class _Proof:
         return Check(name, True, f"{looks}; trained in {self.manifest.compute_dtype}")
 
     def _spelled(self, known: dict[tuple[int, int], float]) -> Check:
-        """Golden items whose content spells a special token: a server may strip it, or break it up."""
+        """Check golden items whose content spells a special token: a server may strip it, or break it up."""
         special = sorted(self.tokenization.tokenizer.all_special_tokens)
         spelled = [
             q for q in self.questions if any(token in str((q.item.prompt, q.item.responses)) for token in special)
@@ -171,7 +171,7 @@ class _Proof:
         return _alike(name, now, [question.golden for question in spelled], self.allowed)
 
     def _ends(self) -> Iterator[Check]:
-        """Beginnings and ends of text as readers send them."""
+        """Check the beginnings and ends of text as consumers send them."""
         tokenizer = self.tokenization.tokenizer
         bos, eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
         golden = [question.golden for question in self.whole]
@@ -198,7 +198,7 @@ def _key(question: Question) -> tuple[int, int]:
 
 
 def _alike(name: str, scores: Sequence[float], others: Sequence[float], allowed: Tolerance) -> Check:
-    """Whether `scores` stand no further from `others` than rounding explains."""
+    """Check that `scores` differ from `others` by no more than rounding explains."""
     differences = [abs(score - other) for score, other in zip(scores, others, strict=True)]
     ok = all(difference <= allowed.of(other) for difference, other in zip(differences, others, strict=True))
     largest = max(differences, default=0.0) if all(map(math.isfinite, differences)) else math.nan
@@ -207,7 +207,7 @@ def _alike(name: str, scores: Sequence[float], others: Sequence[float], allowed:
 
 
 def activation(golden: Sequence[float], scores: Sequence[float], reward: Reward | None) -> str | None:
-    """What the server does to its scores, where they are not the golden ones but a known function of them."""
+    """Describe the function that the server applies to its scores, if it is a known one; None if they are golden."""
     if not scores or all(abs(score - value) <= 1e-3 for score, value in zip(scores, golden, strict=True)):
         return None
     if all(abs(score - 1) < 1e-6 for score in scores):

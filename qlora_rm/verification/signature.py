@@ -1,8 +1,8 @@
-"""Ed25519 signatures (RFC 8032) of manifests: who wrote a model folder, where hashes only say that it has not changed.
+"""Ed25519 signatures (RFC 8032) of manifests: they prove who wrote a model folder; hashes prove only integrity.
 
-The signature covers the bytes of `rm_manifest.json`, which holds the hashes of all files that a reader loads. It stands beside it
-in `rm_manifest.json.sig`, in base64. Keys are PEM files, as `openssl genpkey -algorithm ed25519` and `openssl pkey -pubout`
-write them.
+The signature covers the bytes of `rm_manifest.json`, which holds the hashes of all files that a consumer loads. It is
+stored next to it in `rm_manifest.json.sig`, in base64. Keys are PEM files, as written by `openssl genpkey -algorithm
+ed25519` and `openssl pkey -pubout`.
 """
 
 import base64
@@ -20,14 +20,15 @@ from qlora_rm.verification.checks import Check
 
 SIGNATURE_NAME = f"{FILE_NAME}.sig"
 LONGEST = 1000
-"""Bytes of a signature file at most."""
+"""Largest signature file, in bytes."""
 
 
 def sign(folder: str, key: str) -> Path:
-    """Sign the manifest of `folder` with the private key in the file `key`; returns the signature's file.
+    """Sign the manifest of `folder` with the private key in the file `key`; return the signature's file.
 
     Raises:
-        UserError: the folder is not as its manifest says, its manifest does not list all files, or the key cannot be used.
+        UserError: the folder differs from its manifest, the manifest does not list all files, or the key cannot be
+            used.
     """
     private = _private_key(key)
     artifact_kind(folder)
@@ -51,7 +52,7 @@ def sign(folder: str, key: str) -> Path:
 
 
 def public_key(path: str) -> Any:
-    """The Ed25519 public key in a PEM file.
+    """Read the Ed25519 public key in a PEM file.
 
     Raises:
         UserError: the file holds none, or the library `cryptography` is not installed.
@@ -69,7 +70,7 @@ def public_key(path: str) -> Any:
 
 
 def check_signature(folder: str, key: Any) -> Iterator[Check]:
-    """The manifest's bytes are those that the owner of the public key `key` signed."""
+    """Check that the owner of the public key `key` signed the manifest's bytes."""
     _, _, invalid = _library()
     path, name = Path(folder) / SIGNATURE_NAME, "manifest is signed with the key"
     try:
@@ -98,7 +99,7 @@ def _private_key(path: str) -> Any:
     serialization, kinds, _ = _library()
     try:
         found = serialization.load_pem_private_key(_read_key(path), password=None)
-    except TypeError as error:  # what the library raises where a password is missing
+    except TypeError as error:  # raised by the library if a password is missing
         raise UserError(
             f"--key {path} is encrypted. Decrypt it first: `openssl pkey -in {path} -out KEY.pem`."
         ) from error
@@ -120,7 +121,7 @@ def _read_key(path: str) -> bytes:
 
 
 def _library() -> tuple[Any, Any, type[Exception]]:
-    """`cryptography`, an optional dependency: its reading of keys, its Ed25519, and its error for a wrong signature."""
+    """The used parts of `cryptography`, an optional dependency: key parsing, Ed25519, invalid-signature error."""
     try:
         from cryptography.exceptions import InvalidSignature
         from cryptography.hazmat.primitives import serialization

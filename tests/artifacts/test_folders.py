@@ -1,4 +1,4 @@
-"""New model folders are whole or not there, wherever their name points."""
+"""New model folders appear complete or not at all, wherever their name points."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A finished model loads as it was trained, and everything else is named for what it is."""
+"""A finished model loads as it was trained; anything else gives an error that names what it is."""
 
 import shutil
 from dataclasses import replace
@@ -77,7 +77,7 @@ def test_another_place_of_the_base_can_be_given(tmp_path: Path) -> None:
 
 def test_another_base_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = copy_of(llama_adapter().parent / "base", tmp_path / "base")
-    edit_json(base / "config.json", use_cache=False)  # which changes no score
+    edit_json(base / "config.json", use_cache=False)  # changes no score
     RewardModel.load(str(llama_adapter()), base=str(base))
     assert "is not the one the adapter was trained on" in capsys.readouterr().err
 
@@ -153,7 +153,7 @@ def test_compute_dtype_follows_training_and_machine(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_model_trained_in_bf16_keeps_its_weights_on_a_cpu_without_bf16(tmp_path: Path) -> None:
-    """Quantized from bf16 as in training, then computed in fp32: the weights are the trained ones, to the bit."""
+    """Quantized from bf16 as in training, then computed in fp32: the weights equal the trained ones, bit for bit."""
     folder = make_reward_model(tmp_path, compute="bf16")
     in_bf16 = RewardModel.load(str(folder), precision="bf16").model.get_submodule("base_model.model.model.norm")
     in_fp32 = RewardModel.load(str(folder), precision="fp32").model.get_submodule("base_model.model.model.norm")

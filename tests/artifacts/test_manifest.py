@@ -1,4 +1,4 @@
-"""The manifest is read back as written, and nothing else is taken for one."""
+"""A manifest is read back as written, and nothing else is accepted as one."""
 
 import json
 from dataclasses import replace
@@ -49,7 +49,7 @@ def test_version_1_is_read(tmp_path: Path) -> None:
 
 
 def test_version_2_is_read(tmp_path: Path) -> None:
-    """Nothing had measured how far rounding moves the scores."""
+    """A file without measured rounding noise."""
     content = json.loads((llama_adapter() / FILE_NAME).read_text(encoding="utf-8"))
     old = {key: value for key, value in content.items() if key not in ("noise", "content_sha256")} | {
         "schema_version": 2
@@ -153,7 +153,7 @@ class TestGolden:
     @pytest.mark.parametrize("max_length", [None, 300, 4096])
     @pytest.mark.parametrize("over_long", ["truncate_prompt", "drop", "error"])
     def test_the_long_item_never_outgrows_what_training_has_seen(self, max_length: int | None, over_long: Any) -> None:
-        """A model without that many positions would fail here, after all its training."""
+        """Otherwise a model without that many positions would fail here, after all its training."""
         tokenization = Tokenization(small_tokenizer(), max_length, over_long)
         items = make_golden(HELD_OUT, tokenization, lengths)
         assert len(items) == 8

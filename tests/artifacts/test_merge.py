@@ -1,4 +1,4 @@
-"""A merged model gives the adapter's scores to any reader, or is not written."""
+"""A merged model gives the adapter's scores to any consumer, or is not written."""
 
 import json
 from collections.abc import Callable
@@ -59,7 +59,7 @@ def test_a_merged_model_is_stock(merged: Path) -> None:
 
 
 def test_a_pipeline_gives_raw_scores(merged: Path) -> None:
-    """Without problem_type "regression" transformers (and vLLM) put one label through a sigmoid."""
+    """Without problem_type "regression" transformers (and vLLM) apply a sigmoid to a single label."""
     text = "What is the capital of France? Paris.</s>"
     model, tokenizer = AutoModelForSequenceClassification.from_pretrained(merged), AutoTokenizer.from_pretrained(merged)
     logit = score_sequences(model, [tokenizer(text)["input_ids"]], pad_token_id=2).item()
@@ -120,7 +120,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("spoil", ["weights", "head"])
     def test_drift(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: str) -> None:
-        """What is compared is what was written: a merge that goes wrong is caught however it does."""
+        """The comparison reads what was written, so that any kind of wrong merge is caught."""
         write: Callable[..., None] = Shards.write
 
         def spoilt(shards: Shards, name: str, pieces: Any) -> None:

@@ -1,4 +1,4 @@
-"""A merge weight by weight gives what PEFT gives a model that is loaded whole, in the memory of one weight."""
+"""Merging weight by weight equals PEFT's merge of a fully loaded model, in the memory of one weight."""
 
 import os
 import shutil
@@ -141,7 +141,7 @@ def test_gives_what_peft_gives_the_whole_model(tmp_path: Path, kind: str) -> Non
 
 @pytest.fixture(params=["compiled", "in torch"])
 def quantizing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both ways of quantizing and dequantizing: nf4.c, and bitsandbytes where it could not be built."""
+    """Both ways of quantizing and dequantizing: nf4.c, and bitsandbytes if nf4.c cannot be built."""
     if request.param == "in torch":
         monkeypatch.setattr(kernel, "_library", lambda: None)
     elif not kernel.is_built():
@@ -153,7 +153,7 @@ def test_the_kernel_is_built_where_there_is_a_compiler() -> None:
 
 
 def there_and_back(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """bitsandbytes' own, with double quantization."""
+    """Quantize and dequantize by bitsandbytes itself, with double quantization."""
     codes, state = F.quantize_4bit(weight.to(dtype), blocksize=64, quant_type="nf4", compress_statistics=True)
     return F.dequantize_4bit(codes, state).view(-1).float()
 
@@ -173,7 +173,7 @@ def test_quantizes_as_bitsandbytes_does(
     blocks: int, rest: int, dtype: torch.dtype, scale: float, seed: int, cut: int
 ) -> None:
     weight = scale * torch.randn(64 * blocks + rest + 64, generator=torch.Generator().manual_seed(seed))
-    weight[::7] = weight[0]  # the largest of some blocks, more than once
+    weight[::7] = weight[0]  # the largest value of some blocks, repeated
     weight[64:128] = 0
     rounded = Rounded.of(weight, dtype)
     parts = [rounded.values(i, min(i + 64 * cut, len(weight))) for i in range(0, len(weight), 64 * cut)]
@@ -182,7 +182,7 @@ def test_quantizes_as_bitsandbytes_does(
 
 @pytest.mark.usefixtures("quantizing")
 def test_quantizes_at_every_bound_as_bitsandbytes_does() -> None:
-    """Values on, just below and just above the bounds, over more than a piece."""
+    """Values on, just below and just above the bounds, over more than one piece."""
     code = F.get_4bit_type("nf4", device="cpu")
     bounds = (code[1:] + code[:-1]) / 2
     near = torch.cat(
@@ -242,7 +242,7 @@ def test_files_are_those_that_the_library_reads(tensors: list[tuple[torch.dtype,
 
 
 def test_a_slow_disk_holds_the_merge_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside the piece that is being written no more waits than the bound, and one."""
+    """Besides the piece being written, at most the bound plus one piece waits."""
     monkeypatch.setattr(shards_module, "WAITING_BYTES", 1000)
     write, taken, most = shards_module._File._write, [0], [0]
 
@@ -264,7 +264,7 @@ def test_a_slow_disk_holds_the_merge_back(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_tensor_may_begin_anywhere_in_its_file(tmp_path: Path) -> None:
-    """The format does not align: the library pads headers, other writers need not."""
+    """The format does not require alignment: the library pads headers, other writers may not."""
     header = (
         b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"b":{"dtype":"F32","shape":[2],"data_offsets":[1,9]}}'
     )
@@ -284,7 +284,7 @@ def test_what_is_added_to_a_tensor_in_place_does_not_reach_its_file(tmp_path: Pa
 
 
 def test_large_results_are_written_in_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And flushed on the way, and torch has its threads again afterwards."""
+    """They are also flushed during the merge, and torch gets its threads back afterwards."""
     monkeypatch.setattr(shards_module, "SHARD_BYTES", 100_000)
     monkeypatch.setattr(shards_module, "FLUSH_BYTES", 10_000)
     before = torch.get_num_threads()
@@ -296,7 +296,7 @@ def test_large_results_are_written_in_shards(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside what was resident before, at most two of the largest weight and some pieces, at 3 layers and at 12."""
+    """In addition to resident memory: at most two of the largest weight and some pieces, with 3 layers and with 12."""
 
     def narrow(layers: int, **more: int) -> Any:
         return original(layers, **more | {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 8})
@@ -323,12 +323,12 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path, monkeypatch: pytest
         grown.append(merge_memory._high_water() - before)
     largest = 32000 * 1024 * 2
     assert max(grown) < 2 * largest + 100_000_000, grown
-    # the smaller model may end before the queue of the writer is full
+    # the smaller model may finish before the writer's queue is full
     assert grown[1] < grown[0] + shards_module.WAITING_BYTES + 30_000_000, grown
 
 
 def _reset_high_water() -> int:
-    """Bytes resident now, from which the kernel's mark of the most begins anew."""
+    """Return the bytes resident now, and reset the kernel's high-water mark to them."""
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     return merge_memory._high_water()
 
@@ -375,7 +375,7 @@ def test_a_proof_that_does_not_fit_into_memory_is_read_from_the_disk(
 def test_on_its_unquantized_base_an_adapter_scores_the_same_layer_by_layer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    """The reference for `--base original`, where that base does not fit into memory."""
+    """The reference for `--base original`, if that base does not fit into memory."""
     folder = make_reward_model(tmp_path, **KINDS[kind])
     manifest = Manifest.load(folder)
     whole = RewardModel.load(str(folder), quantization="none")

@@ -1,4 +1,4 @@
-"""The noise of a model's scores is measured without a trace, and decides what a copy's scores may do."""
+"""The noise of a model's scores is measured without side effects, and determines a copy's tolerance."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -145,7 +145,7 @@ class TestTolerance:
 
 @pytest.fixture(scope="module")
 def noisy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter trained in bf16 whose scores are ten times as large: noise far above the constant of 0.1."""
+    """An adapter trained in bf16 with scores ten times as large: its noise far exceeds the constant of 0.1."""
     folder = make_reward_model(tmp_path_factory.mktemp("noisy"), compute="bf16")
 
     def louder(tensors: dict[str, torch.Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""A merged model in 4 bit again: stock transformers loads it, and its manifest says what changed."""
+"""A merged model quantized to 4 bit again: stock transformers loads it, and its manifest records the change."""
 
 from pathlib import Path
 
@@ -43,7 +43,7 @@ def test_an_adapter_is_merged_first(tmp_path: Path) -> None:
 
 
 def test_a_mixture_of_experts_is_refused(tmp_path: Path) -> None:
-    """Stock transformers would load its experts in 16 bit, under the name of 4."""
+    """Stock transformers would load its experts in 16 bit although the model claims 4 bit."""
     folder = make_reward_model(tmp_path, "mixtral", adapter=AdapterConfig(lora_r=4))
     merge(str(folder), str(tmp_path / "merged"), dtype="fp32")
     with pytest.raises(UserError, match="keeps in 16 bit"):

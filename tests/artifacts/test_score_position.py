@@ -1,4 +1,4 @@
-"""Sound models of every way of reading a score pass `verify` and are exported; wrong words about it are found."""
+"""Models pass `verify` and are exported wherever they read their score; a wrong score position is detected."""
 
 import json
 from pathlib import Path

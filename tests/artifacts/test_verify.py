@@ -1,4 +1,4 @@
-"""Each way of breaking a model on disk fails the check that is named for it, and none raises."""
+"""Each way of breaking a model on disk fails the check named for it, and none raises."""
 
 import json
 import re
@@ -32,7 +32,7 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def merged_in_bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Trained in bf16, and merged to it."""
+    """Trained in bf16 and merged to bf16."""
     folder = tmp_path_factory.mktemp("merged") / "bf16"
     merge(str(llama_adapter("bf16")), str(folder), dtype="bf16")
     return folder
@@ -132,7 +132,7 @@ def no_golden(folder: Path) -> None:
 
 
 def flip_a_bit(folder: Path) -> None:
-    """Of the last byte but some: a mantissa's low bits, which no score shows."""
+    """Flip a low bit of a mantissa near the end of the file, which no score shows."""
     path = weights_of(folder)
     content = bytearray(path.read_bytes())
     content[-400] ^= 1
@@ -225,7 +225,7 @@ MERGE_SAYS = {
 
 @pytest.mark.parametrize("break_it", MERGE_SAYS, ids=lambda break_it: break_it.__name__)
 def test_merge_names_what_was_broken(tmp_path: Path, break_it: Callable[[Path], None]) -> None:
-    """Also where the hashes were updated, so that they show nothing."""
+    """Even if the hashes were updated and show nothing."""
     folder = copy_of(llama_adapter(), tmp_path / "model")
     break_it(folder)
     says = MERGE_SAYS[break_it]
@@ -240,7 +240,7 @@ def test_merge_names_what_was_broken(tmp_path: Path, break_it: Callable[[Path], 
 def test_merge_refuses_what_hashes_would_have_shown_without_them(
     tmp_path: Path, break_it: Callable[[Path], None]
 ) -> None:
-    """As in an artefact whose manifest is of version 1."""
+    """As for an artifact with a manifest of version 1."""
     folder = copy_of(llama_adapter(), tmp_path / "model")
     break_it(folder)
     as_version_1(folder)

@@ -1,4 +1,4 @@
-"""Fused experts in 4 bit: the dequantized model's numbers at a quarter of its bytes, and LoRA on them as PEFT has it."""
+"""Fused experts in 4 bit: equal to the dequantized model at a quarter of its bytes, with LoRA as in PEFT."""
 
 import copy
 import json
@@ -50,7 +50,7 @@ CLASSIFIERS = {
         **SHALLOW, num_experts=4, mamba_d_state=8, use_mamba_kernels=False, attn_layer_period=2, attn_layer_offset=1
     ),
 }  # fmt: skip
-LANGUAGE_MODELS = {  # without a class of transformers for sequence classification
+LANGUAGE_MODELS = {  # transformers has no sequence classification class for these
     "olmoe": t.OlmoeConfig(**SHALLOW, num_experts=4, num_experts_per_tok=2),
     "glm4_moe": t.Glm4MoeConfig(**SHALLOW | LATENT, head_dim=16),
     "ernie4_5_moe": t.Ernie4_5_MoeConfig(**SHALLOW, moe_num_experts=4, moe_k=2, moe_intermediate_size=64),
@@ -155,7 +155,7 @@ def test_bytes_are_the_librarys_own_and_slices_are_exact(shape, double):
 def test_memory_is_half_a_byte_a_weight_and_its_constants():
     packed = pack(torch.randn(8, 512, 256), "nf4", True)
     n = 8 * 512 * 256
-    constants = n // 64 + 4 * (n // 64 // 256) + 4 * (16 + 256)  # 8-bit constants, theirs in fp32, two code books
+    constants = n // 64 + 4 * (n // 64 // 256) + 4 * (16 + 256)  # 8-bit scales, their fp32 scales, two code books
     assert stored_bytes(packed) == n // 2 + constants < 0.52 * n
 
 
@@ -242,7 +242,7 @@ def test_the_adapter_is_one_that_stock_peft_reads_and_merges(folders, tokenizer,
     plain = load(folder, tokenizer).model
     dequantize(plain)
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # as PEFT tells of missing keys
+        warnings.simplefilter("error", UserWarning)  # PEFT warns of missing keys
         stock = PeftModel.from_pretrained(plain, tmp_path, is_trainable=True).eval()
     stock_scores = stock(input_ids=IDS).logits
     stock_scores.pow(2).sum().backward()
@@ -255,7 +255,7 @@ def test_the_adapter_is_one_that_stock_peft_reads_and_merges(folders, tokenizer,
 
 
 def test_shared_experts_are_adapted_and_routers_are_not(folders, tokenizer, tmp_path):
-    """PEFT alone would take a shared expert's names for the fused experts', and leave it out."""
+    """PEFT alone would take a shared expert's names for the fused experts', and skip it."""
     backbone = load(folders("qwen2_moe"), tokenizer)
     assert gate_names(backbone.model) == [f"model.layers.{i}.mlp.shared_expert_gate" for i in range(2)]
     assert "shared_expert_gate" not in linear_names(backbone)
@@ -344,7 +344,7 @@ def test_autocast_computes_the_experts_in_its_dtype(folders, tokenizer):
 
 
 def test_forms_that_are_not_covered_end_in_a_clear_error(folders, tokenizer, tmp_path):
-    """JetMoE computes its experts by a class of its own; LLM.int8() has nothing for experts; blocks must fit experts."""
+    """JetMoE has its own class of experts; LLM.int8() supports no experts; experts must be whole numbers of blocks."""
     jetmoe = save_backbone(tmp_path / "jetmoe", "jetmoe", tokenizer)
     with pytest.raises(UserError, match=r"left \d\d% .*unquantized, the largest being .*--max_unquantized 1"):
         load(jetmoe, tokenizer)

@@ -1,4 +1,4 @@
-"""Where a score is read and how positions are numbered is found by watching the model, and decides what is required of it."""
+"""Where a score is read and how positions are numbered, found by watching a model, determines the required layouts."""
 
 from types import MethodType
 from typing import Any
@@ -32,7 +32,7 @@ OPT = IDS | {
 }  # fmt: skip
 
 MODELS: dict[str, tuple[PretrainedConfig, str, bool, int | None]] = {
-    # where the score is read, whether left padding must do, and the positions there are
+    # where the score is read, whether left padding is required, and the number of positions
     "llama": (t.LlamaConfig(**SHAPE), LAST, True, None),
     "qwen3": (t.Qwen3Config(**SHAPE, num_key_value_heads=2, head_dim=16), LAST, True, None),
     "mixture": (t.Qwen3MoeConfig(**SHAPE, num_experts=4, num_experts_per_tok=2, head_dim=16), LAST, True, None),
@@ -70,7 +70,7 @@ def build(name: str) -> PreTrainedModel:
 
 
 def apart(model: PreTrainedModel, layout: Layout) -> float:
-    """Largest distance of a score in a batch from that alone."""
+    """Largest distance between a score in a batch and the same score alone."""
     draw = torch.Generator().manual_seed(1)
     sequences = [[*torch.randint(5, 200, (n,), generator=draw).tolist(), 3] for n in (5, 9, 17, 30, 3)]
     alone = score_sequences(model, sequences, pad_token_id=1, layout="right", tokens_per_batch=1)
@@ -115,7 +115,7 @@ def test_a_new_head_of_zeros_says_as_much_as_a_trained_one() -> None:
 
 
 def test_a_model_whose_padding_leaks_still_has_to_do_with_left_padding() -> None:
-    """Attention that sees the padding: nothing in the model's class says so, its scores do."""
+    """Attention that sees the padding: only the scores reveal it, not the model's class."""
     model = build("llama")
     own = type(model.base_model).forward
 

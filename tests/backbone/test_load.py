@@ -1,4 +1,4 @@
-"""What a loaded backbone is: quantized but for its head, which is small, in fp32, and kept where it exists."""
+"""Properties of a loaded backbone: all quantized but the head, which is small, in fp32, and kept if it exists."""
 
 import bitsandbytes as bnb
 import pytest
@@ -159,7 +159,7 @@ def test_wrong_folders_are_named(tokenizer, folders, tmp_path):
 
 
 def test_new_tokens_of_content_need_a_backbone_that_is_trained_whole(folders):
-    """Their embeddings would be random, frozen and not saved; a pad token's row is never looked at."""
+    """Their embeddings would be random, frozen and not saved; a pad token's row is never used."""
     tokenizer = small_tokenizer()
     tokenizer.add_tokens(["<new>", "<newer>"])
     with pytest.raises(UserError, match="random and frozen"):
@@ -208,7 +208,7 @@ def test_every_architecture_here_is_tested():
         *VERIFIED,
         *SWITCHING,
         "bart",
-    }  # bart in test_zero3.py
+    }  # bart is in test_zero3.py
     assert tested == set(BACKBONES)
 
 

@@ -1,4 +1,4 @@
-"""Packed equals plain: in scores and in gradients, on every architecture that shares, and told where it does not."""
+"""Packed equals plain in scores and gradients on every architecture that shares prompts; others are reported."""
 
 import pytest
 import torch
@@ -108,7 +108,7 @@ def assert_alike(model, sequences):
     torch.testing.assert_close(packed_scores, scores, rtol=1e-5, atol=1e-5)
     assert packed_gradients.keys() == gradients.keys()
     for name, gradient in gradients.items():
-        # a weight whose gradient is rounding itself (keys' biases, under softmax) is measured against the largest
+        # a gradient that is pure rounding (keys' biases, under softmax) is compared with the largest gradient
         scale = max(float(gradient.norm()), 1e-3 * max(float(g.norm()) for g in gradients.values()))
         assert float((packed_gradients[name] - gradient).norm()) <= 1e-4 * scale, name
 
@@ -150,7 +150,7 @@ def test_where_packed_is_not_plain_it_falls_back_and_says_so(architecture, capfd
 
 @pytest.mark.slow
 def test_a_kernel_without_a_backward_pass_is_found_before_training(capfd):
-    """FlexAttention has none on a CPU: what its probe says here is what any failing kernel says on a GPU."""
+    """FlexAttention has none on a CPU: its probe reports here what any failing kernel reports on a GPU."""
     model = build(SHARING["llama"], attn_implementation="sdpa")
     if torch.cuda.is_available():
         pytest.skip("FlexAttention has a backward pass on CUDA")
@@ -212,7 +212,7 @@ def test_scoring_shares_wherever_the_model_does():
 
 @pytest.mark.parametrize(("window", "chunk"), [(None, None), (5, None), (None, 7)])
 def test_the_block_mask_is_the_dense_mask(window, chunk):
-    """What FlexAttention is given on CUDA, token by token, and through its own arithmetic."""
+    """The mask given to FlexAttention on CUDA, token by token, and through FlexAttention's own arithmetic."""
     forest = as_tensors(grow([s for case in CASES.values() for s in case], 0, multiple_of=128))
     index = forest["position_ids"], forest["subtree_end"], window, chunk
     dense, blocks = dense_mask(*index), block_mask(*index)

@@ -1,4 +1,4 @@
-"""A pad token that no text contains, whatever the tokenizer brings along."""
+"""A pad token that no text contains, for every kind of tokenizer."""
 
 import json
 from pathlib import Path
@@ -54,7 +54,7 @@ def test_a_pad_token_that_texts_contain_is_replaced_and_said_once(tmp_path, caps
     assert said.count("pad token:") == 1 and repr(pad) in said and reason in said
     tokenization = Tokenization(tokenizer)
     found = tokenization.tokenize(
-        [Candidates(TURNS, ANSWERS), Candidates("the end! ", ("Yes.", "No!"))]  # would raise pad_in_content
+        [Candidates(TURNS, ANSWERS), Candidates("the end! ", ("Yes.", "No!"))]  # would raise pad_in_content otherwise
     )
     assert all(tokenizer.pad_token_id not in ids for tokens in found for ids in tokens.sequences)
 
@@ -119,7 +119,7 @@ def test_a_foreign_reward_model_that_pads_with_bos_is_scored_at_its_last_token(t
 
 
 def test_a_model_that_was_trained_with_such_a_pad_token_keeps_its_contract(tmp_path):
-    """Older versions took bos where no text began with it."""
+    """Older versions used bos if no text began with it."""
     tokenizer = small_tokenizer(bos=False)
     tokenizer.bos_token = tokenizer.pad_token = "<s>"
     folder = make_reward_model(tmp_path, tokenizer=tokenizer)

@@ -1,4 +1,4 @@
-"""A sequence has one score, whatever its neighbours and whatever was scored before: rotary scaling that depends on length."""
+"""A sequence has one score despite its neighbours and earlier batches, with rotary scaling that depends on length."""
 
 from typing import Any
 
@@ -38,7 +38,7 @@ def build(config: PretrainedConfig) -> PreTrainedModel:
 
 
 def fresh_alone(config: PretrainedConfig, sequence: list[int]) -> float:
-    """By transformers alone, in a model that has seen nothing else."""
+    """The score by transformers alone, in a model that has seen nothing else."""
     with torch.no_grad():
         return float(build(config)(torch.tensor([sequence])).logits[0, 0])
 
@@ -90,7 +90,7 @@ def test_a_saved_configuration_carries_the_rule_to_stock_readers(kind: str, tmp_
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_gradients_of_a_pair_on_both_sides_of_the_switch(kind: str) -> None:
-    """Training packs what it likes; the pair's gradient is that of its sequences alone."""
+    """However training packs the pair, its gradient is that of its sequences alone."""
     model = build(pinned(config_of(kind), LONGEST))
     share_prefixes(model, "true")
 
@@ -108,7 +108,7 @@ def test_gradients_of_a_pair_on_both_sides_of_the_switch(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_a_model_of_others_gives_what_stock_code_gives_alone(kind: str) -> None:
-    """Another project's model is not pinned: only sequences that it rotates alike meet in a batch, and none leaves a trace."""
+    """Another project's model is not pinned: sequences share a batch only if rotated alike; none affects later ones."""
     config = config_of(kind)
     model = build(config)
     wanted = [fresh_alone(config, sequence) for sequence in SEQUENCES]

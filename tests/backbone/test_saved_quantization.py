@@ -1,4 +1,4 @@
-"""A checkpoint's own settings do not override the run's: they are obeyed where nothing else can be done, and said."""
+"""The run's settings override a checkpoint's own; those that cannot be overridden are kept and reported."""
 
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def save_quantized(base: str, **settings: Any) -> None:
-    """Write the backbone in `base` again, quantized, its other weights in bf16."""
+    """Save the backbone in `base` again, quantized, with its other weights in bf16."""
     settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True} | settings
     model = AutoModelForCausalLM.from_pretrained(
         base, quantization_config=BitsAndBytesConfig(**settings), dtype=torch.bfloat16

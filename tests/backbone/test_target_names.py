@@ -1,4 +1,4 @@
-"""Every word of --lora_target_modules and every index of --lora_layers matches a layer, or is an error that names some."""
+"""Every word of --lora_target_modules and index of --lora_layers matches a layer, or gives an error that lists some."""
 
 import re
 
@@ -14,7 +14,7 @@ from tests.models_for_tests import BACKBONES
 
 
 def adapted(architecture, **options):
-    """Names of the modules that get an adapter; without weights."""
+    """Names of the modules that get an adapter; the model has no weights."""
     with torch.device("meta"):
         config = BACKBONES[architecture](vocab_size=100, pad_token_id=0).config
     model = skeleton(config)

@@ -1,4 +1,4 @@
-"""Adapters stand on layers that text passes through and that later commands can merge; others are refused before training."""
+"""Adapters go on layers that text passes through and later commands can merge; others are refused before training."""
 
 from pathlib import Path
 
@@ -55,7 +55,7 @@ def test_an_adapter_on_the_embedding_is_verified_merged_and_served(tmp_path, arc
     assert merge(str(folder), str(tmp_path / "merged"), dtype="fp32").drift < 1e-5
     assert [check for check in verify(str(tmp_path / "merged")) if not check.ok] == []
     merge(str(folder), str(tmp_path / "original"), dtype="fp32", base="original")
-    with served(RewardModel.load(str(folder)), folder) as service:  # which proves the golden scores first
+    with served(RewardModel.load(str(folder)), folder) as service:  # proves the golden scores first
         assert service.reader.vocabulary == 455
 
 
@@ -148,7 +148,7 @@ def test_towers_stay_as_they_are_where_all_else_is_trained(tmp_path):
 
 
 def test_an_expert_that_no_token_was_sent_to_counts_as_reached(tmp_path):
-    """Experts in a list, as models bring along that do not fuse them: four tokens do not reach all."""
+    """Unfused experts in a list, as some models have them: four tokens do not reach all."""
 
     class Experts(nn.Module):
         def __init__(self) -> None:

@@ -64,7 +64,7 @@ def test_unknown_eos_token(tmp_path):
 
 
 def test_a_stock_reader_scores_the_same_token(tmp_path):
-    """The pad id written into the config is the one sequences are padded with."""
+    """The pad id in the config is the one that sequences are padded with."""
     tokenizer = small_tokenizer()
     folder = save_backbone(tmp_path, "llama", tokenizer)
     model = load_backbone(

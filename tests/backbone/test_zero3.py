@@ -1,4 +1,4 @@
-"""A 4-bit backbone under ZeRO-3 on real gloo ranks: what each holds while loading, at rest, and after a forward pass."""
+"""A 4-bit backbone under ZeRO-3 on real gloo ranks: memory of each while loading, at rest, and after a forward pass."""
 
 import json
 import os
@@ -33,7 +33,7 @@ ARCHITECTURES = ("gemma3", "gpt2", "mixtral", "bert", "bart")
 HEADS = ("score.", "classifier.", "bert.pooler.", "classification_head.")
 
 MATRIX = 4 * LARGE["hidden_size"] * LARGE["intermediate_size"]
-"""Bytes of the largest matrix in fp32, in which it is quantized here: 12 MB; a layer holds 51 MB of such."""
+"""Bytes of the largest matrix in fp32, the dtype it is quantized from here: 12 MB; a layer has 51 MB of these."""
 
 
 def ranks(count: int, out: Path, jobs: list[dict]) -> list[dict[str, dict]]:
@@ -43,7 +43,7 @@ def ranks(count: int, out: Path, jobs: list[dict]) -> list[dict[str, dict]]:
     done = subprocess.run(
         [*command, "tests/backbone/zero3_ranks.py", json.dumps({"out": str(out), "jobs": jobs})],
         cwd=ROOT,
-        # memory that is freed goes back to the system at once, or old pages would count as held
+        # freed memory is returned to the system at once; old pages would count as held otherwise
         env=os.environ
         | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": ".", "MALLOC_MMAP_THRESHOLD_": "65536"},
         capture_output=True,
@@ -67,7 +67,7 @@ def without_pad_row(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """The same random backbone twice, `bf16` in several files and `nf4`; half a gigabyte, gone after this module."""
+    """The same random backbone twice, `bf16` in several files and `nf4`; half a gigabyte, deleted after this module."""
     folder = tmp_path_factory.mktemp("large")
     tokenizer = small_tokenizer()
     config = t.LlamaConfig(**LARGE, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
@@ -92,7 +92,7 @@ def large(tmp_path_factory):
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=only_deep)])
 def test_each_rank_holds_its_share_of_a_large_backbone(large, small, tmp_path, count):
     """While loading from 16 and from 4 bit, at rest, and after a forward pass."""
-    jobs = [{"name": "warm-up", "backbone": small, "steps": 1}]  # what the libraries load on first use is not counted
+    jobs = [{"name": "warm-up", "backbone": small, "steps": 1}]  # excludes what the libraries load on first use
     jobs += [{"name": name, "backbone": str(large / name), "steps": 1} for name in ("bf16", "nf4")]
     jobs += [{"name": "hpZ", "backbone": small, "steps": 1, "zero": {"zero_hpz_partition_size": 2}}]
     for reports in ranks(count, tmp_path / "out", jobs):
@@ -103,7 +103,7 @@ def test_each_rank_holds_its_share_of_a_large_backbone(large, small, tmp_path, c
             share = frozen["packed_whole"] / count
             assert frozen["packed_whole"] > 115e6
             few = 4 * MATRIX
-            assert share + few < frozen["packed_whole"]  # a bound that the whole model would break
+            assert share + few < frozen["packed_whole"]  # the full model would exceed this bound
             assert frozen["here"] == pytest.approx(frozen["whole"] / count, rel=0.05)
             assert report["hash_after"] == report["hash_before"]
             assert report["load_peak"] < share + frozen["state"] + few, name
@@ -112,7 +112,7 @@ def test_each_rank_holds_its_share_of_a_large_backbone(large, small, tmp_path, c
 
 @pytest.fixture(scope="module")
 def three_ranks(small, without_pad_row, tmp_path_factory) -> list[dict[str, dict]]:
-    """One launch for all small backbones, on three ranks, into which few weights divide."""
+    """One launch for all small backbones, on three ranks, which divide few weights evenly."""
     folder, tokenizer = tmp_path_factory.mktemp("three"), small_tokenizer()
     job = {"backbone": small, "steps": 4}
     jobs = [
@@ -145,16 +145,16 @@ def test_training_is_bit_identical_to_the_stock_loader(three_ranks):
 
 @pytest.mark.slow
 def test_bitsandbytes_still_keeps_every_gathered_weight(three_ranks):
-    """Where this fails, `zero3.free_weights_after_forward` can go."""
+    """If this fails, remove `zero3.free_weights_after_forward`."""
     for reports in three_ranks:
         kept = reports["without mend"]["live_after_forward"] - reports["sharded"]["live_after_forward"]
-        # all but what reads the frozen embedding, to which no gradient goes back
+        # all but the layer that reads the frozen embedding, to which no gradient goes back
         assert 0.8 < kept / reports["sharded"]["frozen"]["packed_whole"] <= 1
 
 
 @pytest.mark.slow
 def test_an_unquantized_backbone_has_the_seeded_head_and_shares_prompts(three_ranks):
-    """transformers shards it itself; where its prompts could not be shared the job would end in an error."""
+    """transformers shards it itself; if its prompts could not be shared, the job would fail."""
     for reports in three_ranks:
         assert reports["not quantized"]["head"] == reports["stock"]["head"]
         assert reports["not quantized"]["losses"] == pytest.approx(reports["stock"]["losses"], abs=0.3)  # NF4 rounds
@@ -162,8 +162,10 @@ def test_an_unquantized_backbone_has_the_seeded_head_and_shares_prompts(three_ra
 
 @pytest.mark.slow
 def test_every_architecture_is_sharded_and_scores_as_whole(three_ranks):
-    """Among them weights transposed before quantization (gpt2), fused experts (mixtral), tied embeddings and heads of
-    several layers (bart); a forward and a backward pass without an engine leave nothing gathered."""
+    """Among them: transposed weights (gpt2), fused experts (mixtral), tied embeddings, heads of several layers (bart).
+
+    A forward and a backward pass without an engine leave nothing gathered.
+    """
     for reports in three_ranks:
         for architecture in ARCHITECTURES:
             report = reports[architecture]
@@ -184,7 +186,7 @@ def refused(match: str, **options) -> None:
     registered = HfDeepSpeedConfig({"zero_optimization": {"stage": 3, **options}})
     with pytest.raises(UserError, match=match), zero3.sharded_loading([]):
         pass
-    del registered  # transformers keeps a weak reference: from here on no ZeRO-3
+    del registered  # transformers keeps a weak reference: ZeRO-3 is off from here on
 
 
 @pytest.mark.parametrize("name", sorted(zero3.KNOWN))

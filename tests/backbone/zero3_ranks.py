@@ -1,9 +1,9 @@
-"""What one rank of a ZeRO-3 job holds of a 4-bit backbone: a script for torchrun, measured by test_zero3.py.
+"""Memory of one rank of a ZeRO-3 job with a 4-bit backbone: a script for torchrun, used by test_zero3.py.
 
     torchrun --nproc_per_node 2 tests/backbone/zero3_ranks.py '{"out": ..., "jobs": [{"name": ..., "backbone": ...}]}'
 
-Memory is RssAnon of /proc/self/status: pages of its own. A mapped checkpoint counts in VmRSS, but its pages are the
-file's: shared with every process that reads it, and given back when memory is short.
+Memory is RssAnon of /proc/self/status: the process's own pages. A mapped checkpoint counts in VmRSS, but its pages
+belong to the file: all readers share them, and the kernel reclaims them if memory is short.
 """
 
 import ctypes
@@ -54,7 +54,7 @@ def give_back_freed_memory() -> None:
 
 @contextmanager
 def watched(report: dict[str, int]) -> Iterator[None]:
-    """Into `report`: by how many bytes this process grew inside the block, at its peak and for good."""
+    """Record in `report` by how many bytes this process grew inside the block, at its peak and permanently."""
     give_back_freed_memory()
     before = peak = own_memory()
     done = threading.Event()
@@ -100,7 +100,7 @@ def state_bytes(parameter: torch.nn.Parameter) -> int:
 
 
 def frozen_bytes(model: torch.nn.Module) -> dict[str, int]:
-    """Of the frozen backbone: bytes in all, bytes kept here, and the quantization state in all and here."""
+    """Of the frozen backbone: total bytes, bytes on this rank, and the same for the quantization state."""
     frozen = [p for p in model.parameters() if not p.requires_grad]
     packed = [p for p in frozen if isinstance(p, Params4bit)]
     return {
@@ -114,7 +114,7 @@ def frozen_bytes(model: torch.nn.Module) -> dict[str, int]:
 
 
 def before_the_engine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict:
-    """Scores of the model as it is, a backward pass, and what they left whole of what is sharded."""
+    """Scores of the model as it is, a backward pass, and the sharded parameters that these left gathered."""
     with gathered_at_work(model):
         ended = [[*ids, tokenizer.eos_token_id] for ids in BATCH]
         scores = score_sequences(model, ended, pad_token_id=tokenizer.pad_token_id)
@@ -126,19 +126,19 @@ def before_the_engine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 
 
 def run(job: dict) -> dict:
-    """Load, attach, start the engine and train a few steps; what was held where."""
+    """Load, attach, start the engine and train a few steps; report the memory of each stage."""
     report: dict = {}
     config = engine_config(**job.get("zero", {}))
     tokenizer = AutoTokenizer.from_pretrained(job["backbone"])
     registered = HfDeepSpeedConfig(config)  # transformers keeps a weak reference
-    live = live_uint8_bytes()  # an earlier job's model may live on in DeepSpeed's registries
+    live = live_uint8_bytes()  # DeepSpeed's registries may keep an earlier job's model alive
     set_seed(0)
     with watched(report):
         backbone = load_backbone(
             BackboneConfig(
                 model_name_or_path=job["backbone"],
                 quantization=job.get("quantization", "4bit"),
-                share_prefix=job.get("share_prefix", "true"),  # an error where the probe finds otherwise
+                share_prefix=job.get("share_prefix", "true"),  # makes a probe that finds a difference an error
                 max_unquantized=1,
             ),
             tokenizer,

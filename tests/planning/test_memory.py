@@ -1,4 +1,4 @@
-"""The arithmetic of a rank: its laws, and the constants it shares with the launch configurations."""
+"""The arithmetic of a rank's memory: its laws, and the constants it shares with the launch configurations."""
 
 import json
 from dataclasses import replace

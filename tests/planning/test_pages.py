@@ -1,4 +1,4 @@
-"""What is shown: the command's output, the page, and the memory of real runs."""
+"""The output for people: the command's, the page, and the memory of real runs."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def test_predictions_are_within_a_tenth_of_the_measurements() -> None:
 
 @pytest.mark.slow
 def test_a_real_run_takes_what_was_predicted() -> None:
-    """Two steps of the train door, without checkpointing and with it, in processes that `benchmarks.memory` forks."""
+    """Two train steps, without and with checkpointing, in processes that `benchmarks.memory` forks."""
     code = (
         "import json, benchmarks.memory as m\n"
         "runs = [m.Run('qwen2 1024x6', 256, 128, 2, False, lora_r=64), m.Run('qwen2 1024x6', 256, 128, 3, True)]\n"

@@ -1,4 +1,4 @@
-"""A plan keeps to the positions that a backbone has, as training does."""
+"""A plan respects the number of positions that a backbone has, as training does."""
 
 from pathlib import Path
 

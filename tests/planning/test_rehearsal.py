@@ -1,4 +1,4 @@
-"""Steps rehearsed without numbers: what they keep follows the laws of the real ones."""
+"""Steps rehearsed without numbers: the memory they keep follows the laws of real steps."""
 
 import pytest
 import torch
@@ -100,6 +100,6 @@ def test_flex_attention_keeps_no_mask() -> None:
         model = rehearsal("llama", torch.bfloat16, kernel)
         short, long = (model.step(Batch(1, n, 2), checkpointing=False).kept for n in (1024, 2048))
         growth[kernel] = long - 2 * short
-    # SDPA turns the mask into one of bf16, in each of 6 layers anew; what else is square is the forest's own mask
+    # SDPA converts the mask to bf16 again in each of 6 layers; the only other square tensor is the forest's own mask
     assert growth["sdpa"] >= 0.95 * 6 * 2 * (2048**2 - 2 * 1024**2)
     assert growth["flex_attention"] < 0.2 * growth["sdpa"]

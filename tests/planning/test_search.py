@@ -1,4 +1,4 @@
-"""The fastest setting that fits, the line that launches it, and what is said where the run asked for does not fit."""
+"""The fastest setting that fits, the command that launches it, and the message if the requested run does not fit."""
 
 import random
 import shlex
@@ -82,7 +82,7 @@ def test_the_line_is_one_that_accelerate_and_the_door_read(setting: Setting, cud
         "bf16": False,
     }
     words = shlex.split(launch_line(setting, options, cuda=cuda))
-    words = words[words.index("accelerate") :]  # variables of the environment stand before
+    words = words[words.index("accelerate") :]  # environment variables come first
     assert words[:2] == ["accelerate", "launch"]
     read = launch_command_parser().parse_args(words[2:])
     assert (read.module, read.training_script) == (True, "qlora_rm.train")
@@ -123,7 +123,7 @@ def test_weights_are_not_planned_away_from_a_cpu_into_its_own_memory() -> None:
 
 @given(st.integers(1, 200), st.integers(1, 16))
 def test_a_candidate_makes_the_very_step_that_was_asked_for(pairs_per_step: int, ranks: int) -> None:
-    """In as many ways as there are; where the ranks cannot share it out, in none."""
+    """In as many ways as there are; in none if the ranks cannot take equal shares."""
     asking = copy(LLAMA)
     asking.pairs_per_step = pairs_per_step
     found = {(s.pairs, s.accumulation) for s in asking.candidates(SMALL, ranks, "ddp")}
@@ -133,7 +133,7 @@ def test_a_candidate_makes_the_very_step_that_was_asked_for(pairs_per_step: int,
 
 @pytest.mark.slow
 def test_several_machines_are_planned_as_the_launch_configuration_has_them() -> None:
-    """DeepSpeed shares the second copy out among 8 ranks, and stops where they do not make whole groups."""
+    """DeepSpeed shards the second copy among 8 ranks, and stops if the ranks are no multiple of 8."""
     assert [Engines().of(n) for n in (9, 12, 16, 24)] == [[], [], ["zero3"], ["zero3"]]
     sixteen = LLAMA.leanest(SMALL, 16)
     assert (sixteen.hpz, sixteen.nodes) == (8, 2)
@@ -155,7 +155,7 @@ def test_machines_of_a_run_are_those_it_was_launched_on() -> None:
 
 @pytest.mark.slow
 def test_8_bit_weights_are_planned_for_engines_that_leave_them_whole() -> None:
-    """ZeRO-3 does not shard them: what it would be said to save is not saved."""
+    """ZeRO-3 does not shard them, so that it would save nothing."""
     eight = planner(quantization="8bit")
     assert eight.engines.of(8) == ["ddp", "zero2"] and LLAMA.engines.of(8) == ["ddp", "zero2", "zero3", "zero3_offload"]
     assert {setting.engine for setting in eight.candidates(SMALL, 8)} == {"ddp", "zero2"}

@@ -1,4 +1,4 @@
-"""Counted without weights, and counted on the real thing, to the byte."""
+"""The count without weights equals the count of the real model, to the byte."""
 
 from dataclasses import dataclass
 
@@ -22,7 +22,7 @@ ADAPTER = AdapterConfig(lora_r=8)
 
 @dataclass(frozen=True)
 class Real:
-    """Bytes of a model that was loaded and adapted, each part as the inventory counts it."""
+    """Bytes of a loaded and adapted model, with each part as the inventory counts it."""
 
     quantized: int
     plain: int
@@ -66,7 +66,7 @@ def test_bytes_are_those_of_the_loaded_model(architecture: str, quantization: st
 
 @pytest.mark.parametrize(("size", "billions", "active"), [("70B", 70.55 - 1.05, 69.5), ("8x7B", 46.70 - 0.13, 12.75)])
 def test_published_shapes_have_the_size_they_are_known_by(size: str, billions: float, active: float) -> None:
-    """Without the output embedding, which a reward model has no use for."""
+    """Without the output embedding, which a reward model does not need."""
     weights = weigh(build(published(size), BackboneConfig(), AdapterConfig(), torch.bfloat16), torch.bfloat16)
     frozen = (weights.parameters - weights.trainable) / 1e9
     assert frozen == pytest.approx(billions, abs=0.02)
