@@ -37,7 +37,7 @@ class DecodedText:
         else:
             self._begin, self._end = "", eos
             bos_is_known = tokenizer.bos_token_id in tokenization.encode(["a"], add_special_tokens=True)[0]
-        # where training never begins with bos and bos is also eos (GPT-2), a leading bos may be part of the content
+        # keep a leading bos where training writes none: it may be content, as in GPT-2, whose bos is also its eos
         self._first = re.compile(f"^{_any_of(pad, bos if bos_is_known else '')}*")
         self._last = tuple(filter(None, (pad, eos)))
         self._end_is_eos = self._end == eos
