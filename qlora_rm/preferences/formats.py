@@ -113,8 +113,8 @@ FORMATS = (
 
 
 def recognize(rows: Sequence[Row], file: str) -> Format:
-    """Return the format that most of `rows` fit; if none fits, the one with the most columns present, so that each row
-    reports its own fault.
+    """Return the format that most of `rows` fit; if none fits, the one with the most required columns among
+    those whose columns are present, so that each row reports its own fault.
 
     Raises:
         UserError: no format has these columns.
