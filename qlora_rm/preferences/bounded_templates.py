@@ -167,9 +167,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             before, found = found, found + part
             if type(found) is not str:
                 grown = isinstance(found, (list, tuple)) and len(found).bit_length() > len(before).bit_length()
-                _small(found) if grown else _counted(
-                    found
-                )  # a list that grows by appending is only counted when its length doubles
+                _small(found) if grown else _counted(found)  # a growing list is counted when its length doubles
             elif len(found) > LARGEST:
                 raise TooLarge(len(found))
         if type(found) is str:

@@ -30,7 +30,9 @@ def prompt_key(candidates: Candidates) -> Digest:
         if not prompt[-1]["content"]:  # the bare `Assistant:` at the end of a raw HH prompt
             prompt = prompt[:-1]
     words = json.dumps([_canonical(item) for item in prompt], ensure_ascii=False)
-    return digest(words.encode(errors="surrogatepass"))  # a role may hold a lone surrogate if the template does not write it
+    return digest(
+        words.encode(errors="surrogatepass")
+    )  # a role may hold a lone surrogate if the template does not write it
 
 
 def _canonical(item: Any) -> Any:
