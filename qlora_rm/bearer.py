@@ -39,7 +39,7 @@ def authorization(token: str) -> str:
 
 
 def is_authorized(given: Sequence[str], token: str) -> bool:
-    """Return whether there is exactly one Authorization header and it carries `token`; the scheme's case is ignored (RFC 9110)."""
+    """Return whether there is one Authorization header only, with `token`; the scheme's case is ignored (RFC 9110)."""
     if len(given) != 1:
         return False
     scheme, _, credentials = given[0].partition(" ")

@@ -1,7 +1,7 @@
 """The user's options: one dataclass per topic, one help text per field, and the checks of the values.
 
-The training loop's own options (learning rate, batch size, steps, ...) are TRL's `RewardConfig`; `training/arguments.py`
-holds the defaults that differ. This module imports nothing heavy, so that `--help` answers at once.
+The training loop's own options (learning rate, batch size, steps, ...) are TRL's `RewardConfig`;
+`training/arguments.py` holds the defaults that differ. This module imports nothing heavy, so that `--help` is fast.
 """
 
 from dataclasses import dataclass, field
@@ -111,7 +111,7 @@ class DataConfig:
 
 
 def _as_assignments(columns: list[str] | dict[str, str] | None) -> list[str] | None:
-    """Return `field=column` words, which the command line gives, from such words or from the mapping that YAML gives."""
+    """Return `field=column` words from such words (the command line) or from a mapping (YAML)."""
     if columns is None:
         return None
     words = [f"{name}={column}" for name, column in columns.items()] if isinstance(columns, dict) else list(columns)

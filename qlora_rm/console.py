@@ -77,7 +77,7 @@ def say_result(*lines: str) -> None:
 
 
 def write_by(write: Callable[[str], None] | None) -> None:
-    """Print messages through `write` while something else occupies the terminal's last line; None restores the default."""
+    """Print messages through `write` while a progress bar is on the terminal's last line; None restores the default."""
     global _write
     _write = write
 

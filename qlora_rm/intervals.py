@@ -19,9 +19,10 @@ def wilson_interval(successes: float, trials: int) -> tuple[float, float]:
 
 
 def _wilson_lower(successes: float, trials: int) -> float:
-    """Return the lower end: the smaller root of Wilson's quadratic equation, as the product of both roots over the larger.
+    """Return the lower end: the smaller root of Wilson's quadratic equation.
 
-    Center minus half-width loses its digits near 0: 0 of 7 gave 2.8e-17.
+    It is the product of both roots over the larger. Center minus half-width loses its digits near 0: 0 of 7 gave
+    2.8e-17.
     """
     share, spread = successes / trials, Z95**2 / trials
     larger = share + spread / 2 + Z95 * math.sqrt(share * (1 - share) / trials + spread / (4 * trials))

@@ -1,7 +1,7 @@
 """The rank of this process in its job, from the launcher's environment variables.
 
-torchrun and `accelerate launch` set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, which torch reads. `srun`
-with one task per rank sets SLURM's own variables; this module derives torch's from them.
+torchrun and `accelerate launch` set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, which torch reads.
+`srun` with one task per rank sets SLURM's own variables; this module derives torch's from them.
 """
 
 import re
@@ -15,8 +15,8 @@ PORTS = range(10_000, 30_000)
 def torchrun_variables(environ: Mapping[str, str]) -> dict[str, str]:
     """Return the variables torchrun would have set, if `srun` started this process as one of several ranks; else none.
 
-    A launcher's own variables win: under `srun accelerate launch` SLURM counts the launchers, not the ranks. Nor is the
-    shell of a batch script a rank: SLURM gives it a SLURM_PROCID and the job's SLURM_NTASKS, but no SLURM_STEP_NUM_TASKS.
+    A launcher's own variables win: under `srun accelerate launch` SLURM counts the launchers, not the ranks. The shell of
+    a batch script is not a rank: it has a SLURM_PROCID and the job's SLURM_NTASKS, but no SLURM_STEP_NUM_TASKS.
 
     Arguments:
         environ: `os.environ`; a MASTER_ADDR or MASTER_PORT in it is kept.
@@ -39,7 +39,7 @@ def torchrun_variables(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def first_host(nodelist: str) -> str:
-    """Return the first host of a SLURM node list, gpu-a01 for `gpu-a[01-03,07],gpu-b3`; a name may have several brackets."""
+    """Return the first host of a SLURM node list: gpu-a01 of `gpu-a[01-03,07],gpu-b3`. A name may have more brackets."""
     match = re.match(r"(?:[^,\[\]]|\[[^\[\]]*\])+", nodelist)
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", match[0]) if match else ""
 
@@ -50,5 +50,5 @@ def tasks_per_node(counts: str) -> list[int]:
 
 
 def port_of_job(job: str, step: str = "0") -> int:
-    """Return a port for rank 0, the same on all nodes. Steps of one job, and jobs with adjacent numbers on one host, differ."""
+    """Return a port for rank 0, the same on all nodes; steps of a job, and jobs with adjacent numbers, get others."""
     return PORTS[(int(job) + 1000 * int(step)) % len(PORTS)]

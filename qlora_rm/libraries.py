@@ -1,7 +1,7 @@
 """Filters for what other libraries print: only what concerns the user passes.
 
-Errors always pass, and so do warnings of kinds that are not listed here. `--verbose` lets everything pass except progress
-bars, whose carriage returns make a log unreadable; `progress.py` reports progress instead.
+Errors always pass, and so do warnings of kinds that are not listed here. `--verbose` lets everything pass except
+progress bars, whose carriage returns make a log unreadable; `progress.py` reports progress instead.
 """
 
 import logging

@@ -17,7 +17,7 @@ T = TypeVar("T")
 def add_options(parser: argparse.ArgumentParser, config: type, only: Collection[str] | None = None) -> None:
     """Add a flag to `parser` for each field of the dataclass `config`, or for those named in `only`.
 
-    A bool becomes `--name`, and `--no_name` if it defaults to true; a `Literal` has choices; a list takes one or more words.
+    A bool is `--name`, and `--no_name` if it defaults to true; a `Literal` has choices; a list takes one or more words.
     """
     group = parser.add_argument_group(_title(config))
     hints = get_type_hints(config)

@@ -29,9 +29,8 @@ T = TypeVar("T")
 class Phase:
     """A part of a command that may take long, open while its `with` block runs.
 
-    Phases may be nested. A phase without a unit shows the counts of the phase inside it under its own name. A phase with
-    a unit, such as training, is hidden while a phase inside it, such as an evaluation, is open, unless both have the same
-    name.
+    Phases may be nested. A phase without a unit shows the counts of the phase inside it under its own name. A phase
+    inside one with a unit, such as an evaluation in training, is shown instead of it, unless both have the same name.
 
     Attributes:
         total: units to do; None if unknown.

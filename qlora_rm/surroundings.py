@@ -17,8 +17,8 @@ UNWRITABLE_HOME = "HOME cannot be written to, so libraries keep their caches in 
 def prepare_streams() -> None:
     """Make every character printable.
 
-    Characters that the locale's encoding lacks are printed as escapes. ASCII, the encoding of the C locale with Python's
-    UTF-8 mode off, is replaced by UTF-8, as that mode would do.
+    Characters that the locale's encoding lacks are printed as escapes. ASCII, the encoding of the C locale with
+    Python's UTF-8 mode off, is replaced by UTF-8, as that mode would do.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
@@ -83,7 +83,7 @@ def _in_home(name: str) -> Path:
 
 
 def _can_write(folder: Path) -> bool:
-    """Return whether `folder` and files in it can be created. The test runs in the nearest existing parent and leaves no trace."""
+    """Return whether `folder` and files in it can be created; a test in the nearest existing parent leaves no trace."""
     if not folder.is_absolute():
         return False
     try:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 if __package__ in (None, ""):
     # When launched by path (without -P), Python puts this file's folder first on sys.path, where `training` or `report`
-    # would shadow installed packages of that name. Replace it by the package's parent folder, unless that is site-packages,
-    # which is already on the path and must stay behind the standard library.
+    # would shadow installed packages of that name. Replace it by the package's parent folder, unless that is
+    # site-packages, which is already on the path and must stay behind the standard library.
     if not sys.flags.safe_path:
         del sys.path[0]
     root = Path(__file__).resolve().parent.parent

@@ -1,4 +1,4 @@
-"""Settings for all tests: no hub, one thread, no deadlines, the same random numbers every day, and real data if available."""
+"""Settings for all tests: no hub, one thread, no deadlines, fixed random numbers, and real data if available."""
 
 import os
 import random
@@ -21,7 +21,8 @@ hide_gpu()
 # When DeepSpeed compiles for the CPU, torch looks for ninja on PATH; it is next to the interpreter, activated or not.
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 
-# `make test` draws the same examples every day; `make test-deep` draws more and new ones, and prints how to repeat a failure.
+# `make test` draws the same examples every day; `make test-deep` draws more new ones, and prints how to repeat a
+# failure.
 settings.register_profile("gate", deadline=None, derandomize=True)
 settings.register_profile("deep", deadline=None, max_examples=1000, print_blob=True)
 settings.load_profile("deep" if SEED else "gate")

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def launch(config: str, flags: list[str], *more: str, **how: Any) -> subprocess.CompletedProcess[str]:
-    """Run what a user types, on the CPU ranks of `accelerate_configs/<config>.yaml` (two, unless `more` changes this)."""
+    """Run what a user types, on the CPU ranks of `accelerate_configs/<config>.yaml` (two, unless changed by `more`)."""
     process = start(config, flags, *more, **how)
     try:
         said, warned = process.communicate(timeout=600)

@@ -47,7 +47,7 @@ def dynamic_config(**ids: int | None) -> t.LlamaConfig:
 
 
 def modernbert_config(pooling: str, **ids: int | None) -> t.ModernBertConfig:
-    """Return a config with local attention narrower than the tests' texts; the score is read at the first token or the mean."""
+    """Return a config with local attention narrower than the texts; the score is at the first token or the mean."""
     return t.ModernBertConfig(
         **ENCODER | {"num_hidden_layers": 3}, local_attention=16, classifier_pooling=pooling, **ids
     )

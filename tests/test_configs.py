@@ -71,9 +71,7 @@ def test_launch_is_read_by_accelerate(path: Path) -> None:
         doubled = {"gradient_accumulation_steps", "gradient_clipping", "zero_stage", "offload_optimizer_device"}
         assert not doubled & set(config.deepspeed_config)
         assert config.mixed_precision is None
-    assert (
-        config.distributed_type != DistributedType.MULTI_CPU
-    )  # would start one process and expect MPI to start the rest
+    assert config.distributed_type != DistributedType.MULTI_CPU  # would start one process and leave the rest to MPI
 
 
 @pytest.mark.parametrize("path", [*LAUNCHES, *RECIPES], ids=by_name)
@@ -98,7 +96,7 @@ def test_engine_is_read_by_deepspeed(path: Path) -> None:
 
 @pytest.mark.parametrize("path", TWINS, ids=by_name)
 def test_engine_does_not_touch_packed_weights(path: Path) -> None:
-    """A 16-bit engine casts, quantized collectives requantize, and NVMe offload rewrites weights that must stay packed."""
+    """A 16-bit engine casts, quantized collectives requantize, NVMe offload rewrites weights that must stay packed."""
     settings = engine(path)
     zero = settings["zero_optimization"]
     assert settings["bf16"] == settings["fp16"] == {"enabled": False}

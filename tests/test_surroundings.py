@@ -112,7 +112,7 @@ class TestCaches:
         assert capsys.readouterr().err == "", "once, not in each process that a command starts"
 
     def test_a_user_without_a_home_has_one(self, environ: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """In a container whose user is only a number, `~` stays `~`, and libraries would create a folder of that name."""
+        """In a container whose user is only a number, `~` stays `~`, and libraries would create a folder named so."""
         del environ["HOME"]
         monkeypatch.setattr("os.path.expanduser", lambda path: path)
         monkeypatch.chdir(tmp_path)

@@ -146,7 +146,7 @@ KINDS = tuple(kind.__name__ for kind in SHARES)
 
 
 def preferences(seed: int = 0) -> Iterator[Row]:
-    """Yield endless rows: the kinds in turn, no prompt twice, the chosen answer alternately longer and shorter per round."""
+    """Yield endless rows: the kinds in turn, no prompt twice, the chosen answer longer in every second round."""
     rng = random.Random(seed)
     seen: set[str] = set()
     for chosen_longer in cycle([True, False]):

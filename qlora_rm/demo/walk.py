@@ -77,8 +77,8 @@ def walk() -> None:
 def run(*command: str) -> None:
     """Print and run a command; stop the demo if it fails.
 
-    It runs under this interpreter, whose scripts may not be on PATH. `sys.path` excludes the working directory: a folder
-    named qlora_rm there, or a file named like a library, would be imported.
+    It runs under this interpreter, whose scripts may not be on PATH. `sys.path` excludes the working directory: a
+    folder named qlora_rm there, or a file named like a library, would be imported.
     """
     print(f"\n$ {shlex.join(command)}", flush=True)
     module = {"accelerate": "accelerate.commands.accelerate_cli", "qlora-rm": "qlora_rm"}[command[0]]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 BATCH = 1000
 BYTES_AT_ONCE = 2**28
-"""Upper bound of a batch if every row were at the limit: a dictionary page of kilobytes may repeat one long text in every row."""
+"""Upper bound of a batch whose rows are all at the limit; a dictionary page may repeat one long text in every row."""
 
 
 def parquet_rows(path: Path) -> int:
@@ -89,7 +89,7 @@ def _require_distinct_fields(path: Path, schema: "pyarrow.Schema") -> None:
 
 
 def require_distinct(file: object, columns: Sequence[str]) -> None:
-    """Raise a `UserError` if two columns have the same name, since a row keeps only one; columns without a name are ignored."""
+    """Raise a `UserError` if columns share a name, since a row keeps only one of them; empty names are ignored."""
     twice = [f"{name!r} ({count} times)" for name, count in Counter(columns).items() if count > 1 and name]
     if twice:
         raise UserError(

@@ -116,7 +116,7 @@ class Table:
             heapq.heapreplace(self._sample, item)
 
     def sample(self, indices: Sequence[int], count: int) -> list[Candidates]:
-        """Return at most `count` of the kept candidates whose rows are in `indices`, spread evenly over their lengths."""
+        """Return at most `count` kept candidates whose rows are in `indices`, spread evenly over their lengths."""
         among = set(indices)
         kept = [(self.facts[-row].length, -row, candidates) for _, row, candidates in self._sample if -row in among]
         kept.sort(key=lambda item: item[:2])

@@ -293,8 +293,8 @@ def _environment_of_transformers() -> Any:
 def bound_templates() -> None:
     """Make transformers render all chat templates in this process within limits.
 
-    transformers 5.23 has neither limits nor a way to choose the environment, so this replaces its cached compiler. Remove
-    once it has one of them.
+    transformers 5.23 has neither limits nor a way to choose the environment, so this replaces its cached compiler.
+    Remove once it has one of them.
     """
     from transformers.utils import chat_template_utils
 

@@ -30,9 +30,9 @@ class Origin:
 class Candidates:
     """A prompt and its responses, without preferences: the input of scoring.
 
-    `prompt` and every response are of one kind. A sequence is the prompt followed by a response: texts are concatenated,
-    turns are joined before the template is applied, token ids are used unchanged. `prompt` is empty if the row does not
-    separate it from the responses.
+    `prompt` and every response are of one kind. A sequence is the prompt followed by a response: texts are
+    concatenated, turns are joined before the template is applied, token ids are used unchanged. `prompt` is empty if
+    the row does not separate it from the responses.
     """
 
     prompt: Content

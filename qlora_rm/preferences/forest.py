@@ -33,9 +33,9 @@ Ids = list[int]
 SHARE_FROM = 1 / 3
 """Neighbors in sorted order join one tree if they share at least this part of the shorter one. Sharing saves the shared
 tokens, but a longer row costs more attention. For two sequences of n tokens that share c, the dense mask's work grows
-from 2 n^2 to (2n - c)^2; divided by 6 times the hidden size, this work counts in tokens of linear work. At c = n / 3 the
-two are even when n is 2.7 times the hidden size, and sharing wins below. A threshold of 1/4 lost 4 % on 512 tokens of
-width 256."""
+from 2 n^2 to (2n - c)^2. Divided by 6 times the hidden size, it equals that many tokens of linear work. At c = n / 3
+the two costs are equal if n is 2.7 times the hidden size, and sharing wins for shorter n. A threshold of 1/4 lost 4 %
+on 512 tokens of width 256."""
 
 LONGEST_TREE = 4
 """Longest tree, in multiples of the longest sequence, since the cost of attention grows with the square of its length.
@@ -134,8 +134,10 @@ def group(sequences: Sequence[Ids]) -> list[list[int]]:
 
 
 def grow_tree(sequences: Sequence[Ids]) -> Tree:
-    """Build the trie of non-empty `sequences`: in sorted order, each adds its tokens after the prefix that it shares with
-    the previous one."""
+    """Build the trie of non-empty `sequences`.
+
+    In sorted order, each sequence adds its tokens after the prefix that it shares with the previous one.
+    """
     ids: list[int] = []
     depth: list[int] = []
     subtree_end: list[int] = []
@@ -162,7 +164,7 @@ def _close(path: list[int], subtree_end: list[int], end: int) -> None:
 
 
 def pack(lengths: Sequence[int]) -> tuple[list[tuple[int, int]], int]:
-    """Pack items first-fit-decreasing into rows as long as the longest; return each item's (row, start), and the row count.
+    """Pack items first-fit-decreasing into rows as long as the longest; return each item's (row, start), and row count.
 
     No row is longer than the longest tree, whose attention sets the cost per row anyway.
     """

@@ -1,7 +1,7 @@
 """The formats of preference rows: recognized by columns and kinds of value, parsed into `Comparison`s.
 
 Each format is one entry of `FORMATS`: a name for the log, the kinds its columns hold, and a function that returns the
-prompt and the responses. A row's format is the first entry that fits; a file's is that of the majority of its first rows.
+prompt and the responses. A row's format is the first entry that fits; a file's is the most frequent of its first rows.
 """
 
 from collections import Counter
@@ -171,8 +171,10 @@ SCORED = (
 
 
 def parse_candidates(row: Row, as_turns: bool = False, text: TrainedText | None = None) -> Candidates:
-    """Parse a prompt and its responses to score: {prompt, response}, {prompt, responses}, {messages}, {text}, {response},
-    or any row of `FORMATS`, whose preferences are ignored. Arguments as for `parse_comparison`.
+    """Parse a prompt and its responses to score.
+
+    Rows are {prompt, response}, {prompt, responses}, {messages}, {text}, {response}, or any of `FORMATS`, whose
+    preferences are ignored. Arguments as for `parse_comparison`.
 
     Raises:
         RowFault: missing_column if no format fits, else the faults of the values.

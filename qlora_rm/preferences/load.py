@@ -43,8 +43,8 @@ class PreferenceData(NamedTuple):
     Attributes:
         held_out: None if nothing is held out.
         fingerprint: sha256 over the comparisons of both parts in order; ranks with equal fingerprints read equal data.
-        golden_candidates: a few untokenized held-out prompts with their responses, of varied lengths and of the training
-            rows' kinds; from the training rows if nothing of these kinds is held out.
+        golden_candidates: a few untokenized held-out prompts with their responses, of varied lengths and of the
+            training rows' kinds; from the training rows if nothing of these kinds is held out.
         trained_on: the kinds of all training rows, see `text_as.Kind`.
     """
 

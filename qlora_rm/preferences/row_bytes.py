@@ -11,7 +11,7 @@ from qlora_rm.preferences.row_errors import RowFault
 
 CHUNK = 2**18
 SKIPPED_AT_MOST = 16
-"""In a compressed file, an over-long row is skipped for up to this many times the limit; beyond it, reading the file fails."""
+"""Largest over-long row that is skipped in a compressed file, in multiples of the limit; a longer one is an error."""
 
 
 class RowTooLong(Exception):
@@ -191,7 +191,7 @@ class _Array:
         return rest.end()
 
     def _leave_open(self, chunk: bytes, start: int) -> None:
-        """Record that the chunk ends inside a string, from `start` on; a final backslash escapes the next chunk's first byte."""
+        """Record that the chunk ends inside a string, from `start` on, and whether a backslash escapes the next byte."""
         part = chunk[start:]
         self.in_string, self.escaped = True, (len(part) - len(part.rstrip(b"\\"))) % 2 == 1
 

@@ -39,7 +39,7 @@ class Ledger:
 
     Arguments:
         on_bad_row: "error" turns a fault into a `UserError`; "skip" counts it by kind.
-        over_long: the over-long rule, which overrides `on_bad_row`: "drop" counts an over-long row, "error" stops at it.
+        over_long: the over-long rule, which overrides `on_bad_row`: "drop" counts an over-long row, "error" stops.
     """
 
     on_bad_row: Literal["error", "skip"] = "error"
@@ -93,7 +93,7 @@ class Ledger:
 
 
 def shortened(items: dict[str, Any]) -> list[tuple[str, Any]]:
-    """Return the first `MAX_NAMED_SOURCES` items and one line for the rest, since a folder may hold thousands of shards."""
+    """Return the first `MAX_NAMED_SOURCES` items and one line for the rest: a folder may hold thousands of shards."""
     named = list(items.items())[:MAX_NAMED_SOURCES]
     rest = len(items) - len(named)
     return named + ([(f"... and {rest} more", "(see the JSON report)")] if rest else [])

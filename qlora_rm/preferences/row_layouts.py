@@ -13,7 +13,7 @@ Parts = tuple[Content, list[Content]]
 
 
 def read_ids(row: Row, chosen: str, rejected: str) -> Parts:
-    """Read an already tokenized pair. The prompt is empty here; tokenization finds it as the shared prefix of the ids."""
+    """Read a tokenized pair. Its prompt is empty here; tokenization finds it as the shared prefix of the ids."""
     return [], [_unpadded(row, chosen), _unpadded(row, rejected)]
 
 

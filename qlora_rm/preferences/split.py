@@ -30,9 +30,7 @@ def prompt_key(candidates: Candidates) -> Digest:
         if not prompt[-1]["content"]:  # the bare `Assistant:` at the end of a raw HH prompt
             prompt = prompt[:-1]
     words = json.dumps([_canonical(item) for item in prompt], ensure_ascii=False)
-    return digest(
-        words.encode(errors="surrogatepass")
-    )  # a role may hold a lone surrogate if the template does not write it
+    return digest(words.encode(errors="surrogatepass"))  # a role that no template writes may hold a lone surrogate
 
 
 def _canonical(item: Any) -> Any:
@@ -43,7 +41,7 @@ def _canonical(item: Any) -> Any:
 
 
 def _shared_beginning(responses: Sequence[Any]) -> Any:
-    """Return the shared prefix: text cut back to complete words, or token ids; [] for turns, which were split on reading."""
+    """Return the shared prefix: text cut back to complete words, or token ids; [] for turns, already split."""
     if isinstance(responses[0], list) and not isinstance(responses[0][0], int):
         return []
     shared = responses[0][: shared_length(responses)]
@@ -54,7 +52,7 @@ def _shared_beginning(responses: Sequence[Any]) -> Any:
 
 
 def hold_out(keys: Sequence[Digest], fraction: float) -> list[bool]:
-    """Return for each comparison whether its prompt is held out: the ceil(fraction * n) lowest of n distinct keys are."""
+    """Return whether each comparison's prompt is held out: the ceil(fraction * n) lowest of n distinct keys are."""
     distinct = sorted(set(keys))
     held = set(distinct[: math.ceil(fraction * len(distinct))])
     return [key in held for key in keys]
@@ -67,6 +65,6 @@ def lowest(indices: Sequence[int], order: Sequence[Digest], count: int) -> list[
 
 
 def repeat(indices: Sequence[int], weight: float, order: Sequence[Digest]) -> list[int]:
-    """Return each index floor(weight) times, and the remaining fraction of them, by lowest hash in `order`, once more."""
+    """Return each index floor(weight) times, and the remaining fraction, those lowest in `order`, once more."""
     whole, part = divmod(weight, 1)
     return [*indices] * int(whole) + lowest(indices, order, round(part * len(indices)))

@@ -22,7 +22,7 @@ def watched(source: nodes.Template) -> nodes.Template:
 class Generator(CodeGenerator):
     """A code generator that compiles `~`, `+` and slices to calls of the environment.
 
-    jinja's sandbox does not intercept `~` and slices. For `+`, which is frequent, our call is faster than the sandbox's.
+    jinja's sandbox does not intercept `~` and slices. `+` is frequent, and our call is faster than the sandbox's.
     """
 
     def visit_Add(self, node: nodes.BinExpr, frame: Any) -> None:

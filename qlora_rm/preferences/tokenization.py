@@ -61,8 +61,8 @@ class Tokenization:
         max_length: longest sequence, in tokens; None for no limit.
         over_long: "truncate_prompt" cuts the oldest part of the prompt, by the same number of tokens for all its
             responses; under "drop" and "error" an over-long row is a fault of kind `over_long`.
-        vocabulary: number of token ids with embeddings in the model, against which rows of token ids are checked. Unset:
-            the tokenizer's number of ids.
+        vocabulary: number of token ids with embeddings in the model, against which rows of token ids are checked.
+            Unset: the tokenizer's number of ids.
         positions: number of positions of the model; a longer sequence is a fault of kind `beyond_positions`.
     """
 
@@ -102,9 +102,9 @@ class Tokenization:
     def tokenize_each(self, batch: Sequence[Candidates]) -> list[Tokenized | RowFault]:
         """Return token ids, or a fault, for each prompt with its responses.
 
-        Faults are those of `texts`, turns_without_template, text_too_long, empty_sequence, unknown_token, pad_in_content,
-        response_too_long, over_long and beyond_positions. All text of the batch goes through the tokenizer in one call
-        (two if it mixes turns and plain text), so larger batches are faster.
+        Faults are those of `texts`, turns_without_template, text_too_long, empty_sequence, unknown_token,
+        pad_in_content, response_too_long, over_long and beyond_positions. All text of the batch goes through the
+        tokenizer in one call (two if it mixes turns and plain text), so larger batches are faster.
         """
         results: dict[int, Tokenized | RowFault] = {}
         texts: dict[str, dict[int, list[str]]] = {"text": {}, "turns": {}}
@@ -165,7 +165,7 @@ class Tokenization:
 
     @cached_property
     def _of_the_library(self) -> frozenset[str]:
-        """Arguments of transformers that rows must not set, such as another template (a program) or silent `truncation`."""
+        """Arguments of transformers, which rows must not set: another template is a program, `truncation` is silent."""
         return frozenset(inspect.signature(self.tokenizer.apply_chat_template).parameters)
 
     def encode(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
