@@ -11,9 +11,9 @@ TOKEN_VARIABLE = "QLORA_RM_TOKEN"
 
 
 def read_token(file: str | None) -> str | None:
-    """Return the first line of `file`, else the environment variable.
+    """Return the first line of `file`; without a file, the environment variable, or None if it is empty or unset.
 
-    The command line is no source: every user of the machine can read it.
+    The command line cannot give a token, since every user of the machine can read it.
 
     Raises:
         UserError: the file cannot be read, or holds no token that a header can carry.
@@ -39,7 +39,7 @@ def authorization(token: str) -> str:
 
 
 def is_authorized(given: Sequence[str], token: str) -> bool:
-    """Return whether there is one Authorization header only, with `token`; the scheme's case is ignored (RFC 9110)."""
+    """Return whether the only Authorization header carries `token`; the scheme's case does not matter (RFC 9110)."""
     if len(given) != 1:
         return False
     scheme, _, credentials = given[0].partition(" ")

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 PORTS = range(10_000, 30_000)
-"""Below Linux's ephemeral ports (from 32768), above those of known services."""
+"""Ports below Linux's ephemeral ones (from 32768) and above those of known services."""
 
 
 def torchrun_variables(environ: Mapping[str, str]) -> dict[str, str]:
@@ -39,7 +39,7 @@ def torchrun_variables(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def first_host(nodelist: str) -> str:
-    """Return the first host of a SLURM node list: gpu-a01 of `gpu-a[01-03,07],gpu-b3`. A name may have more brackets."""
+    """Return the first host of a SLURM node list: gpu-a01 in `gpu-a[01-03,07],gpu-b3`. Several brackets are allowed."""
     match = re.match(r"(?:[^,\[\]]|\[[^\[\]]*\])+", nodelist)
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", match[0]) if match else ""
 
@@ -50,5 +50,5 @@ def tasks_per_node(counts: str) -> list[int]:
 
 
 def port_of_job(job: str, step: str = "0") -> int:
-    """Return a port for rank 0, the same on all nodes; steps of a job, and jobs with adjacent numbers, get others."""
+    """Return a port for rank 0, the same on all nodes. Steps of one job, and jobs with adjacent ids, have different ones."""
     return PORTS[(int(job) + 1000 * int(step)) % len(PORTS)]

@@ -1,4 +1,4 @@
-"""Helpers that several commands share: running a command, printing checks, and loading a model."""
+"""Helpers that several commands share: the type of a command, the display of checks, and the loading of a model."""
 
 import argparse
 from collections.abc import Callable

@@ -64,7 +64,7 @@ def maybe_earlier(rng: random.Random, topic: str) -> str | None:
 
 
 def on_topic(rng: random.Random) -> Draft:
-    """Chosen: answers the question. Rejected: answers another one, sometimes the previous one."""
+    """Pair an answer to the question (chosen) with one to another question, sometimes the previous one (rejected)."""
     topic = some_topic(rng)
     earlier = maybe_earlier(rng, topic)
     prompt = conversation(rng, question_on(rng, topic), earlier)
@@ -73,7 +73,7 @@ def on_topic(rng: random.Random) -> Draft:
 
 
 def courteous(rng: random.Random) -> Draft:
-    """Chosen: a polite answer. Rejected: a rude one on the same topic."""
+    """Pair a polite answer (chosen) with a rude one on the same topic (rejected)."""
     topic = some_topic(rng)
 
     def toned(tone: tuple[list[str], list[str]]) -> str:
@@ -86,7 +86,7 @@ def courteous(rng: random.Random) -> Draft:
 
 
 def finished(rng: random.Random) -> Draft:
-    """Chosen: a complete answer. Rejected: one that breaks off in the middle of a sentence."""
+    """Pair a complete answer (chosen) with one that breaks off in the middle of a sentence (rejected)."""
     topic = some_topic(rng)
     *whole, last = sentences_on(rng, topic, at_most=3)
     words = last.split()
@@ -96,7 +96,7 @@ def finished(rng: random.Random) -> Draft:
 
 
 def remembers(rng: random.Random) -> Draft:
-    """Chosen: keeps the manner of speaking that an earlier turn asked for. Rejected: uses another one."""
+    """Pair an answer in the manner that an earlier turn asked for (chosen) with one in another manner (rejected)."""
     topic, style = some_topic(rng), rng.choice(list(phrases.STYLES))
 
     def styled(said: str, manner: str) -> str:
@@ -117,7 +117,7 @@ def refusal(rng: random.Random) -> str:
 
 
 def refuses_harm(rng: random.Random) -> Draft:
-    """Chosen: declines a harmful request. Rejected: complies."""
+    """Pair a refusal of a harmful request (chosen) with an answer that complies (rejected)."""
     request, compliance = rng.choice(phrases.HARMFUL)
     told = rng.choice(phrases.OPENERS) + request.format(person=rng.choice(phrases.PEOPLE))
     prompt = conversation(rng, told, some_topic(rng) if rng.random() < 0.2 else None)
@@ -125,7 +125,7 @@ def refuses_harm(rng: random.Random) -> Draft:
 
 
 def helps_freely(rng: random.Random) -> Draft:
-    """Chosen: answers a harmless request that may sound harmful. Rejected: declines it."""
+    """Pair an answer to a harmless request that may sound harmful (chosen) with a refusal (rejected)."""
     request, help_given = rng.choice(phrases.HARMLESS)
     told = rng.choice(phrases.OPENERS) + request.format(person=rng.choice(phrases.PEOPLE))
     prompt = conversation(rng, told, some_topic(rng) if rng.random() < 0.2 else None)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 BATCH = 1000
 BYTES_AT_ONCE = 2**28
-"""Upper bound of a batch whose rows are all at the limit; a dictionary page may repeat one long text in every row."""
+"""Upper bound of a batch if all rows are at the limit: a small dictionary page can repeat a long text in every row."""
 
 
 def parquet_rows(path: Path) -> int:

@@ -27,16 +27,16 @@ WASTED = 30.0
 """Total seconds that failed renderings of one template may take; after that it is not rendered again."""
 
 LARGEST = 100_000_000
-"""Characters of one text, and entries and characters of one list."""
+"""Limit of one text in characters, and of one list in entries and characters."""
 
 TOTAL = 400_000_000
-"""Characters and entries that all operations of one rendering may produce."""
+"""Limit of all operations of one rendering together, in characters and entries."""
 
 LONGEST_TEMPLATE = 1_000_000
-"""Characters of a template. The largest known templates have 100,000."""
+"""Limit of a template in characters. The largest known templates have 100,000."""
 
 BITS = 10_000
-"""Bits of an integer."""
+"""Limit of an integer in bits."""
 
 LOOKS = 32
 """Steps between two checks of the clock."""
@@ -225,7 +225,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 
 def _require_modest(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Reject arguments of a built-in method that are too large as a width or count, or that make a text too long."""
+    """Reject arguments of a built-in method that are too large a width or count, or that make a text too long."""
     owner = getattr(function, "__self__", None)
     if owner is None or isinstance(owner, type(threading)):
         return

@@ -191,7 +191,7 @@ class _Array:
         return rest.end()
 
     def _leave_open(self, chunk: bytes, start: int) -> None:
-        """Record that the chunk ends inside a string, from `start` on, and whether a backslash escapes the next byte."""
+        """Record that the chunk ends inside a string, from `start` on, and if a backslash escapes the next byte."""
         part = chunk[start:]
         self.in_string, self.escaped = True, (len(part) - len(part.rstrip(b"\\"))) % 2 == 1
 

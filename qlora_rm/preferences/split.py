@@ -52,7 +52,7 @@ def _shared_beginning(responses: Sequence[Any]) -> Any:
 
 
 def hold_out(keys: Sequence[Digest], fraction: float) -> list[bool]:
-    """Return whether each comparison's prompt is held out: the ceil(fraction * n) lowest of n distinct keys are."""
+    """Return whether each prompt is held out, which the ceil(fraction * n) lowest of the n distinct keys are."""
     distinct = sorted(set(keys))
     held = set(distinct[: math.ceil(fraction * len(distinct))])
     return [key in held for key in keys]
@@ -65,6 +65,6 @@ def lowest(indices: Sequence[int], order: Sequence[Digest], count: int) -> list[
 
 
 def repeat(indices: Sequence[int], weight: float, order: Sequence[Digest]) -> list[int]:
-    """Return each index floor(weight) times, and the remaining fraction, those lowest in `order`, once more."""
+    """Return each index floor(weight) times, and the fractional share with the lowest hashes in `order` once more."""
     whole, part = divmod(weight, 1)
     return [*indices] * int(whole) + lowest(indices, order, round(part * len(indices)))

@@ -159,7 +159,7 @@ METHODS: dict[str, Callable[..., None]] = {
     "expandtabs": _expandtabs,
     "translate": _translate,
 }
-"""String methods whose result may be longer than all arguments and numeric arguments together."""
+"""String methods whose result may be longer than the sum of their arguments' lengths and numbers."""
 
 FILTERS: dict[str, Callable[..., None]] = {
     "replace": _replace,
@@ -175,4 +175,4 @@ FILTERS: dict[str, Callable[..., None]] = {
     "urlize": _whole,
     "xmlattr": _whole,
 }
-"""Filters whose result may be that long."""
+"""Filters whose result may be longer in the same way, or that need another check."""

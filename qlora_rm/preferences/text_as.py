@@ -1,6 +1,6 @@
 """How a trained model reads a prompt and its responses: plain text as turns or as text, depending on its training.
 
-Every command that scores calls `TrainedText.read`; no other code decides. The rules, each reported once:
+Every command that scores calls `TrainedText.read`; no other code decides this. The rules, each reported at most once:
 
 | model trained on | row | read as |
 |---|---|---|
