@@ -50,5 +50,8 @@ def tasks_per_node(counts: str) -> list[int]:
 
 
 def port_of_job(job: str, step: str = "0") -> int:
-    """Return a port for rank 0, the same on all nodes but not for steps of one job or jobs with adjacent ids."""
+    """Return a port for rank 0, the same on all nodes.
+
+    Jobs with adjacent ids on one host, and steps of one job, get different ports.
+    """
     return PORTS[(int(job) + 1000 * int(step)) % len(PORTS)]
