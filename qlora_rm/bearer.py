@@ -1,4 +1,4 @@
-"""The token that a server and those who ask it share."""
+"""The token that a server and its clients share."""
 
 import hmac
 import os
@@ -11,10 +11,12 @@ TOKEN_VARIABLE = "QLORA_RM_TOKEN"
 
 
 def read_token(file: str | None) -> str | None:
-    """The first line of `file`, else what the environment holds; never of the command line, which any user can read.
+    """Return the first line of `file`; without a file, the environment variable, or None if it is empty or unset.
+
+    The command line cannot give a token, since every user of the machine can read it.
 
     Raises:
-        UserError: the file cannot be read, or has no token that a header can carry.
+        UserError: the file cannot be read, or holds no token that a header can carry.
     """
     if file is None:
         name, token = TOKEN_VARIABLE, os.environ.get(TOKEN_VARIABLE, "").strip()
@@ -32,12 +34,12 @@ def read_token(file: str | None) -> str | None:
 
 
 def authorization(token: str) -> str:
-    """The value of the Authorization header."""
+    """Return the value of the Authorization header."""
     return f"Bearer {token}"
 
 
 def is_authorized(given: Sequence[str], token: str) -> bool:
-    """Whether the values of the Authorization headers are one, of `token`; the scheme's case does not matter (RFC 9110)."""
+    """Return whether the only Authorization header carries `token`; the scheme's case does not matter (RFC 9110)."""
     if len(given) != 1:
         return False
     scheme, _, credentials = given[0].partition(" ")

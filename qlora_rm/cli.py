@@ -1,4 +1,4 @@
-"""`qlora-rm`: which commands there are, and how each of them may end."""
+"""The `qlora-rm` command line: its commands and their exit statuses."""
 
 import argparse
 import difflib
@@ -68,12 +68,16 @@ class Parser(argparse.ArgumentParser):
                 read.append(negation)
         return read
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Print the help; argparse's own method ignores write errors."""
+        (file or sys.stdout).write(message)
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command.
 
-    Returns: 0, or 1 where a check of `verify` failed, 2 for a mistake of the user's, a check that could not be made or an
-    output that cannot be written, 130 after Ctrl-C, 143 after SIGTERM.
+    Returns: 0 on success; 1 if a check of `verify` failed; 2 for a user error, a check that could not run, or an output
+    that cannot be written; 130 after Ctrl-C; 143 after SIGTERM.
     """
     prepare_streams()
     argv = sys.argv[1:] if argv is None else argv
@@ -82,14 +86,14 @@ def main(argv: list[str] | None = None) -> int:
         _flush()
         return status
     except UserError as error:
-        with suppress(BrokenPipeError):  # nobody reads it; the status is what is left
+        with suppress(BrokenPipeError):  # nobody reads standard error; the exit status still reports it
             print(f"{rank_prefix()}error: {printable(error, lines=True)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
     except Terminated:
         return 143
-    except BrokenPipeError:  # whoever reads our output has seen enough
+    except BrokenPipeError:  # the reader of our output has closed it
         _print_no_more()
         return 1
     except OSError as error:
@@ -116,13 +120,13 @@ def _run(argv: list[str]) -> int:
 
 
 def _flush() -> None:
-    """Write what was printed, as long as an error can still be told; Python would flush at its end, behind every handler."""
+    """Flush standard output while errors can still be reported; Python's own flush at exit is after every handler."""
     if sys.stdout is not None:
         sys.stdout.flush()
 
 
 def _output_fails() -> bool:
-    """Whether standard output fails again; what failed before is dropped by then, so an empty line is tried."""
+    """Return whether standard output fails again. The failed text is already dropped, so this tries an empty line."""
     try:
         print(flush=True)
     except OSError:
@@ -131,7 +135,7 @@ def _output_fails() -> bool:
 
 
 def _print_no_more() -> None:
-    """Python flushes standard output once more at its end; what is left then goes nowhere."""
+    """Redirect standard output to the null device, since Python flushes it once more at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -1,7 +1,7 @@
-"""What a user may choose: one dataclass per room, one help text per field, each value checked beside its field.
+"""The user's options: one dataclass per topic, one help text per field, and the checks of the values.
 
-The training loop's own options (learning rate, batch size, steps, ...) are TRL's `RewardConfig`; the defaults that
-differ here stand in `training/arguments.py`. This module imports nothing heavy, so that `--help` answers at once.
+The training loop's own options (learning rate, batch size, steps, ...) are TRL's `RewardConfig`;
+`training/arguments.py` holds the defaults that differ. This module imports nothing heavy, so that `--help` is fast.
 """
 
 from dataclasses import dataclass, field
@@ -12,11 +12,11 @@ from qlora_rm.errors import UserError
 Quantization = Literal["none", "4bit", "8bit"]
 
 MOST_WEIGHT = 1_000_000
-"""Largest weight of a data set or row, and largest margin, either way: what is beyond is a mistake in the data."""
+"""Largest weight of a data set or row, and largest absolute margin; a larger value is a mistake in the data."""
 
 
 def option(default: Any, help: str) -> Any:
-    """A dataclass field with its help text; lists and dicts get a fresh copy per instance."""
+    """Return a dataclass field with its help text; each instance gets its own copy of a list or dict."""
     if isinstance(default, (list, dict)):
         return field(default_factory=default.copy, metadata={"help": help})
     return field(default=default, metadata={"help": help})
@@ -111,7 +111,7 @@ class DataConfig:
 
 
 def _as_assignments(columns: list[str] | dict[str, str] | None) -> list[str] | None:
-    """YAML gives a mapping, the command line `field=column` words; both become words."""
+    """Return `field=column` words from such words (the command line) or from a mapping (YAML)."""
     if columns is None:
         return None
     words = [f"{name}={column}" for name, column in columns.items()] if isinstance(columns, dict) else list(columns)
@@ -173,7 +173,7 @@ class BackboneConfig:
 
 @dataclass
 class AdapterConfig:
-    """The LoRA adapter. The score head is never part of it: it is trained whole."""
+    """The LoRA adapter. The score head is never part of it: all of its weights are trained."""
 
     use_lora: bool = option(True, "Train a LoRA adapter; --no_use_lora fine-tunes the whole (unquantized) backbone.")
     adapter: str | None = option(None, "Go on training this adapter directory (its own shape and base are used).")
@@ -215,7 +215,7 @@ class AdapterConfig:
 
 
 def _as_targets(words: list[str] | str | None) -> list[str] | None:
-    """Layers by name; None for PEFT's word all-linear."""
+    """Return the layers' names; None for PEFT's keyword all-linear."""
     words = [words] if isinstance(words, str) else words
     if words is None:
         return None
@@ -230,7 +230,7 @@ def _as_targets(words: list[str] | str | None) -> list[str] | None:
 
 @dataclass
 class ObjectiveConfig:
-    """What the scores are trained to say about the comparisons."""
+    """The loss that relates scores to comparisons."""
 
     objective: Literal["bradley_terry", "plackett_luce"] = option(
         "bradley_terry",
@@ -262,7 +262,7 @@ class ObjectiveConfig:
 
 @dataclass
 class OutputConfig:
-    """How much is printed."""
+    """How much a command prints."""
 
     quiet: bool = option(False, "Print only warnings, errors and results: no progress, no notes.")
     verbose: bool = option(
@@ -272,7 +272,7 @@ class OutputConfig:
 
 @dataclass
 class PlanConfig:
-    """What a plan is made for."""
+    """The model, hardware and data to plan for."""
 
     params: str | None = option(
         None,
@@ -313,7 +313,7 @@ class PlanConfig:
 
 @dataclass
 class ScoringConfig:
-    """How a finished reward model is loaded to score with."""
+    """How to load a finished reward model for scoring."""
 
     base: str | None = option(
         None, "Where the adapter's base is now: a folder or hub id. Unset: where it was in training."
@@ -339,7 +339,7 @@ class ScoringConfig:
 
 @dataclass
 class ServeConfig:
-    """How a reward model is served over HTTP."""
+    """How to serve a reward model over HTTP."""
 
     host: str = option("127.0.0.1", "Address to listen on. Others than this machine's own need a token.")
     port: int = option(8000, "Port to listen on; 0 is any free one.")
@@ -395,12 +395,12 @@ READER_NAMES = (
     "rewardbench",
     "peft",
 )
-"""What `export --for` takes: the rows of `exporting/consumers.py`, named here so that help needs no library."""
+"""Values of `export --for`: the rows of `exporting/consumers.py`, repeated here so that help imports no library."""
 
 
 @dataclass
 class ExportConfig:
-    """What an exported folder is given and compared with."""
+    """What an exported folder contains and what it is compared with."""
 
     policy: str | None = option(
         None,

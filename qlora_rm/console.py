@@ -1,4 +1,4 @@
-"""What a command says to the person who started it: once, from the first process of the job."""
+"""Messages of a command to its user, printed once, by the job's main process."""
 
 import os
 import re
@@ -9,42 +9,42 @@ from contextlib import contextmanager
 from qlora_rm.errors import UserError
 
 VERBOSITY = "QLORA_RM_VERBOSITY"
-"""Environment variable: quiet, normal or verbose. Processes that a command starts inherit it."""
+"""Environment variable: quiet, normal or verbose. Child processes inherit it."""
 LEVELS = ("quiet", "normal", "verbose")
 WARNING = "warning: "
 
 COMMANDS = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\U000e0000-\U000e007f]"
 )
-"""Characters that a terminal obeys instead of showing them, or that it cannot show: control characters, changes of the writing
-direction, half characters, invisible tags."""
+"""Characters that a terminal interprets or cannot show: control characters, changes of the writing direction, lone
+surrogates, invisible tags."""
 OF_LINES = {"\n", "\t"}
 
 _write: Callable[[str], None] | None = None
 
 
 def is_main_process() -> bool:
-    """Whether this is rank 0 of the job (or the only process), read as launchers set it."""
+    """Return whether this is rank 0 of the job, or its only process, from the variable RANK that launchers set."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def rank_prefix() -> str:
-    """What tells the lines of other processes from those of the main one."""
+    """Return the prefix that marks the lines of processes other than the main one."""
     return "" if is_main_process() else f"[rank {os.environ['RANK']}] "
 
 
 def verbosity() -> str:
-    """quiet, normal or verbose."""
+    """Return quiet, normal or verbose."""
     level = os.environ.get(VERBOSITY, "normal")
     return level if level in LEVELS else "normal"
 
 
 @contextmanager
 def speaking(*, quiet: bool, verbose: bool) -> Iterator[None]:
-    """Inside the block, and in processes started there, be quiet or verbose; with neither, as before.
+    """Set the verbosity inside the block and in processes started there; with neither option, leave it unchanged.
 
     Raises:
-        UserError: both are asked for.
+        UserError: both options are given.
     """
     if quiet and verbose:
         raise UserError("Give --quiet or --verbose, not both.")
@@ -63,7 +63,7 @@ def speaking(*, quiet: bool, verbose: bool) -> Iterator[None]:
 def say(*lines: str) -> None:
     """Print lines to standard error on the main process; under --quiet only those that begin with `warning: `.
 
-    Standard output is kept for results.
+    Standard output is for results only.
     """
     told = [line for line in lines if verbosity() != "quiet" or line.startswith(WARNING)]
     if told:
@@ -77,21 +77,21 @@ def say_result(*lines: str) -> None:
 
 
 def write_by(write: Callable[[str], None] | None) -> None:
-    """Let `write` print what is said, for as long as something else stands on the terminal's last line; None: as usual."""
+    """Print messages through `write` while a progress bar is on the terminal's last line; None restores the default."""
     global _write
     _write = write
 
 
 def _print(text: str) -> None:
-    sys.stderr.write(f"{text}\n")  # in one piece: several threads may have something to say
+    sys.stderr.write(f"{text}\n")  # one call, since several threads may print
     sys.stderr.flush()
 
 
 def printable(text: object, lines: bool = False) -> str:
-    """`text` as a terminal may be given it: what was read from servers or from files of others must not command it.
+    """Escape the characters that control a terminal: text from servers and foreign files must not reach it unescaped.
 
     Arguments:
-        lines: whether line breaks and tabs are kept.
+        lines: whether to keep line breaks and tabs.
     """
     return COMMANDS.sub(
         lambda found: found[0] if lines and found[0] in OF_LINES else found[0].encode("unicode_escape").decode(),
@@ -100,7 +100,7 @@ def printable(text: object, lines: bool = False) -> str:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Lines of a plain-text table: first column left-aligned, the others right-aligned."""
+    """Return the lines of a plain-text table: first column left-aligned, the others right-aligned."""
     cells = [list(header), *(list(row) for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
 

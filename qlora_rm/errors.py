@@ -1,23 +1,22 @@
-"""The exceptions that are written for people, and what is told of the others."""
+"""The exceptions whose messages are for users, and how to shorten those of libraries."""
 
 
 class UserError(Exception):
-    """A mistake the user can mend: what is wrong, where, and the way out, in one message.
+    """A mistake the user can fix; the message says what is wrong, where, and what to do.
 
-    The doors (`cli.py`, `train.py`) print it without a traceback and exit with status 2. Everything else that is
-    raised is a defect of ours or of a library, and keeps its traceback.
+    The entry points (`cli.py`, `train.py`) print it without a traceback and exit with status 2. Any other exception is
+    a defect of this package or of a library, and keeps its traceback.
     """
 
 
 class Terminated(Exception):
-    """A run that was told to end (SIGTERM) has saved a checkpoint and ends; the doors exit with status 143.
+    """SIGTERM ended the run, which saved a checkpoint first; the entry points exit with status 143.
 
-    143 is what a shell reports of a process that SIGTERM has ended (128 + 15): schedulers count it as taken away, not
-    as failed, and whether the signal came before the first step or during training, what to do is the same: start
-    the command again with `--resume auto`.
+    A shell reports 143 (128 + 15) for a process that SIGTERM ended: schedulers count it as preempted, not as failed.
+    Whether the signal came before the first step or during training, start the command again with `--resume auto`.
     """
 
 
 def first_line(error: Exception) -> str:
-    """What a library said, without the lines that follow; its kind of error where it said nothing."""
+    """Return the first line of a library's error message; the exception's type name where the message is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,4 +1,4 @@
-"""How sure a proportion is."""
+"""Confidence intervals of proportions."""
 
 import math
 
@@ -7,7 +7,7 @@ Z95 = 1.959963984540054
 
 
 def wilson_interval(successes: float, trials: int) -> tuple[float, float]:
-    """95 % score interval of a proportion, which always holds `successes / trials`; (0, 1) without trials.
+    """Return the 95 % score interval of a proportion. It always contains `successes / trials`; (0, 1) without trials.
 
     Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference", JASA 22.
     """
@@ -19,9 +19,10 @@ def wilson_interval(successes: float, trials: int) -> tuple[float, float]:
 
 
 def _wilson_lower(successes: float, trials: int) -> float:
-    """The lower end: the smaller root of Wilson's quadratic equation, as the product of both roots over the larger.
+    """Return the lower end: the smaller root of Wilson's quadratic equation.
 
-    Computed as centre - half it loses its digits near 0, and 0 of 7 gave 2.8e-17.
+    It is the product of both roots over the larger. Center minus half-width loses its digits near 0: 0 of 7 gave
+    2.8e-17.
     """
     share, spread = successes / trials, Z95**2 / trials
     larger = share + spread / 2 + Z95 * math.sqrt(share * (1 - share) / trials + spread / (4 * trials))

@@ -1,7 +1,7 @@
-"""The place of this process in its job, read from what the launcher left in the environment.
+"""The rank of this process in its job, from the launcher's environment variables.
 
-torchrun and `accelerate launch` set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, which torch reads; `srun`
-with one task a rank sets SLURM's own variables, and these are the former derived from them.
+torchrun and `accelerate launch` set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, which torch reads.
+`srun` with one task per rank sets SLURM's own variables; this module derives torch's from them.
 """
 
 import re
@@ -9,14 +9,14 @@ from collections.abc import Mapping
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 PORTS = range(10_000, 30_000)
-"""Below the ports that Linux hands out to clients (32768 on), above those of known services."""
+"""Ports below Linux's ephemeral ones (from 32768) and above those of known services."""
 
 
 def torchrun_variables(environ: Mapping[str, str]) -> dict[str, str]:
-    """The variables torchrun would have set, where `srun` started this process as one of several ranks; else none.
+    """Return the variables torchrun would have set, if `srun` started this process as one of several ranks; else none.
 
     A launcher's own variables win: under `srun accelerate launch` SLURM counts the launchers, not the ranks. The shell of
-    a batch script is no rank either: SLURM gives it a SLURM_PROCID and the job's SLURM_NTASKS, but no SLURM_STEP_NUM_TASKS.
+    a batch script is not a rank: it has a SLURM_PROCID and the job's SLURM_NTASKS, but no SLURM_STEP_NUM_TASKS.
 
     Arguments:
         environ: `os.environ`; a MASTER_ADDR or MASTER_PORT in it is kept.
@@ -39,16 +39,19 @@ def torchrun_variables(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def first_host(nodelist: str) -> str:
-    """The first host of a SLURM node list: `gpu-a[01-03,07],gpu-b3` is gpu-a01 and others; brackets may be several."""
+    """Return the first host of a SLURM node list: gpu-a01 in `gpu-a[01-03,07],gpu-b3`. Several brackets are allowed."""
     match = re.match(r"(?:[^,\[\]]|\[[^\[\]]*\])+", nodelist)
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", match[0]) if match else ""
 
 
 def tasks_per_node(counts: str) -> list[int]:
-    """SLURM's `8(x2),4`, tasks on each node in order: [8, 8, 4]."""
+    """Return the number of tasks on each node, in order: [8, 8, 4] for SLURM's `8(x2),4`."""
     return [int(count) for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", counts) for _ in range(int(times or 1))]
 
 
 def port_of_job(job: str, step: str = "0") -> int:
-    """A port for rank 0, the same on all nodes; jobs with neighbouring numbers on one host, and steps of one job, differ."""
+    """Return a port for rank 0, the same on all nodes.
+
+    Jobs with adjacent ids on one host, and steps of one job, get different ports.
+    """
     return PORTS[(int(job) + 1000 * int(step)) % len(PORTS)]

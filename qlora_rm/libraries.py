@@ -1,7 +1,7 @@
-"""What other libraries may print: what is the user's business, and nothing else.
+"""Filters for what other libraries print: only what concerns the user passes.
 
-An error always comes through, and so does a warning of a kind that is not named here. `--verbose` lets everything through
-but progress bars, whose carriage returns make a log unreadable; `progress.py` counts in their place.
+Errors always pass, and so do warnings of kinds that are not listed here. `--verbose` lets everything pass except
+progress bars, whose carriage returns make a log unreadable; `progress.py` reports progress instead.
 """
 
 import logging
@@ -13,23 +13,23 @@ from pathlib import Path
 from qlora_rm.console import rank_prefix, verbosity
 
 NO_BARS = {"TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-"""Read by the libraries when they are imported. Our own bars are tqdm's too, but say that they are not disabled."""
+"""The libraries read these when they are imported. Our own tqdm bars pass `disable=False`, which takes precedence."""
 
 SILENT = {
-    # Missing weights, new heads and settings of checkpoints: backbone/load.py checks them, and stops or says so.
+    # Missing weights, new heads and settings of checkpoints: backbone/load.py checks them, and stops or reports them.
     "TRANSFORMERS_VERBOSITY": "error",
     # Reused caches.
     "DATASETS_VERBOSITY": "error",
     # torch's C++ part: warnings about sockets while ranks meet. A rank that cannot be reached is an error.
     "TORCH_CPP_LOG_LEVEL": "ERROR",
-    # tokenizers warns when data workers are forked after it has used threads, unless this is set; workers tokenize nothing.
+    # Unless this is set, tokenizers warns when data workers fork after it has used threads. Our workers never tokenize.
     "TOKENIZERS_PARALLELISM": "true",
 }
-"""Variables that take libraries' warnings away; what the user has set stays."""
+"""Variables that silence libraries' warnings; values that the user has set win."""
 
 ERRORS_ONLY = (
-    "accelerate",  # settings that the launcher filled in; training/engine.py checks and prints the engine in force
-    "bitsandbytes",  # a package of kernels that only a model hub can give is absent; nothing depends on it
+    "accelerate",  # settings that the launcher filled in; training/engine.py checks and prints the engine in use
+    "bitsandbytes",  # it misses a kernel package that only the model hub distributes; nothing depends on it
     "deepspeed",
     "peft",
     "trl",
@@ -37,19 +37,19 @@ ERRORS_ONLY = (
 """Loggers whose warnings are about the library's own defaults."""
 
 FOR_DEVELOPERS = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
-"""Categories of Python warnings that ask whoever calls a library to change the call."""
+"""Categories of Python warnings that are for the developers of the calling code."""
 
 HARMLESS: dict[str, str] = {
     "The PEFT config's `base_model_name_or_path` was renamed": "artifacts/load.py holds the base against the manifest's hashes",
 }
-"""Beginnings (regular expressions) of other Python warnings that are silenced, each with its reason."""
+"""Other Python warnings to silence: a regular expression for the beginning of each, and the reason."""
 
 
 def quiet_libraries() -> None:
-    """Silence what asks nothing of the user; called before the libraries are imported."""
+    """Silence library output that needs no action from the user; call this before importing the libraries."""
     os.environ.update({name: os.environ.get(name, value) for name, value in NO_BARS.items()})
     if verbosity() == "quiet" or not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # on a terminal a download shows its own bars
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # on a terminal, downloads keep their own bars
     if verbosity() == "verbose":
         return
     os.environ.update({name: os.environ.get(name, value) for name, value in SILENT.items()})
@@ -65,13 +65,13 @@ def quiet_libraries() -> None:
 
 
 def is_error(record: logging.LogRecord) -> bool:
-    """Whether a log record is an error."""
+    """Return whether a log record is an error."""
     return record.levelno >= logging.ERROR
 
 
 def one_line(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
-    """A Python warning as our own look, with the place it comes from."""
+    """Format a Python warning like our own, with its category and the file and line that raised it."""
     place = "/".join(Path(filename).parts[-3:])
     return f"{rank_prefix()}warning: {' '.join(str(message).split())} ({category.__name__}, {place}:{lineno})\n"

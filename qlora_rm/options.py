@@ -1,4 +1,4 @@
-"""Command-line options out of the dataclasses of `config.py`: one description per option, no library loaded."""
+"""Command-line options from the dataclasses of `config.py`: one description per option, and no library import."""
 
 import argparse
 import types
@@ -15,9 +15,10 @@ T = TypeVar("T")
 
 
 def add_options(parser: argparse.ArgumentParser, config: type, only: Collection[str] | None = None) -> None:
-    """Give `parser` a flag for each field of the dataclass `config`, or for those named in `only`.
+    """Add a flag to `parser` for each field of the dataclass `config`, or for those named in `only`.
 
-    A bool is `--name` and `--no_name` (the command's parser also reads `--name true`), a `Literal` has choices, a list takes one word or more.
+    A bool is `--name` and `--no_name` (the command's parser also reads `--name true`); a `Literal` has choices; a list takes one or
+    more words.
     """
     group = parser.add_argument_group(_title(config))
     hints = get_type_hints(config)
@@ -27,15 +28,15 @@ def add_options(parser: argparse.ArgumentParser, config: type, only: Collection[
 
 
 def read_options(namespace: argparse.Namespace, config: type[T]) -> T:
-    """An instance of `config` from what was given; fields that were no options keep their defaults."""
+    """Return an instance of `config` from the parsed options; fields without an option keep their defaults."""
     given = vars(namespace)
     return config(**{item.name: given[item.name] for item in fields(config) if item.name in given})  # type: ignore[arg-type]
 
 
 def output_asked(words: Sequence[str]) -> OutputConfig:
-    """`--quiet` and `--verbose` among the words of `train`, or else in its YAML file.
+    """Return `--quiet` and `--verbose` from the arguments of `train`, or else from its YAML file.
 
-    They are needed before the libraries are loaded that make the parser of all its options, which also names mistakes.
+    They are needed before the libraries are loaded. The full parser needs those libraries, and it reports mistakes.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in ("config", "quiet", "verbose"):
@@ -73,7 +74,7 @@ def _add(group: Any, item: "Field[Any]", hint: Any) -> None:
 
 
 def _value_type(hint: Any) -> tuple[Any, bool]:
-    """The type of one value, and whether there may be several."""
+    """Return the type of one value, and whether there may be several."""
     if get_origin(hint) in (Union, types.UnionType):
         hint = next(part for part in get_args(hint) if part is not type(None))
     if get_origin(hint) is list:

@@ -1,4 +1,4 @@
-"""Files of results: refused at once where they cannot be written, and never seen half written."""
+"""Result files: an unwritable path fails before any work, and a file appears only when it is complete."""
 
 import codecs
 import json
@@ -18,16 +18,16 @@ STANDARD = "-"
 
 @contextmanager
 def writing(path: str | None) -> Iterator[TextIO]:
-    """A text file that appears as `path` once the block has ended well, and not at all otherwise.
+    """Open a text file that appears as `path` if the block succeeds, and not at all otherwise.
 
-    `-` is standard output, None a file that nobody sees.
+    `-` is standard output; None is a buffer that is discarded.
 
     Raises:
-        UserError: it cannot be written, before anything else is done.
+        UserError: the file cannot be written; raised before the block runs.
     """
     if path is None or path == STANDARD:
         if path and isinstance(sys.stdout, TextIOWrapper):
-            sys.stdout.reconfigure(encoding="utf-8")  # as a file would be, and as JSON must be
+            sys.stdout.reconfigure(encoding="utf-8")  # like a file, and as JSON requires
         yield StringIO() if path is None else sys.stdout
         return
     target = Path(path).absolute()
@@ -48,18 +48,18 @@ def writing(path: str | None) -> Iterator[TextIO]:
 
 
 def as_json(value: Any) -> str:
-    """A JSON document for people and programs; in ASCII where standard output is not UTF-8, which JSON must be."""
+    """Return an indented JSON document. It is ASCII where standard output is not UTF-8, which JSON requires."""
     is_utf8 = codecs.lookup(getattr(sys.stdout, "encoding", None) or "utf-8").name == "utf-8"
     return _printable(json.dumps(value, ensure_ascii=not is_utf8, indent=1)) + "\n"
 
 
 def json_line(value: Any) -> str:
-    """One line of JSON, readable in any script; half characters, which UTF-8 cannot hold, are escaped."""
+    """Return one line of JSON with non-ASCII text kept; lone surrogates, which UTF-8 cannot encode, are escaped."""
     return f"{_printable(json.dumps(value, ensure_ascii=False))}\n"
 
 
 def _printable(text: str) -> str:
-    """JSON whose strings hold no character that a terminal obeys, nor half characters: they are escaped."""
+    """Escape characters in JSON text that control a terminal, and lone surrogates."""
     return COMMANDS.sub(lambda found: found[0] if found[0] == "\n" else _escaped(found[0]), text)
 
 

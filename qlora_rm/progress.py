@@ -1,6 +1,6 @@
-"""How far a phase of a command is: a bar on a terminal, one line every few seconds in a file or a pipe.
+"""Progress of a command's phases: a bar on a terminal, one line every few seconds in a file or a pipe.
 
-A phase that ends within two seconds shows nothing. Phases are shown by the main process, and not under --quiet.
+A phase that ends within two seconds shows nothing. Only the main process shows phases, and not under --quiet.
 """
 
 import os
@@ -16,31 +16,31 @@ from tqdm import tqdm
 from qlora_rm import console
 
 SHOWN_AFTER = 2.0
-"""Seconds that a phase lasts before anything is shown of it."""
+"""Seconds before a phase shows anything."""
 LINE_EVERY, LINE_EVERY_AT_MOST = 5.0, 30.0
-"""Seconds between two lines; in phases of more than eight minutes a hundredth of the time so far, up to the second number."""
+"""Seconds between two lines. After eight minutes it is a hundredth of the phase's age, up to the second number."""
 LOOK_EVERY = 0.2
 COLUMNS, ROWS = 80, 24
-"""Of a terminal that says it has none, as under some launchers; tqdm would draw nothing."""
+"""Size of a terminal that reports a size of 0, as under some launchers; tqdm would draw nothing."""
 
 T = TypeVar("T")
 
 
 class Phase:
-    """One part of a command that may take long, open while its `with` block runs.
+    """A part of a command that may take long, open while its `with` block runs.
 
-    Phases may be nested. One without a unit shows the counts of the phase inside it under its own name. One with a unit,
-    such as training, gives way to the phase inside it, such as an evaluation, while that lasts, unless both have one name.
+    Phases may be nested. A phase without a unit shows the counts of the phase inside it under its own name. A phase
+    inside one with a unit, such as an evaluation in training, is shown instead of it, unless both have the same name.
 
     Attributes:
-        total: units to do; None where that is unknown.
+        total: units to do; None if unknown.
         done: units done.
-        note: what is shown behind the counts, such as the loss.
-        shown: whether anything was shown of it.
+        note: text shown after the counts, such as the loss.
+        shown: whether any progress of this phase was shown.
     """
 
     def __init__(self, name: str, total: float | None = None, unit: str = "", *, done: float = 0, ends: bool = True):
-        """A phase of `total` units, `done` of them before it begins; `ends`: its end is told, if the phase was shown."""
+        """Create a phase of `total` units, `done` of them before it begins. `ends`: report its end if it was shown."""
         self.name, self.total, self.unit, self.done, self.ends = name, total, unit, done, ends
         self.note, self.shown = "", False
         self.began = time.monotonic()
@@ -58,14 +58,14 @@ class Phase:
 
     @property
     def age(self) -> float:
-        """Seconds since it began."""
+        """Seconds since the phase began."""
         return time.monotonic() - self.began
 
     def advance(self, count: float = 1) -> None:
         self.done += count
 
     def counts(self) -> str:
-        """`12,000 of 40,000 rows, 30 %, 8 s left`, as far as it is known."""
+        """Return `12,000 of 40,000 rows, 30 %, 8 s left`, as far as this is known."""
         if self.total is None:
             parts = [f"{self.done:,.0f} {self.unit}"] if self.unit and self.done else []
             return ", ".join([*parts, f"{duration(self.age)} so far"])
@@ -76,13 +76,13 @@ class Phase:
         return ", ".join(parts)
 
     def summary(self) -> str:
-        """What it was, how much, and how long it took."""
+        """Return the phase's name, amount and duration as one line."""
         amount = f"{self.done:,.0f} {self.unit} in " if self.unit and self.done else ""
         return f"{self.name}: {amount}{duration(self.age)}"
 
 
 def duration(seconds: float) -> str:
-    """`8 s`, `3 min 20 s` or `2 h 5 min`."""
+    """Format seconds as `8 s`, `3 min 20 s` or `2 h 5 min`."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -92,7 +92,7 @@ def duration(seconds: float) -> str:
 
 
 def counted(items: Iterable[T], phase: Phase) -> Iterator[T]:
-    """The items, each counted by `phase` once it has been worked on."""
+    """Yield the items and advance `phase` after each has been processed."""
     with phase:
         for item in items:
             yield item
@@ -100,22 +100,22 @@ def counted(items: Iterable[T], phase: Phase) -> Iterator[T]:
 
 
 def expect(more: float) -> None:
-    """Add to what the innermost open phase has to do: for code that finds out how much there is."""
+    """Add to the total of the innermost open phase, for code that discovers the amount of work."""
     display.expect(more)
 
 
 class _Bar(tqdm):
-    monitor_interval = 0  # no thread beside ours
+    monitor_interval = 0  # our own thread suffices
 
 
-_Bar.set_lock(threading.RLock())  # tqdm's own is shared between processes, and starts one
+_Bar.set_lock(threading.RLock())  # tqdm's default lock is shared between processes, and starts one
 
 
 class Display:
-    """The open phases, innermost last, and the thread that looks at them.
+    """The open phases, innermost last, and the thread that shows them.
 
     Attributes:
-        may_draw: whether a terminal gets bars; lines otherwise (`--disable_tqdm`).
+        may_draw: whether to draw bars on a terminal; False prints lines (`--disable_tqdm`).
     """
 
     def __init__(self) -> None:
@@ -153,7 +153,7 @@ class Display:
                 self._open[-1].total = (self._open[-1].total or 0) + more
 
     def look(self) -> None:
-        """Draw or write what is due."""
+        """Draw a bar or write a line if one is due."""
         with self._lock:
             phase = self._due()
             if phase is None:
@@ -167,7 +167,7 @@ class Display:
                 self._write(phase, text)
 
     def _due(self) -> Phase | None:
-        """The outermost phase that has lasted, or one inside it where all around that one count by themselves."""
+        """Return the innermost phase that is old enough and whose enclosing phases all have units and other names."""
         due = outer = None
         for phase in self._open:
             if outer is not None and (not outer.unit or outer.name == phase.name):
@@ -178,7 +178,7 @@ class Display:
         return due
 
     def _counting(self, phase: Phase) -> Phase:
-        """The phase whose counts are shown for `phase`."""
+        """Return the phase whose counts to show for `phase`."""
         inside = self._open[self._open.index(phase) :]
         return phase if phase.unit else next((inner for inner in inside if inner.unit), phase)
 
@@ -212,7 +212,7 @@ class Display:
 
 
 def _columns() -> int:
-    """The terminal's width now."""
+    """Return the terminal's current width."""
     try:
         return os.get_terminal_size(sys.stderr.fileno()).columns or COLUMNS
     except (OSError, ValueError):

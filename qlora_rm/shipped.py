@@ -1,4 +1,4 @@
-"""Recipes and launch configurations that come with the package, in a checkout and in an installed wheel alike."""
+"""Recipes and launch configurations that ship with the package, both in a checkout and in an installed wheel."""
 
 import filecmp
 import shutil
@@ -8,14 +8,14 @@ from qlora_rm.console import say
 from qlora_rm.errors import UserError
 
 FOLDERS = ("recipes", "accelerate_configs", "ds_configs")
-"""At the top of a checkout; setup.py copies them into `qlora_rm/files` of a wheel."""
+"""Folders at the top of a checkout; setup.py copies them into `qlora_rm/files` of a wheel."""
 
 
 def shipped(name: str) -> Path:
-    """The absolute path of a file or folder such as `recipes/demo.yaml`.
+    """Return the absolute path of a file or folder such as `recipes/demo.yaml`.
 
     Raises:
-        UserError: the installation lacks it.
+        UserError: it is missing from the installation.
     """
     for root in _roots():
         if (root / name).exists():
@@ -29,13 +29,13 @@ def _roots() -> tuple[Path, Path]:
 
 
 def as_typed(name: str) -> str:
-    """The shipped file as a command in the working directory names it: relative where it lies below that directory."""
+    """Return the shipped file's path for a command: relative if it is below the working directory, else absolute."""
     path, here = shipped(name), Path.cwd().resolve()
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def here_or_shipped(name: str) -> Path:
-    """The file `name` of the working directory; where there is none, the shipped file of that name, and a line that says so."""
+    """Return the file `name` in the working directory; if there is none, return the shipped file and print its path."""
     if not Path(name).exists() and Path(name).parts[:1] in [(folder,) for folder in FOLDERS]:
         for root in _roots():
             if (root / name).is_file():
@@ -45,10 +45,10 @@ def here_or_shipped(name: str) -> Path:
 
 
 def copy_to(target: Path) -> list[Path]:
-    """Copy all shipped folders into `target`; returns the files that were written.
+    """Copy all shipped folders into `target`; return the files that were written.
 
     Raises:
-        UserError: a file of that name is there with other content, in which case nothing is written; or it cannot be written.
+        UserError: a file exists with other content, in which case nothing is written; or a file cannot be written.
     """
     sources = [path for folder in FOLDERS for path in sorted(shipped(folder).rglob("*")) if path.is_file()]
     pairs = {path: target / path.relative_to(shipped(FOLDERS[0]).parent) for path in sources if path.suffix != ".pyc"}

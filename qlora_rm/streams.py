@@ -1,4 +1,4 @@
-"""Output that outlives its reader: where standard output or error cannot be written, a run goes on and says the rest in a file."""
+"""Output streams that survive a closed pipe or full disk: the run continues and logs the rest to a file."""
 
 import os
 import sys
@@ -11,10 +11,10 @@ NOTE = "the output could not be written any more ({}); the log goes on here\n"
 
 
 class Readers:
-    """Where the output goes once its reader is gone.
+    """Where the output goes once the stream cannot be written.
 
     Attributes:
-        log: the file; None: nowhere.
+        log: the file; None discards the output.
     """
 
     def __init__(self) -> None:
@@ -22,9 +22,9 @@ class Readers:
 
 
 class Outliving:
-    """A text stream that is redirected to `readers.log` at the first write that fails: a closed pipe, a full disk.
+    """A text stream that is redirected to `readers.log` at the first failed write (closed pipe, full disk).
 
-    What was written and not read goes to the file too, and so does what libraries write to the same descriptor.
+    Text still in the buffer goes to the file too, and so does what libraries write to the same descriptor.
     """
 
     def __init__(self, stream: TextIO, readers: Readers):
@@ -35,7 +35,7 @@ class Outliving:
             return self._stream.write(text)
         except OSError as error:
             self._redirect(error)
-            # a stream with a buffer has the text there, and has flushed it by now
+            # a buffered stream holds the text in its buffer, which _redirect has flushed
             return self._stream.write(text) if getattr(self._stream, "write_through", False) else len(text)
 
     def flush(self) -> None:
@@ -71,7 +71,7 @@ class Outliving:
 
 @contextmanager
 def outliving_readers() -> Iterator[Readers]:
-    """Standard output and error that outlive their readers, inside the block."""
+    """Make standard output and error survive failed writes inside the block."""
     readers, before = Readers(), (sys.stdout, sys.stderr)
     outliving = [Outliving(stream, readers) for stream in before]
     sys.stdout, sys.stderr = outliving

@@ -1,4 +1,4 @@
-"""What a command meets outside itself: the encoding of its streams and words, and a home that may not be written to."""
+"""The environment of a command: the encoding of its streams and arguments, and caches where HOME is not writable."""
 
 import codecs
 import os
@@ -17,8 +17,8 @@ UNWRITABLE_HOME = "HOME cannot be written to, so libraries keep their caches in 
 def prepare_streams() -> None:
     """Make every character printable.
 
-    What the encoding of a locale lacks is printed as an escape. ASCII is the encoding of the locale C with Python's UTF-8
-    mode turned off; it gives way to UTF-8, as that mode would have it.
+    Characters that the locale's encoding lacks are printed as escapes. ASCII, the encoding of the C locale with
+    Python's UTF-8 mode off, is replaced by UTF-8, as that mode would do.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
@@ -27,10 +27,10 @@ def prepare_streams() -> None:
 
 
 def require_readable(words: Sequence[str]) -> None:
-    """Refuse file names and texts that this locale cannot decode; libraries would fail on them one after the other.
+    """Reject file names and texts that this locale cannot decode, before libraries fail on them.
 
     Raises:
-        UserError: a word, the working directory, or the folder of this installation holds such bytes.
+        UserError: an argument, the working directory, or this installation's path holds such bytes.
     """
     encoding = codecs.lookup(sys.getfilesystemencoding()).name
     for word in (*words, os.getcwd(), __file__):
@@ -40,9 +40,9 @@ def require_readable(words: Sequence[str]) -> None:
 
 
 def prepare_caches() -> None:
-    """Give libraries a folder for their caches where HOME cannot be written to, for this process and those it starts.
+    """Move libraries' caches to a temporary folder if HOME is not writable, for this process and its children.
 
-    Variables that are set stay as they are, and so does a hub cache that can only be read: models may be in it.
+    Variables that are already set are kept, and so is a read-only hub cache: it may hold models.
     """
     moved = {name: folder for name, folder in _caches().items() if name not in os.environ and not _can_write(folder)}
     if Path(_hub_home()).is_dir():
@@ -57,7 +57,7 @@ def prepare_caches() -> None:
 
 
 def _caches() -> dict[str, Path]:
-    """Where each library keeps its cache unless the variable says otherwise."""
+    """Return each library's default cache folder, by the variable that overrides it."""
     config = Path(os.environ.get("XDG_CONFIG_HOME") or _in_home(".config"))
     return {
         "HF_HOME": _hub_home(),
@@ -74,7 +74,7 @@ def _hub_home() -> Path:
 
 
 def cache_home() -> Path:
-    """The user's folder for caches, which may not exist or not be writable."""
+    """Return the user's cache folder, which may be missing or read-only."""
     return Path(os.environ.get("XDG_CACHE_HOME") or _in_home(".cache"))
 
 
@@ -83,7 +83,7 @@ def _in_home(name: str) -> Path:
 
 
 def _can_write(folder: Path) -> bool:
-    """Whether `folder` could be made and files in it; tried in the nearest folder that exists, which is left as it was."""
+    """Return whether `folder` and files in it can be created; a test in the nearest existing parent leaves no trace."""
     if not folder.is_absolute():
         return False
     try:
@@ -95,7 +95,7 @@ def _can_write(folder: Path) -> bool:
 
 
 def _own_temporary_folder() -> Path:
-    """The same folder at every start, so that caches last; another where that name is somebody else's."""
+    """Return the same folder at every start, so that caches persist; a new one if another user owns that name."""
     folder = Path(tempfile.gettempdir(), f"qlora_rm-{os.getuid()}")
     try:
         folder.mkdir(mode=0o700, exist_ok=True)

@@ -1,12 +1,12 @@
-"""accelerate launch -m qlora_rm.train --config recipes/demo.yaml   (the same door as `qlora-rm train`)"""
+"""accelerate launch -m qlora_rm.train --config recipes/demo.yaml   (the same code as `qlora-rm train`)"""
 
 import sys
 from pathlib import Path
 
 if __package__ in (None, ""):
-    # Launched by path, Python puts this file's folder first on the path (not under -P), where `training` or `report` would
-    # shadow installed packages of that name. What belongs there is the folder the package is in, unless that is
-    # site-packages, which is on the path already and must stay behind the standard library.
+    # When launched by path (without -P), Python puts this file's folder first on sys.path, where `training` or `report`
+    # would shadow installed packages of that name. Replace it by the package's parent folder, unless that is
+    # site-packages, which is already on the path and must stay behind the standard library.
     if not sys.flags.safe_path:
         del sys.path[0]
     root = Path(__file__).resolve().parent.parent

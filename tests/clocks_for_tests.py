@@ -1,4 +1,4 @@
-"""Another day: the clock that transformers gives to chat templates, turned."""
+"""A fake date for the clock that transformers gives to chat templates."""
 
 from datetime import datetime
 
@@ -19,11 +19,11 @@ READS_CLOCK = """{%- if not date_string is defined %}
     {{- "<|im_start|>" + message.role + "\\n" + message.content + "<|im_end|>\\n" }}
 {%- endfor %}
 """
-"""As Llama 3's, in small."""
+"""A short version of Llama 3's template."""
 
 
 def set_clock(monkeypatch: pytest.MonkeyPatch, moment: datetime) -> None:
-    """What `strftime_now` of every template reads from now on."""
+    """Set the time that `strftime_now` returns in every template."""
 
     class Clock(datetime):
         @classmethod

@@ -1,4 +1,4 @@
-"""What every test stands on: no hub, one thread, no deadlines, the same numbers every day, and the real data where there is any."""
+"""Settings for all tests: no hub, one thread, no deadlines, fixed random numbers, and real data if available."""
 
 import os
 import random
@@ -18,10 +18,11 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 hide_gpu()
-# torch looks up ninja on PATH when DeepSpeed compiles for the CPU; it stands beside the interpreter, activated or not.
+# When DeepSpeed compiles for the CPU, torch looks for ninja on PATH; it is next to the interpreter, activated or not.
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 
-# The gate draws the same examples every day; `make test-deep` draws new ones and more, and prints how to draw a failing one again.
+# `make test` draws the same examples every day; `make test-deep` draws more new ones, and prints how to repeat a
+# failure.
 settings.register_profile("gate", deadline=None, derandomize=True)
 settings.register_profile("deep", deadline=None, max_examples=1000, print_blob=True)
 settings.load_profile("deep" if SEED else "gate")
@@ -33,7 +34,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files of slow tests first (`--no-loadscope-reorder` keeps the order): a worker that gets one last works on alone."""
+    """Put files of slow tests first (`--no-loadscope-reorder` keeps the order), so that no worker gets one last."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
 
@@ -48,7 +49,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Folder of real preference rows, kept beside the repository."""
+    """Folder of real preference rows, next to the repository."""
     folder = ROOT.parent / "shared" / "data"
     if not folder.is_dir():
         pytest.skip(f"real data: no folder {os.path.relpath(folder, ROOT)} beside the repository")
@@ -57,7 +58,7 @@ def shared_data() -> Path:
 
 @pytest.fixture(autouse=True)
 def _random_numbers_of_its_own() -> None:
-    """A test draws the same numbers whichever tests ran in its process before."""
+    """Give each test the same random numbers, whichever tests ran before in its process."""
     random.seed(0)
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
@@ -65,7 +66,7 @@ def _random_numbers_of_its_own() -> None:
 
 @pytest.fixture
 def pretend_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Code that asks for a GPU is told of one with bf16 units; what computes on it still fails."""
+    """Pretend that there is a GPU with bf16 support; computing on it still fails."""
     import torch
 
     answers = {

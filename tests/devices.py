@@ -1,4 +1,4 @@
-"""Which device tests see: the suite tests the CPU, and is the same on a host with a GPU; `-m gpu` tests the GPU."""
+"""The device that tests see: the CPU, also on a host with a GPU; `-m gpu` selects the tests of the GPU."""
 
 import os
 import re
@@ -8,17 +8,17 @@ _before = os.environ.get(VISIBLE)
 
 
 def asks_for_gpu(expression: str | None) -> bool:
-    """Whether pytest's `-m` expression selects the tests marked `gpu`, rather than leaving them out."""
+    """Return whether pytest's `-m` expression selects the tests marked `gpu` rather than excluding them."""
     return bool(re.search(r"(?<!\bnot )\bgpu\b", expression or ""))
 
 
 def hide_gpu() -> None:
-    """From this process and those it starts; to be called before anything asks CUDA for its devices."""
+    """Hide GPUs from this process and its children; call this before anything asks CUDA for its devices."""
     os.environ[VISIBLE] = ""
 
 
 def show_gpu() -> None:
-    """What was visible before."""
+    """Restore the GPUs that were visible before."""
     if _before is None:
         os.environ.pop(VISIBLE, None)
     else:
@@ -26,7 +26,7 @@ def show_gpu() -> None:
 
 
 def why_no_gpu() -> str | None:
-    """Why a GPU test cannot run here, or None."""
+    """Return the reason why a GPU test cannot run here, or None."""
     import torch
 
     if torch.cuda.is_available():

@@ -1,8 +1,8 @@
-"""The package as its users get it: built, installed into an environment of its own, and walked through from there.
+"""The package as its users get it: built, and installed into its own environment.
 
-`python -m tests.installing` (make test-install) is the walk: the whole demo, and the train door as a module, from a wheel
-that was built without a C compiler, in a folder with spaces and Chinese characters, under a HOME that does not exist and
-cannot be made. Libraries come from the running environment, since downloading them again would take longer than the walk.
+`python -m tests.installing` (make test-install) runs the complete demo, and `train` as a module, from a wheel that was
+built without a C compiler. The folder's name has spaces and Chinese characters; HOME does not exist and cannot be
+created. Libraries come from the running environment, since downloading them again would take longer than the test.
 """
 
 import os
@@ -18,11 +18,11 @@ from sysconfig import get_path
 ROOT = Path(__file__).resolve().parents[1]
 BUILT_FROM = (".ci", "accelerate_configs", "benchmarks", "docs", "ds_configs", "qlora_rm", "recipes", "tests")
 NO_HOME = "/proc/no_home"
-"""Read-only for everybody, root too."""
+"""A folder that is read-only for everybody, including root."""
 
 
 def build(folder: Path, *, compiler: bool = True) -> tuple[Path, Path]:
-    """Wheel and sdist, built from a copy of this checkout in `folder`, the wheel from the sdist.
+    """Build an sdist from a copy of this checkout in `folder`, and a wheel from the sdist; return both.
 
     Arguments:
         compiler: whether there is a C compiler.
@@ -35,7 +35,7 @@ def build(folder: Path, *, compiler: bool = True) -> tuple[Path, Path]:
 
 
 def copy_checkout(target: Path) -> None:
-    """Copy what is in the repository, without what was built in it."""
+    """Copy the repository without its build products."""
     for name in BUILT_FROM:
         shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__", "*.so", "build"))
     for path in ROOT.iterdir():
@@ -44,14 +44,14 @@ def copy_checkout(target: Path) -> None:
 
 
 def install(what: Path, folder: Path, *, editable: bool = False) -> Path:
-    """An environment in `folder` with a wheel, or a checkout to be edited, and the running environment's libraries.
+    """Create an environment in `folder` with a wheel or an editable checkout, and the running environment's libraries.
 
     Returns: its interpreter.
     """
     venv.create(folder, with_pip=False)
     python = folder / "bin" / "python"
     installed = Path(run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]).strip())
-    # a path alone: .pth files in it, such as an editable install's, are not read
+    # only the path: its .pth files, such as an editable install's, are not read
     (installed / "libraries.pth").write_text(get_path("purelib") + "\n", encoding="utf-8")
     how = ["--quiet", "--no-index", "--no-deps", "--ignore-installed", "--no-build-isolation"]
     run([sys.executable, "-m", "pip", "--python", python, "install", *how, *(["-e"] if editable else []), what])
@@ -59,20 +59,20 @@ def install(what: Path, folder: Path, *, editable: bool = False) -> Path:
 
 
 def run(command: list[str | Path], **settings: object) -> str:
-    """Standard output of a command; both its streams where it fails."""
+    """Return a command's standard output; if it fails, raise with both streams."""
     done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=300, **settings)  # type: ignore[call-overload]
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return str(done.stdout)
 
 
 def environment_of(python: Path, **more: str) -> dict[str, str]:
-    """Of a user who has activated that environment: nothing of this checkout in it."""
+    """Return the variables of a user who has activated that environment, without this checkout."""
     ours = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     return ours | {"PATH": os.pathsep.join([str(python.parent), os.environ["PATH"]]), **more}
 
 
 def walk(folder: Path) -> None:
-    """What a user types after `pip install`, each command printed with its time; an error ends it."""
+    """Run what a user types after `pip install`; print each command with its time, and stop at an error."""
     wheel, _ = build(folder / "dist", compiler=False)
     assert wheel.name.endswith("-py3-none-any.whl"), wheel.name
     python = install(wheel, folder / "environment")
@@ -87,9 +87,7 @@ def walk(folder: Path) -> None:
         ["python", "-m", "qlora_rm.train", *short, "runs/as_module"],
         ["python", "-P", "-m", "qlora_rm", "verify", "runs/as_module"],
     ):
-        if (
-            command[1] != "demo"
-        ):  # the demo alone takes care of what lies in the working directory; Python's -m does not
+        if command[1] != "demo":  # only the demo ignores files in the working directory; Python's -m does not
             shutil.rmtree(here / "qlora_rm", ignore_errors=True)
         began = time.monotonic()
         print(f"\n$ {' '.join(command)}", flush=True)

@@ -1,4 +1,4 @@
-"""Real launches of the train door on CPU ranks, as a user types them."""
+"""Real launches of `train` on CPU ranks, as a user types them."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def launch(config: str, flags: list[str], *more: str, **how: Any) -> subprocess.CompletedProcess[str]:
-    """What a user types, on the CPU ranks of `accelerate_configs/<config>.yaml` (two, unless `more` says otherwise)."""
+    """Run what a user types, on the CPU ranks of `accelerate_configs/<config>.yaml` (two, unless changed by `more`)."""
     process = start(config, flags, *more, **how)
     try:
         said, warned = process.communicate(timeout=600)
@@ -23,13 +23,13 @@ def launch(config: str, flags: list[str], *more: str, **how: Any) -> subprocess.
 def start(
     config: str, flags: list[str], *more: str, script: str = "qlora_rm/train.py", **variables: str
 ) -> subprocess.Popen[str]:
-    """The same, while it runs."""
+    """Start the same without waiting for it."""
     command = [
         str(Path(sys.executable).with_name("accelerate")),
         "launch",
         "--config_file",
         f"accelerate_configs/{config}.yaml",
-        "--main_process_port=0",  # the next free one, so that launches beside one another do not meet
+        "--main_process_port=0",  # the next free port, so that concurrent launches do not collide
         *more,
     ]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | variables

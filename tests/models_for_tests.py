@@ -1,4 +1,4 @@
-"""Small backbones made on the spot, one per architecture, saved as a user would have them."""
+"""Small generated backbones, one per architecture, saved as a user would have them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -30,24 +30,24 @@ GEMMA3_ROPE = {
 }
 
 SWITCH = 32
-"""Tokens beyond which the rotary scaling of `longrope_config` and `dynamic_config` is another."""
+"""Length in tokens above which the rotary scaling of `longrope_config` and `dynamic_config` changes."""
 
 
 def longrope_config(**ids: int | None) -> t.Phi3Config:
-    """Phi-3's scaling: short sequences are rotated by other factors than those above `SWITCH` tokens."""
+    """Return a config with Phi-3's scaling, which has different factors below and above `SWITCH` tokens."""
     factors = {"short_factor": [1.0 + 0.05 * i for i in range(8)], "long_factor": [1.5 + 0.5 * i for i in range(8)]}
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, **factors}
     return t.Phi3Config(**SHAPE, original_max_position_embeddings=SWITCH, rope_parameters=rope, **ids)
 
 
 def dynamic_config(**ids: int | None) -> t.LlamaConfig:
-    """Dynamic NTK: above `SWITCH` tokens theta grows with the longest sequence of the batch."""
+    """Return a config with dynamic NTK: above `SWITCH` tokens theta grows with the longest sequence of the batch."""
     rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 8.0}
     return t.LlamaConfig(**SHAPE | {"max_position_embeddings": SWITCH}, rope_parameters=rope, **ids)
 
 
 def modernbert_config(pooling: str, **ids: int | None) -> t.ModernBertConfig:
-    """Local attention narrower than the texts of tests; the score is read at the first token, or at the mean of all."""
+    """Return a config with local attention narrower than the texts; the score is at the first token or the mean."""
     return t.ModernBertConfig(
         **ENCODER | {"num_hidden_layers": 3}, local_attention=16, classifier_pooling=pooling, **ids
     )
@@ -128,12 +128,12 @@ BACKBONES: dict[str, Callable[..., t.PreTrainedModel]] = {
 }
 CAUSAL = ("llama", "qwen2", "gemma3", "gpt2")
 EXPERTS = ("mixtral", "qwen3_moe")
-UNCOVERED = ("jetmoe",)  # expert weights of a form that stays in 16 bit
-IMAGES = ("gemma3_images",)  # text never passes through its tower
+UNCOVERED = ("jetmoe",)  # its expert weights stay in 16 bit
+IMAGES = ("gemma3_images",)  # text never passes through its vision tower
 ENCODERS = ("distilbert", "roberta", "bert")
 VERIFIED = ("xlm_roberta", "electra", "deberta_v3", "modernbert", "modernbert_mean", "opt")  # test_score_position.py
 SWITCHING = ("phi3_long", "llama_dynamic")  # rotary scaling by length
-EXPORTED = ("llama_far", "qwen3", "mistral", "gemma", "gemma2", "phi3", "gemma3_far")  # for the readers' tests alone
+EXPORTED = ("llama_far", "qwen3", "mistral", "gemma", "gemma2", "phi3", "gemma3_far")  # only for the tests of consumers
 
 
 def save_backbone(
@@ -147,7 +147,7 @@ def save_backbone(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id < (rows or len(tokenizer)) else None,
     )
-    # weights from a library's initialization are so small that every attention head sees nearly the same
+    # a library's initial weights are so small that all attention heads compute nearly the same
     for parameter in model.parameters():
         if parameter.dim() >= 2:
             parameter.data.normal_(std=0.1)

@@ -1,6 +1,6 @@
-"""Real preference rows as users have them: the raw files beside the repository, written as JSONL in our formats.
+"""Real preference rows as users have them: the raw files next to the repository, written as JSONL in our formats.
 
-Each function takes the folder of the raw files (the `shared_data` fixture) and a folder to write to, and gives the
+Each function takes the folder of the raw files (the `shared_data` fixture) and a folder to write to, and returns the
 file to pass as `--dataset`.
 """
 
@@ -15,25 +15,25 @@ Row = dict[str, Any]
 
 
 def hh(data: Path, folder: Path) -> Path:
-    """HH-RLHF harmless, raw text; already JSONL."""
+    """Return HH-RLHF harmless, raw text; already JSONL."""
     return data / "hh-rlhf/harmless-base/test.jsonl.gz"
 
 
 def llamafactory_en(data: Path, folder: Path) -> Path:
-    """ShareGPT pairs in English; already a JSON list."""
+    """Return ShareGPT pairs in English; already a JSON list."""
     return data / "llamafactory_dpo_demo/data/dpo_en_demo.json"
 
 
 def llamafactory_zh(data: Path, folder: Path) -> Path:
-    """ShareGPT pairs in Chinese; already a JSON list."""
+    """Return ShareGPT pairs in Chinese; already a JSON list."""
     return data / "llamafactory_dpo_demo/data/dpo_zh_demo.json"
 
 
 def finegrained(data: Path, folder: Path) -> Path:
-    """Four answers to a question about passages, all six pairs judged.
+    """Write four answers to a question about passages, with all six pairs compared.
 
-    `preference` runs over the pairs (1,2) (1,3) (1,4) (2,3) (2,4) (3,4): 1 where the first is better, 2 where the
-    second is, 0 for a tie. Read so, none of the 500 rows prefers in a circle; in other orders hundreds do.
+    `preference` is in the order of the pairs (1,2) (1,3) (1,4) (2,3) (2,4) (3,4): 1 if the first is better, 2 if the
+    second is, 0 for a tie. In this order none of the 500 rows has a preference cycle; in other orders hundreds do.
     """
 
     def rows() -> Iterator[Row]:
@@ -51,7 +51,7 @@ def finegrained(data: Path, folder: Path) -> Path:
 
 
 def gsm8k(data: Path, folder: Path) -> Path:
-    """Four solutions of a sum, right ones scored 1 and wrong ones 0."""
+    """Write four solutions of a math problem each, scored 1 if right and 0 if wrong."""
 
     def rows() -> Iterator[Row]:
         for row in _jsonl(data / "gsm8k_solutions/grade_school_math/data/example_model_solutions.jsonl"):
@@ -66,7 +66,7 @@ def gsm8k(data: Path, folder: Path) -> Path:
 
 
 def oasst(data: Path, folder: Path) -> Path:
-    """Conversation trees: each group of ranked sibling replies after the turns that lead to it; rank 0 is best."""
+    """Write conversation trees: each group of ranked sibling replies after the preceding turns; rank 0 is best."""
 
     def groups(node: Row, path: list[Row]) -> Iterator[Row]:
         role = {"prompter": "user", "assistant": "assistant"}[node["role"]]
@@ -86,7 +86,7 @@ def oasst(data: Path, folder: Path) -> Path:
 
 
 def pandalm(data: Path, folder: Path) -> Path:
-    """Two responses and the majority of three raters, who may call a tie; six rows hold a boolean response."""
+    """Write two responses and the majority of three raters, who may call a tie; six rows hold a boolean response."""
 
     def rows() -> Iterator[Row]:
         for row in json.loads((data / "pandalm/data/testset-v1.json").read_text()):

@@ -1,4 +1,4 @@
-"""Reward models as training leaves them, without the training: random adapters and heads that matter to the score."""
+"""Untrained reward models in the form that training writes, with random adapters and heads that change the scores."""
 
 import json
 import shutil
@@ -57,11 +57,11 @@ def make_reward_model(
     save_again: Callable[[str], None] | None = None,
     backbone: str | None = None,
 ) -> Path:
-    """Write `folder/base` and `folder/model`, an adapter on it (a whole model for `AdapterConfig(use_lora=False)`).
+    """Write `folder/base` and `folder/model`, an adapter on it (a full model for `AdapterConfig(use_lora=False)`).
 
     Arguments:
-        save_again: writes the base anew in its folder, in another form.
-        backbone: a folder to take as base instead of writing one.
+        save_again: rewrites the base in its folder, in another form.
+        backbone: a folder to use as base instead of writing one.
     """
     adapter = adapter or AdapterConfig(lora_r=8, lora_alpha=16)
     tokenizer = tokenizer or (word_piece_tokenizer() if architecture == "distilbert" else small_tokenizer())
@@ -93,7 +93,7 @@ def make_reward_model(
 
 
 def _pretend_to_train(model: torch.nn.Module) -> None:
-    """Random LoRA B (so that the adapter changes the scores), another head, and DoRA magnitudes of their own."""
+    """Set random LoRA B weights (so that the adapter changes the scores), head and DoRA magnitudes."""
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -113,7 +113,7 @@ def _llama(compute: str) -> Path:
 
 
 def llama_adapter(compute: str = "fp32") -> Path:
-    """A 4-bit Llama's adapter folder, made once per test session: read it, or `copy_of` it to change it."""
+    """Return a 4-bit Llama's adapter folder, made once per test session; to change it, use `copy_of`."""
     return _llama(compute)
 
 
@@ -122,7 +122,7 @@ def copy_of(folder: Path, target: Path) -> Path:
 
 
 def edit_json(path: Path, **changes: object) -> None:
-    """Change keys of a JSON file; of a manifest also its own hash, as whoever edits one on purpose would."""
+    """Change keys of a JSON file; for a manifest, also update its own hash, as in a deliberate edit."""
     content = json.loads(path.read_text(encoding="utf-8")) | changes
     if "content_sha256" in content:
         content["content_sha256"] = content_hash(content)
@@ -130,12 +130,12 @@ def edit_json(path: Path, **changes: object) -> None:
 
 
 def seal_again(folder: Path) -> None:
-    """Update the hashes in the manifest to what now is in the folder, as a careful forger would."""
+    """Update the manifest's hashes to the folder's current content, as a careful forger would."""
     edit_json(folder / FILE_NAME, files=hash_files(folder))
 
 
 def as_version_1(folder: Path) -> None:
-    """Turn a manifest into what the first version would have written: no hashes, no noise, no history."""
+    """Convert a manifest to version 1: no hashes, no noise, no history."""
     path = folder / FILE_NAME
     content = json.loads(path.read_text(encoding="utf-8")) | {"schema_version": 1}
     for added in SINCE.values():

@@ -1,4 +1,4 @@
-"""The lines that a training run of ours prints; whatever matches none of them is another library's."""
+"""Patterns of the lines that our training runs print; any other line comes from another library."""
 
 import re
 
@@ -30,5 +30,5 @@ KNOWN = [
 
 
 def unknown(said: str) -> list[str]:
-    """The lines of a run's standard error that are none of ours."""
+    """Return the lines of a run's standard error that are not ours."""
     return [line for line in said.splitlines() if not any(pattern.fullmatch(line) for pattern in KNOWN)]

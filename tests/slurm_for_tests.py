@@ -16,9 +16,9 @@ KILL_WAIT = 30.0
 
 
 def install(folder: Path, *, nodes: int = 2, tasks_per_node: int = 1, job: int = 4711) -> dict[str, str]:
-    """Put the commands into `folder`; returns the environment of a batch shell that finds them there.
+    """Write the commands to `folder`; return the environment of a batch shell that finds them there.
 
-    `folder/requeued` is there once the job was requeued.
+    `folder/requeued` exists once the job was requeued.
     """
     folder.mkdir(parents=True)
     for name in COMMANDS:
@@ -30,14 +30,16 @@ def install(folder: Path, *, nodes: int = 2, tasks_per_node: int = 1, job: int =
         "SLURM_FOR_TESTS": str(folder),
         "SLURM_JOB_ID": str(job), "SLURM_JOB_NUM_NODES": str(nodes), "SLURM_JOB_NODELIST": "localhost,elsewhere",
         "SLURM_NTASKS_PER_NODE": str(tasks_per_node), "SLURM_GPUS_ON_NODE": "1", "SLURM_CPUS_ON_NODE": "1",
-        # what the batch shell itself is given
+        # variables of the batch shell itself
         "SLURM_NODEID": "0", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": str(nodes * tasks_per_node),
     }  # fmt: skip
 
 
 def srun(words: list[str]) -> int:
-    """Start every task of a step; the highest exit status, 128 and a signal's number among them. With --kill-on-bad-exit=1
-    the first failure ends the others."""
+    """Run every task of a step; return the highest exit status, which is 128 plus its number for a signal.
+
+    With --kill-on-bad-exit=1 the first failure ends the others.
+    """
     options = [word for word in words if word.startswith("--")][: next(i for i, w in enumerate(words) if w[:2] != "--")]
     nodes, per_node = int(os.environ["SLURM_JOB_NUM_NODES"]), int(os.environ["SLURM_NTASKS_PER_NODE"])
     tasks = []
@@ -63,7 +65,7 @@ def srun(words: list[str]) -> int:
 
 
 def tell(tasks: list[int], what: signal.Signals) -> None:
-    """Every process of the tasks, as SLURM signals a step."""
+    """Signal every process of the tasks, as SLURM does for a step."""
     for pid in filter(psutil.pid_exists, tasks):
         task = psutil.Process(pid)
         for process in [task, *task.children(recursive=True)]:
@@ -72,7 +74,7 @@ def tell(tasks: list[int], what: signal.Signals) -> None:
 
 
 def preempt(folder: Path) -> None:
-    """What SLURM does at the beginning of a partition's GraceTime."""
+    """Do what SLURM does at the beginning of a partition's GraceTime."""
     tell(json.loads((folder / "step").read_text()), signal.SIGTERM)
 
 
@@ -87,7 +89,7 @@ def scontrol(words: list[str]) -> int:
 
 
 def scancel(words: list[str]) -> int:
-    """A signal to the steps, or the end of the job. That SLURM signals the batch shell too, which mostly dies of it, is left out."""
+    """Signal the steps, or end the job. Unlike SLURM, do not signal the batch shell, which mostly dies of it."""
     folder = Path(os.environ["SLURM_FOR_TESTS"])
     if words == [os.environ["SLURM_JOB_ID"]]:
         (folder / "cancelled").touch()

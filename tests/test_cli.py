@@ -1,4 +1,4 @@
-"""The doors: help at once, results on stdout, mistakes in one line, exit statuses."""
+"""The commands: fast help, results on stdout, errors in one line, exit statuses."""
 
 import json
 import os
@@ -23,7 +23,7 @@ ROWS = [
 
 
 def run(*words: str, **settings: Any) -> subprocess.CompletedProcess[str]:
-    """The door as a process of its own."""
+    """Run the command in its own process."""
     command = [sys.executable, "-m", "qlora_rm.cli", *words]
     return subprocess.run(command, capture_output=True, encoding="utf-8", cwd=Path(__file__).parents[1], **settings)
 
@@ -44,7 +44,7 @@ def adapter() -> str:
 
 
 def processor_seconds() -> float:
-    """Of all child processes so far; unlike the clock's, they do not grow with what runs beside."""
+    """Return the CPU seconds of all child processes so far; unlike wall time, they do not depend on other load."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 

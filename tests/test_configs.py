@@ -1,4 +1,4 @@
-"""The launch configurations are accepted by the libraries that read them, and keep the rules that training rests on."""
+"""The launch configurations are valid for the libraries that read them, and keep the rules that training depends on."""
 
 import json
 import re
@@ -28,14 +28,14 @@ def by_name(path: Path) -> str:
 
 
 def head_comment(path: Path) -> str:
-    """The comment lines a file opens with, the marks taken off."""
+    """Return the leading comment lines of a file without their marks."""
     lines = path.read_text(encoding="utf-8").splitlines()
     count = next((n for n, line in enumerate(lines) if not line.startswith("#")), len(lines))
     return "\n".join(line.lstrip("# ") for line in lines[:count])
 
 
 def paths_named(text: str) -> set[str]:
-    """Files of this repository that a command line names."""
+    """Return the files of this repository that a command line names."""
     return set(re.findall(r"\b(?:accelerate_configs|recipes|qlora_rm)/[\w./-]*\w", text))
 
 
@@ -46,7 +46,7 @@ def load(path: Path) -> ClusterConfig:
 
 
 def engine(path: Path) -> dict[str, Any]:
-    """A DeepSpeed configuration with its `auto` values filled in as the trainer fills them."""
+    """Return a DeepSpeed configuration with its `auto` values filled in as the trainer does."""
     settings: dict[str, Any] = json.loads(path.read_text())
     filled = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2}
     assert {key for key, value in settings.items() if value == "auto"} == {*filled, "gradient_clipping"}
@@ -67,7 +67,7 @@ def test_launch_is_read_by_accelerate(path: Path) -> None:
     assert not config.use_cpu
     if config.distributed_type == DistributedType.DEEPSPEED:
         assert config.deepspeed_config["deepspeed_config_file"] == f"ds_configs/{path.stem}.json"
-        # accelerate refuses to start when these stand beside a DeepSpeed file
+        # accelerate refuses to start if these are given together with a DeepSpeed file
         doubled = {"gradient_accumulation_steps", "gradient_clipping", "zero_stage", "offload_optimizer_device"}
         assert not doubled & set(config.deepspeed_config)
         assert config.mixed_precision is None
@@ -96,7 +96,7 @@ def test_engine_is_read_by_deepspeed(path: Path) -> None:
 
 @pytest.mark.parametrize("path", TWINS, ids=by_name)
 def test_engine_does_not_touch_packed_weights(path: Path) -> None:
-    """A 16-bit engine casts, the quantized collectives re-quantize, NVMe offload rewrites what must stay as packed."""
+    """A 16-bit engine casts, quantized collectives requantize, NVMe offload rewrites weights that must stay packed."""
     settings = engine(path)
     zero = settings["zero_optimization"]
     assert settings["bf16"] == settings["fp16"] == {"enabled": False}
@@ -115,7 +115,7 @@ def test_adapter_and_head_stay_fp32(path: Path) -> None:
 
 
 def test_small_tensors_are_sharded_in_tests() -> None:
-    """DeepSpeed leaves tensors under its threshold whole, and a test's model has no others."""
+    """DeepSpeed does not shard tensors below its threshold, and a test's model has no larger ones."""
     for name in ("cpu_zero3", "cpu_two_nodes_zero3"):
         zero = engine(ROOT / "ds_configs" / f"{name}.json")["zero_optimization"]
         assert zero["stage3_param_persistence_threshold"] == 0

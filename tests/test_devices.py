@@ -1,4 +1,4 @@
-"""Tests see no GPU unless they ask for one; code that asks the machine is told both answers."""
+"""Tests see no GPU unless they ask for one; code that queries the machine is tested with and without one."""
 
 import os
 import subprocess

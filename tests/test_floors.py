@@ -35,8 +35,8 @@ FLOORS = {
     **dict.fromkeys(["merging", "exporting", "serving", "demo"], 6),
     **dict.fromkeys(["cli", "commands", "train", "__main__"], 7),
 }
-SHARED_FLOORS = (0, 7)  # modules of the ground floor, and commands, may import one another
-LIGHT = {*GROUND, "preferences", "cli", "commands"}  # what `qlora-rm --help` may load
+SHARED_FLOORS = (0, 7)  # modules of the lowest level, and commands, may import one another
+LIGHT = {*GROUND, "preferences", "cli", "commands"}  # packages that `qlora-rm --help` may load
 HEAVY = {
     "accelerate",
     "bitsandbytes",
@@ -60,7 +60,7 @@ class Import(NamedTuple):
     """Dotted and absolute: `qlora_rm.config`, `torch.nn`."""
     names: tuple[str, ...]
     late: bool
-    """Inside a function, or only for the type checker."""
+    """Whether the import is inside a function, or only for the type checker."""
 
 
 def package_of(module: Path) -> str:
@@ -68,7 +68,7 @@ def package_of(module: Path) -> str:
 
 
 def imports_of(module: Path) -> list[Import]:
-    """Every import statement of a module, relative ones made absolute."""
+    """Return every import of a module, with relative ones made absolute."""
 
     def visit(node: ast.AST, late: bool) -> list[Import]:
         if isinstance(node, ast.Import):
@@ -89,7 +89,7 @@ def imports_of(module: Path) -> list[Import]:
 
 
 def package_named(imported: Import) -> str:
-    """The package an import of ours names; a plain `qlora_rm` or `qlora_rm.__version__` is `__init__`."""
+    """Return the package that one of our imports names; a plain `qlora_rm` or `qlora_rm.__version__` is `__init__`."""
     package = [*imported.module.split("."), "__init__"][1]
     return "__init__" if package.startswith("__") else package
 

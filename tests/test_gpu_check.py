@@ -1,4 +1,4 @@
-"""The check of what only a GPU can show, where there is none: its budget, its report, and its code on a pretended GPU."""
+"""The GPU check, tested without a GPU: its budget, its report, and its code on a simulated GPU."""
 
 import json
 import os
@@ -87,7 +87,7 @@ def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_cpu_form_compares_forests_and_finds_a_wrong_one(tmp_path, monkeypatch):
-    """Of one architecture with a window: the comparison passes, and fails where forests end in other tokens."""
+    """For one architecture with a window, the comparison passes, and fails if forests end in other tokens."""
     every = packed.configs
     monkeypatch.setattr(packed, "configs", lambda size: {"mistral": every(size)["mistral"]})
 
@@ -108,8 +108,8 @@ def test_the_cpu_form_compares_forests_and_finds_a_wrong_one(tmp_path, monkeypat
 @only_deep
 @pytest.mark.slow
 def test_on_a_pretended_gpu_every_tensor_follows_the_model(tmp_path):
-    """Loading, FlexAttention (uncompiled), experts, training, resuming, merging and verifying, on a device that refuses tensors
-    of the CPU."""
+    """Load, use FlexAttention (uncompiled) and experts, train, resume, merge and verify on a device that rejects CPU
+    tensors."""
     if reason := pretended_gpu.why_not():
         pytest.skip(reason)
     report = tmp_path / "report.json"

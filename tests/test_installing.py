@@ -1,4 +1,4 @@
-"""What is in a wheel and an sdist, and that the package runs from where a wheel puts it."""
+"""The content of wheel and sdist, and running the package from an installed wheel."""
 
 import os
 import subprocess
@@ -71,7 +71,7 @@ def test_a_wheel_with_the_compiled_part_is_for_one_platform(tmp_path: Path) -> N
 @pytest.mark.slow
 class TestInstalled:
     def test_it_is_the_installed_one_that_runs(self, python: Path, tmp_path: Path) -> None:
-        (tmp_path / "qlora_rm").mkdir()  # as the folder that a checkout was cloned into has it
+        (tmp_path / "qlora_rm").mkdir()  # as in the folder that a checkout was cloned into
         environment = environment_of(python)
         said = run([python, "-m", "qlora_rm", "recipes"], cwd=tmp_path, env=environment).splitlines()
         assert {Path(line).name for line in said} >= {"demo.yaml", "single_gpu.yaml", "zero3.json"}
@@ -98,7 +98,7 @@ class TestInstalled:
         ]
 
     def test_an_editable_install_is_not_hidden_by_a_folder_of_its_name(self, tmp_path: Path) -> None:
-        """Such as the checkout itself, seen from the folder it was cloned into."""
+        """For example the checkout itself, seen from its parent folder."""
         checkout = tmp_path / "checkout"
         copy_checkout(checkout)
         python = install(checkout, tmp_path / "environment", editable=True)
@@ -108,7 +108,7 @@ class TestInstalled:
 
 
 def test_python_minus_p_keeps_the_path_it_was_given(tmp_path: Path) -> None:
-    """Under -P the folder of the script is not on sys.path, so nothing is taken away from it."""
+    """Under -P the script's folder is not on sys.path, so `train.py` must not remove an entry."""
     code = f"import runpy, sys; before = sys.path[:]; runpy.run_path({str(PACKAGE / 'train.py')!r}); print(sys.path[1:] == before)"
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     done = subprocess.run([sys.executable, "-P", "-c", code], env=environment, capture_output=True, encoding="utf-8")

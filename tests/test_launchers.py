@@ -1,4 +1,4 @@
-"""Where a process stands in its job: torchrun's variables, or SLURM's turned into them."""
+"""The rank of a process in its job: torchrun's variables, or SLURM's converted to them."""
 
 import pytest
 from hypothesis import given
@@ -69,7 +69,7 @@ def test_first_host(nodelist, first):
     others=st.lists(st.from_regex(r"[a-z]{1,5}(\[0-3,7\])?", fullmatch=True), max_size=3),
 )
 def test_the_first_host_of_folded_numbers(prefix, numbers, width, others):
-    """Folded as SLURM folds: runs as ranges, zero-padded, other groups behind."""
+    """SLURM's notation: consecutive numbers as ranges, zero-padded, followed by other groups."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and runs[-1][-1] + 1 == number:

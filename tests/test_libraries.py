@@ -1,4 +1,4 @@
-"""How much is printed: by us under --quiet and --verbose, and by the libraries underneath."""
+"""The amount of output under --quiet and --verbose, from us and from libraries."""
 
 import os
 import subprocess
@@ -77,7 +77,7 @@ def test_quiet_keeps_warnings_and_results(capsys: Any, monkeypatch: pytest.Monke
         (["--config", "FILE"], "quiet: true\n", (True, False)),
         (["--config=FILE", "--quiet", "false"], "quiet: true\n", (False, False)),
         (["--config", "FILE"], "[a, list]\n", (False, False)),
-        (["--config", "FILE", "--quiet"], "a: [", (False, False)),  # told by the parser of all options
+        (["--config", "FILE", "--quiet"], "a: [", (False, False)),  # the full parser reports the error
         (["--config", "nowhere.yaml"], None, (False, False)),
     ],
 )

@@ -1,4 +1,4 @@
-"""Which phases the commands after training show."""
+"""The phases that the commands after training show."""
 
 import re
 from itertools import groupby
@@ -14,14 +14,14 @@ from tests.reward_models_for_tests import llama_adapter
 
 @pytest.fixture(autouse=True)
 def every_phase(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """Phases that end within two seconds are shown too."""
+    """Show phases that end within two seconds, too."""
     opened = progress.Display.open
 
     def open_and_look(self: progress.Display, phase: progress.Phase) -> None:
         opened(self, phase)
         self.look()
 
-    llama_adapter()  # made before anything is captured
+    llama_adapter()  # made before output is captured
     capsys.readouterr()
     monkeypatch.setattr(progress, "SHOWN_AFTER", 0)
     monkeypatch.setattr(progress, "LINE_EVERY", 0)
@@ -30,7 +30,7 @@ def every_phase(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
 
 
 def phases_of(said: str) -> list[str]:
-    """The phases that speak, in order."""
+    """Return the phases that print, in order."""
     assert "\r" not in said
     return [
         name

@@ -1,4 +1,4 @@
-"""Phases: nothing of short ones, a bar on a terminal, seldom lines elsewhere, and only from the main process."""
+"""Phases: nothing for short ones, a bar on a terminal, occasional lines elsewhere, only from the main process."""
 
 import io
 import time
@@ -25,7 +25,7 @@ class Stream(io.StringIO):
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """Lets seconds pass, with a look at the phases at each tenth of one."""
+    """Return a function that lets seconds pass and checks the phases every tenth of a second."""
     now = [1000.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(Display, "_watch", lambda *_: None)
@@ -143,7 +143,7 @@ def test_a_terminal_gets_a_bar_that_makes_room_for_what_is_said(clock: Any, show
 
 
 def test_a_terminal_without_a_width_is_80_wide(clock: Any, shown: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under `docker run -t` or `script` a terminal may say that it has no columns; tqdm then draws nothing."""
+    """Under `docker run -t` or `script` a terminal may report no columns; tqdm then draws nothing."""
     stream = shown(True)
     stream.fileno = lambda: 2
     monkeypatch.setattr(progress.os, "get_terminal_size", lambda _: progress.os.terminal_size((0, 0)))

@@ -15,7 +15,7 @@ COMMANDS = [line.strip() for line in README.splitlines() if line.startswith("   
 
 
 def test_every_command_is_one_the_demo_or_the_makefile_runs(monkeypatch):
-    """`make demo` and `make test` are run by the gate; what stands beside them in the README is what they run."""
+    """`make demo` and `make test` run before every merge; other README commands must be among those that they run."""
     ran = []
     monkeypatch.setattr(walk, "run", lambda *command: ran.append(list(command)))
     walk.walk()

@@ -1,4 +1,4 @@
-"""The whole road on real rows: train 50 steps on a small backbone, evaluate, merge, verify."""
+"""The complete workflow on real rows: train 50 steps on a small backbone, evaluate, merge, verify."""
 
 import json
 
@@ -9,13 +9,13 @@ from tests.models_for_tests import save_backbone
 from tests.real_data import REAL_DATA
 from tests.tokenizers_for_tests import tokenizer_of
 
-# of the files of real rows, what only the skip option gets past: see SOURCES and tests/preferences/test_real_data.py
+# number of faulty rows in files that need the skip option; see SOURCES and tests/preferences/test_real_data.py
 FAULTY = {"hh": 4, "pandalm": 60}
 
 
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory, shared_data) -> str:
-    """A small Llama whose tokenizer has learned English and Chinese from the rows themselves."""
+    """A small Llama whose tokenizer was trained on the English and Chinese rows themselves."""
     texts = (shared_data / "llamafactory_dpo_demo/data").glob("dpo_*_demo.json")
     corpus = [
         json.dumps(row, ensure_ascii=False) for path in texts for row in json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Recipes and launch configurations are found by name from any folder, and copied to where they are edited."""
+"""Recipes and launch configurations are found by name from any folder, and can be copied for editing."""
 
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ def test_a_demo_that_cannot_write_here_says_so(
 
 @pytest.mark.slow
 def test_the_demo_runs_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By this interpreter, which need not have its scripts on PATH, and not by what lies in the working directory."""
+    """It uses this interpreter, whose scripts need not be on PATH, and ignores modules in the working directory."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "qlora_rm").mkdir()
     (tmp_path / "qlora_rm/__init__.py").write_text("raise SystemExit(9)\n", encoding="utf-8")

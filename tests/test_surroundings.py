@@ -1,4 +1,4 @@
-"""Every locale and every home: nothing fails to be printed, and caches go where they can be written."""
+"""Every locale and every HOME: all text can be printed, and caches go to a writable folder."""
 
 import io
 import json
@@ -21,7 +21,7 @@ MOVED = ("HF_HOME", "HF_DATASETS_CACHE", "HF_MODULES_CACHE", "MPLCONFIGDIR", "TO
 
 @pytest.fixture
 def environ(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, str]:
-    """An environment without a variable of ours, whose home and folder for temporary files are below `tmp_path`."""
+    """An environment without our variables, whose HOME and temporary folder are below `tmp_path`."""
     names = {*MOVED, "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "RANK"}
     mine = {name: value for name, value in os.environ.items() if name not in names} | {"HOME": str(tmp_path / "home")}
     monkeypatch.setattr(os, "environ", mine)
@@ -55,7 +55,7 @@ class TestStreams:
 
     @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1", "gbk"])
     def test_json_is_json_in_every_locale(self, encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        """JSON is UTF-8 (RFC 8259), which ASCII is too."""
+        """JSON must be UTF-8 (RFC 8259); ASCII is valid UTF-8."""
         value = {"a": "Köln 中文 😀"}
         written = stdout_of(monkeypatch, encoding)
         prepare_streams()
@@ -68,7 +68,7 @@ class TestStreams:
         assert written.getvalue().decode("utf-8") == json_line(value)
 
     def test_words_that_a_locale_cannot_decode_are_refused(self, tmp_path: Path) -> None:
-        """Libraries that open files in Rust would fail on them, each with an error of its own."""
+        """Libraries that open files in Rust would fail on them, each with its own error."""
         for folder, word in ((tmp_path, "数据.jsonl"), (tmp_path / "数据", "rows.jsonl")):
             folder.mkdir(exist_ok=True)
             done = subprocess.run(
@@ -112,7 +112,7 @@ class TestCaches:
         assert capsys.readouterr().err == "", "once, not in each process that a command starts"
 
     def test_a_user_without_a_home_has_one(self, environ: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """In a container with a number for a user, `~` stays `~`, and libraries would make a folder of that name."""
+        """In a container whose user is only a number, `~` stays `~`, and libraries would create a folder named so."""
         del environ["HOME"]
         monkeypatch.setattr("os.path.expanduser", lambda path: path)
         monkeypatch.chdir(tmp_path)
@@ -127,7 +127,7 @@ class TestCaches:
         assert "TRITON_CACHE_DIR" in environ and not {"HF_HOME", "TORCH_EXTENSIONS_DIR"} & environ.keys()
 
     def test_a_hub_cache_that_can_only_be_read_is_read(self, environ: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Models may be in it; what libraries write beside them goes elsewhere."""
+        """It may hold models; libraries write elsewhere."""
         hub = Path(environ["HOME"], ".cache", "huggingface")
         hub.mkdir(parents=True)
         monkeypatch.setattr(surroundings, "_can_write", lambda folder: not folder.is_relative_to(environ["HOME"]))
@@ -136,7 +136,7 @@ class TestCaches:
         assert {"HF_DATASETS_CACHE", "HF_MODULES_CACHE"} < environ.keys()
 
     def test_somebody_elses_folder_is_not_used(self, environ: Any, tmp_path: Path) -> None:
-        """Whoever owns it could put compiled code there for us to load."""
+        """Its owner could put compiled code there that we would load."""
         environ["HOME"] = "/proc/no_home"
         theirs = tmp_path / "temporary" / f"qlora_rm-{os.getuid()}"
         (tmp_path / "trap").mkdir()

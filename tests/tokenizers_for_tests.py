@@ -1,4 +1,4 @@
-"""Small tokenizers made on the spot: byte-level BPE, so that every text in any script has ids."""
+"""Small generated tokenizers: byte-level BPE, so that text in any script has ids."""
 
 from collections.abc import Iterable
 from functools import cache
@@ -33,11 +33,11 @@ BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 def small_tokenizer(
     *, bos: bool = True, eos: bool = True, chat_template: str | None = CHATML, vocab_size: int = 600
 ) -> PreTrainedTokenizerFast:
-    """A fresh tokenizer with a pad token of its own.
+    """Return a new tokenizer with a separate pad token.
 
     Arguments:
         bos: begin plain text with the bos token.
-        eos: have an eos token at all.
+        eos: whether there is an eos token.
     """
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_trained(vocab_size, bos)),
@@ -50,9 +50,9 @@ def small_tokenizer(
 
 
 def tokenizer_of(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """The same kind, its merges learned from `texts`, for sequences of a realistic length."""
+    """Return the same kind with merges learned from `texts`, for sequences of realistic length."""
     tokenizer = small_tokenizer().train_new_from_iterator(texts, vocab_size, show_progress=False)
-    tokenizer.chat_template = CHATML  # training anew drops it
+    tokenizer.chat_template = CHATML  # retraining drops it
     return tokenizer
 
 
@@ -76,7 +76,7 @@ def _trained(vocab_size: int, bos: bool) -> str:
 
 
 def word_piece_tokenizer() -> PreTrainedTokenizerFast:
-    """As BERT's: [CLS] text [SEP], no eos, no chat template."""
+    """Return a tokenizer like BERT's: [CLS] text [SEP], no eos, no chat template."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -90,7 +90,7 @@ def word_piece_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def with_new_pad_token() -> PreTrainedTokenizerFast:
-    """One entry more than the vocabulary it was trained with: the pad token, last."""
+    """Return a tokenizer with one entry more than its trained vocabulary: the pad token, last."""
     tokenizer = small_tokenizer()
     tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
     return tokenizer

@@ -1,1 +1,1 @@
-"""The commands: parse, call, print. Libraries are imported by the command that needs them, so that help is instant."""
+"""The commands: parse, call, print. Each command imports the libraries it needs itself, so that help is instant."""

@@ -1,4 +1,4 @@
-"""The doors that make and prove artefacts: merge, export, verify."""
+"""The commands that create and verify artifacts: merge, export, sign, verify."""
 
 import argparse
 from dataclasses import asdict

@@ -1,4 +1,4 @@
-"""What several doors share: the shape of a command, and how checks and models are shown and loaded."""
+"""Helpers that several commands share: the type of a command, the display of checks, and the loading of a model."""
 
 import argparse
 from collections.abc import Callable
@@ -10,31 +10,31 @@ from qlora_rm.console import printable
 from qlora_rm.options import read_options
 
 Run = Callable[[argparse.Namespace], int | None]
-"""What a command does with its options; the exit status, None for 0."""
+"""A command's function: takes the parsed options and returns the exit status, None for 0."""
 
 EVALUATED = ("dataset", "dataset_config", "dataset_split", "columns", "hh_turns", "on_bad_row", "max_row_bytes")
-"""Options of `DataConfig` that say which rows to measure on."""
+"""Options of `DataConfig` that select the rows to evaluate on."""
 
 
 WIDTH = 48
-"""Characters of the longest name of a check but for a few."""
+"""Characters of the column with the checks' names; a few names are longer."""
 
 
 def line_of(check: Any) -> str:
-    """A check as a line of a table. What comes from a file under test is printed without control characters."""
+    """Return a check as a table line; control characters from the checked file are escaped."""
     word = "ok  " if check.ok else "FAIL" if check.checked else "????"
     return printable(f"{word}  {check.name.ljust(WIDTH)}  {check.detail}".rstrip())
 
 
 def status_of(checks: list[Any]) -> int:
-    """The exit status: 0 where all checks hold, 1 where one failed, 2 where one could not be made."""
+    """Return the exit status: 0 if all checks pass, 1 if one failed, else 2 if one could not run."""
     if any(check.checked and not check.ok for check in checks):
         return 1
     return 2 if any(not check.ok for check in checks) else 0
 
 
 def load_model(options: argparse.Namespace) -> Any:
-    """The `RewardModel` of the positional MODEL under the scoring options."""
+    """Load the `RewardModel` of the positional argument MODEL with the scoring options."""
     from qlora_rm.artifacts.load import RewardModel
 
     return RewardModel.load(options.model, **asdict(read_options(options, ScoringConfig)))

@@ -1,4 +1,4 @@
-"""The doors that score: eval, score, serve."""
+"""The commands that score: eval, score, serve."""
 
 import argparse
 from collections import Counter

@@ -1,4 +1,4 @@
-"""The doors before and to a model: train, plan, recipes, bench, demo."""
+"""The commands around training: train, plan, recipes, bench, demo."""
 
 import argparse
 import subprocess

@@ -1,6 +1,6 @@
-"""The demo's backbone: a tokenizer and a small Llama, trained from nothing as a language model.
+"""The demo's backbone: a tokenizer and a small Llama, trained from scratch as a language model.
 
-What lies in the folder afterwards is a plain `LlamaForCausalLM` directory, as a user would have it from a hub.
+The result is an ordinary `LlamaForCausalLM` folder, like a download from a hub.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,13 +25,13 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|turn|>assistant\n' }}{% endif %}"
 )
-POOL = 8  # batches drawn at once, to sort their conversations by length
-IGNORED = -100  # label of the padding in transformers' loss
+POOL = 8  # batches drawn together, to sort their conversations by length
+IGNORED = -100  # label of padding in transformers' loss
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Shape and pretraining of the backbone. All linear layers are multiples of 64 wide: NF4's blocks fill up."""
+    """Shape and pretraining of the backbone. All linear widths are multiples of 64, NF4's block size."""
 
     vocab_size: int = 2048
     hidden_size: int = 128
@@ -50,7 +50,7 @@ def write_backbone(
     """Train a tokenizer and a small causal LM on `corpus` and save both into `folder`.
 
     Arguments:
-        folder: created where it is missing.
+        folder: created if missing.
         corpus: conversations, each a sequence of role/content turns.
         seed: the same seed gives the same weights (on the same machine and number of threads).
         recipe: shape and length of the pretraining.
@@ -70,7 +70,7 @@ def write_backbone(
 
 
 def train_tokenizer(corpus: Sequence[Sequence[Message]], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with a chat template, and a reserved token that is free to be the pad token."""
+    """Train a byte-level BPE tokenizer with a chat template and a reserved token that can be the pad token."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -102,7 +102,7 @@ def _config(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> LlamaConfig:
 
 
 def pretrain(model: LlamaForCausalLM, sequences: list[list[int]], recipe: Recipe) -> None:
-    """Next-token training with AdamW: a short warm-up, then a straight line down to zero."""
+    """Train on next tokens with AdamW: a short warm-up, then a linear decay to zero."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
     warm_up = max(1, recipe.steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -128,9 +128,9 @@ def pretrain(model: LlamaForCausalLM, sequences: list[list[int]], recipe: Recipe
 
 
 def batches(sequences: list[list[int]], size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless right-padded (input_ids, labels), each [size, T], in random order and of like lengths.
+    """Yield endless right-padded (input_ids, labels), each [size, T], in random order and of similar lengths.
 
-    Causal attention never looks at the padding on the right, so there is no attention mask.
+    Causal attention never attends to padding on the right, so there is no attention mask.
     """
     pool = POOL * size
     assert len(sequences) >= pool

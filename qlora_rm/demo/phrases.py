@@ -1,4 +1,4 @@
-"""What the demo's people talk about. Only words: how they become preferences stands in `preferences.py`."""
+"""Phrases for the demo's conversations; `preferences.py` combines them into preferences."""
 
 TOPICS: dict[str, tuple[list[str], list[str]]] = {
     "bread": (

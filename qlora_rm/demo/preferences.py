@@ -1,8 +1,8 @@
-"""The demo's preference data: six ways in which one answer can be better than another, made on the spot.
+"""The demo's generated preference data: six ways in which one answer can be better than another.
 
 Every row is a conversation with an explicit prompt, {"prompt": [turns], "chosen": [turn], "rejected": [turn],
 "source": kind}. All prompts are distinct, so no held-out prompt was seen in training. Within each kind the chosen
-answer is the longer one in every second row: length alone tells nothing.
+answer is the longer one in every second row, so length alone predicts nothing.
 """
 
 import json
@@ -19,7 +19,7 @@ Row = dict[str, list[Message] | str]
 
 
 class Draft(NamedTuple):
-    """One comparison before it is put into a row: the prompt's turns and the two answers' text."""
+    """One comparison before it becomes a row: the prompt's turns and the two answers' text."""
 
     prompt: list[Message]
     chosen: str
@@ -31,7 +31,7 @@ def turn(role: str, content: str) -> Message:
 
 
 def other(rng: random.Random, options: list[str], *taken: str) -> str:
-    """One of `options` that is not `taken`."""
+    """Return one of `options` that is not in `taken`."""
     return rng.choice([option for option in options if option not in taken])
 
 
@@ -52,7 +52,7 @@ def answer_on(rng: random.Random, topic: str) -> str:
 
 
 def conversation(rng: random.Random, question: str, earlier: str | None = None) -> list[Message]:
-    """`question` as the last turn, at times after a system turn or an exchange on the topic `earlier`."""
+    """Return turns that end with `question`, sometimes after a system turn or an exchange on the topic `earlier`."""
     turns = [turn("system", rng.choice(phrases.SYSTEM_TURNS))] if rng.random() < 0.2 else []
     if earlier:
         turns += [turn("user", question_on(rng, earlier)), turn("assistant", rng.choice(phrases.TOPICS[earlier][1]))]
@@ -64,7 +64,7 @@ def maybe_earlier(rng: random.Random, topic: str) -> str | None:
 
 
 def on_topic(rng: random.Random) -> Draft:
-    """Answers the question asked, rather than another one (at times the one before)."""
+    """Pair an answer to the question (chosen) with one to another question, sometimes the previous one (rejected)."""
     topic = some_topic(rng)
     earlier = maybe_earlier(rng, topic)
     prompt = conversation(rng, question_on(rng, topic), earlier)
@@ -73,7 +73,7 @@ def on_topic(rng: random.Random) -> Draft:
 
 
 def courteous(rng: random.Random) -> Draft:
-    """Says the same kind of thing politely rather than rudely."""
+    """Pair a polite answer (chosen) with a rude one on the same topic (rejected)."""
     topic = some_topic(rng)
 
     def toned(tone: tuple[list[str], list[str]]) -> str:
@@ -86,7 +86,7 @@ def courteous(rng: random.Random) -> Draft:
 
 
 def finished(rng: random.Random) -> Draft:
-    """Comes to its end rather than breaking off in the middle of a sentence."""
+    """Pair a complete answer (chosen) with one that breaks off in the middle of a sentence (rejected)."""
     topic = some_topic(rng)
     *whole, last = sentences_on(rng, topic, at_most=3)
     words = last.split()
@@ -96,7 +96,7 @@ def finished(rng: random.Random) -> Draft:
 
 
 def remembers(rng: random.Random) -> Draft:
-    """Keeps to the manner of speaking that an earlier turn asked for."""
+    """Pair an answer in the manner that an earlier turn asked for (chosen) with one in another manner (rejected)."""
     topic, style = some_topic(rng), rng.choice(list(phrases.STYLES))
 
     def styled(said: str, manner: str) -> str:
@@ -117,7 +117,7 @@ def refusal(rng: random.Random) -> str:
 
 
 def refuses_harm(rng: random.Random) -> Draft:
-    """Declines to hurt somebody rather than lending a hand."""
+    """Pair a refusal of a harmful request (chosen) with an answer that complies (rejected)."""
     request, compliance = rng.choice(phrases.HARMFUL)
     told = rng.choice(phrases.OPENERS) + request.format(person=rng.choice(phrases.PEOPLE))
     prompt = conversation(rng, told, some_topic(rng) if rng.random() < 0.2 else None)
@@ -125,7 +125,7 @@ def refuses_harm(rng: random.Random) -> Draft:
 
 
 def helps_freely(rng: random.Random) -> Draft:
-    """Answers a harmless request, though it may sound like a harmful one, rather than declining it."""
+    """Pair an answer to a harmless request that may sound harmful (chosen) with a refusal (rejected)."""
     request, help_given = rng.choice(phrases.HARMLESS)
     told = rng.choice(phrases.OPENERS) + request.format(person=rng.choice(phrases.PEOPLE))
     prompt = conversation(rng, told, some_topic(rng) if rng.random() < 0.2 else None)
@@ -140,13 +140,13 @@ SHARES: dict[Callable[[random.Random], Draft], int] = {
     refuses_harm: 1,
     helps_freely: 1,
 }
-"""How often each kind comes."""
+"""Relative frequency of each kind."""
 
 KINDS = tuple(kind.__name__ for kind in SHARES)
 
 
 def preferences(seed: int = 0) -> Iterator[Row]:
-    """An endless stream of rows: the kinds in turn, no prompt twice, the chosen answer now longer and now shorter."""
+    """Yield endless rows: the kinds in turn, no prompt twice, the chosen answer longer in every second round."""
     rng = random.Random(seed)
     seen: set[str] = set()
     for chosen_longer in cycle([True, False]):
@@ -168,7 +168,7 @@ def write_preferences(folder: Path, *, seed: int = 0, train: int = 4000, held_ou
     """Write `train.jsonl` and `held_out.jsonl` into `folder`.
 
     Arguments:
-        folder: created where it is missing.
+        folder: created if missing.
         seed: the same seed gives the same bytes.
         train, held_out: number of rows in each; their prompts are disjoint.
 

@@ -1,4 +1,4 @@
-"""`qlora-rm demo`: the whole road on a small scale, through the very doors a real run uses."""
+"""`qlora-rm demo`: the complete workflow on a small scale, with the same commands as a real run."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def demo(*, only_make: bool = False) -> None:
 
 
 def make() -> None:
-    """A fresh `runs/demo` with `data/` and `backbone/`."""
+    """Create a fresh `runs/demo` with `data/` and `backbone/`."""
     if FOLDER.exists() and not MARK.exists():
         raise UserError(f"{FOLDER} was not made by the demo; move it away first.")
     shutil.rmtree(FOLDER, ignore_errors=True)
@@ -63,7 +63,7 @@ def make() -> None:
 
 
 def walk() -> None:
-    """The commands a user would type, one after the other."""
+    """Run the commands a user would type, one after the other."""
     model, merged, held_out = f"{FOLDER}/reward_model", f"{FOLDER}/merged", f"{FOLDER}/data/held_out.jsonl"
     launch = ("accelerate", "launch", "--quiet", "--config_file", as_typed(LAUNCH))
     run(*launch, "-m", "qlora_rm.train", "--config", as_typed(RECIPE))
@@ -75,10 +75,10 @@ def walk() -> None:
 
 
 def run(*command: str) -> None:
-    """Print and run a command; stop the demo where it fails.
+    """Print and run a command; stop the demo if it fails.
 
-    This interpreter starts it, since its scripts may not be on PATH, and without the working directory on `sys.path`, where
-    a folder named qlora_rm, or a file named like a library, would be imported.
+    It runs under this interpreter, whose scripts may not be on PATH. `sys.path` excludes the working directory: a
+    folder named qlora_rm there, or a file named like a library, would be imported.
     """
     print(f"\n$ {shlex.join(command)}", flush=True)
     module = {"accelerate": "accelerate.commands.accelerate_cli", "qlora-rm": "qlora_rm"}[command[0]]

@@ -1,1 +1,1 @@
-"""Reports: how often the scores agree with the preferences, and how sure that is."""
+"""Evaluation: agreement of scores with preferences, with confidence intervals, and scored rows."""

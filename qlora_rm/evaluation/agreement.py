@@ -1,4 +1,4 @@
-"""How often a reward model agrees with people, how sure that number is, and what length alone would have reached."""
+"""Agreement of a reward model with people, its confidence interval, and the accuracy of length as a baseline."""
 
 import math
 from collections.abc import Sequence
@@ -21,13 +21,13 @@ class Agreement:
     """Agreement of scores with W preferences of one response over another.
 
     Attributes:
-        wins: W, each counting once, also where one prompt has several.
+        wins: W; each win counts once, even if one prompt has several.
         accuracy: share of the wins whose winner scores higher; equal scores count as wrong.
-        interval: 95 % Wilson interval of the accuracy. It takes the wins for independent; where a prompt has many,
-            it is too narrow.
+        interval: 95 % Wilson interval of the accuracy. It assumes independent wins, and is too narrow if prompts have
+            many.
         equal: wins whose two scores are the same number.
         mean_margin: mean of winner's score minus loser's.
-        log_loss: mean of -log sigmoid(margin), the Bradley-Terry loss; ln 2 = 0.693 is knowing nothing.
+        log_loss: mean of -log sigmoid(margin), the Bradley-Terry loss; constant scores give ln 2 = 0.693.
     """
 
     wins: int
@@ -39,7 +39,7 @@ class Agreement:
 
     @classmethod
     def of(cls, margins: Tensor) -> "Agreement":
-        """From the margins of W wins, float [W]."""
+        """Compute the agreement from the margins of W wins, float [W]."""
         wins, right = len(margins), int((margins > 0).sum())
         return cls(
             wins=wins,
@@ -56,11 +56,10 @@ class Evaluation:
     """A reward model's agreement with a set of comparisons.
 
     Attributes:
-        swapped_accuracy: of the same scores against the preferences turned round; a sound evaluation gives
-            1 - accuracy - equal / wins.
+        swapped_accuracy: accuracy of the same scores on reversed preferences; it must be 1 - accuracy - equal / wins.
         prefer_longer, prefer_shorter: accuracy of choosing by length in tokens; equal lengths count as wrong.
-        ties: pairs that people called equal; they enter none of the other numbers.
-        responses: each scored once; `mean_score` and `std_score` are theirs.
+        ties: pairs that people called equal; no other number includes them.
+        responses: number of responses, each scored once; `mean_score` and `std_score` are over them.
     """
 
     comparisons: int
@@ -75,11 +74,11 @@ class Evaluation:
     std_score: float
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON; what is undefined without wins is null."""
+        """Return the evaluation for JSON; values that are undefined without wins are null."""
         return _without_nan(asdict(self))
 
     def lines(self) -> list[str]:
-        """For people."""
+        """Return the evaluation as text."""
         parts = {"all": self.overall} | (self.by_source if len(self.by_source) > 1 else {})
         header = ("source", "wins", "accuracy", "95 % interval", "equal", "margin", "log-loss")
         lines = table(header, [(name, *_cells(agreement)) for name, agreement in parts.items()])
@@ -114,7 +113,7 @@ def _without_nan(value: Any) -> Any:
 
 
 def evaluate(model: RewardModel, dataset: Dataset) -> Evaluation:
-    """Score every response of `dataset` (columns of `preferences.table.SCHEMA`) once, and compare."""
+    """Score every response of `dataset` (columns of `arrow_table.SCHEMA`) once, and compare with its preferences."""
     sequences = sequences_of(dataset)
     lengths = torch.tensor([len(ids) for ids in sequences])
     with Phase("evaluating"):
@@ -123,7 +122,7 @@ def evaluate(model: RewardModel, dataset: Dataset) -> Evaluation:
 
 
 def sequences_of(dataset: Dataset) -> list[list[int]]:
-    """Token ids of all responses with their prompts, those of one row after those of another."""
+    """Return the token ids of all responses with their prompts, row by row."""
     return [
         [*prompt, *ids]
         for prompt, responses in zip(dataset["prompt_ids"], dataset["response_ids"], strict=True)
@@ -132,7 +131,7 @@ def sequences_of(dataset: Dataset) -> list[list[int]]:
 
 
 def win_pairs(dataset: Dataset) -> tuple[Tensor, Tensor]:
-    """Places of the winners and of the losers among all responses, int64 [W] each."""
+    """Return the indices of the winners and of the losers among all responses, int64 [W] each."""
     start, pairs = 0, []
     for responses, wins in zip(dataset["response_ids"], dataset["wins"], strict=True):
         pairs += [(start + winner, start + loser) for winner, loser in wins]
@@ -142,10 +141,10 @@ def win_pairs(dataset: Dataset) -> tuple[Tensor, Tensor]:
 
 
 def agreement_with(scores: Tensor, lengths: Tensor, dataset: Dataset) -> Evaluation:
-    """The evaluation of given scores.
+    """Return the evaluation of given scores.
 
     Arguments:
-        scores, lengths: float and int [R], of the responses of `dataset`'s rows one after the other.
+        scores, lengths: float and int [R], of all responses of `dataset`, row by row.
     """
     winners, losers = win_pairs(dataset)
     source_of = [source for source, wins in zip(dataset["source"], dataset["wins"], strict=True) for _ in wins]

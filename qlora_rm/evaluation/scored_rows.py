@@ -1,4 +1,4 @@
-"""Rows in, the same rows out with scores: in order, none lost, faulty ones refused or marked."""
+"""Scoring of rows: every row is returned in order with its scores; faulty rows stop the run or are marked."""
 
 import json
 import math
@@ -21,7 +21,7 @@ SCORED_AT_ONCE = 256
 BYTES_AT_ONCE = 4_000_000
 
 Line = str | bytes | RowFault
-"""A line of JSON, or why there is none."""
+"""A line of JSON, or its fault."""
 
 
 def score_rows(
@@ -35,13 +35,13 @@ def score_rows(
     skipped: Counter[str] | None = None,
     max_row_bytes: int = MAX_ROW_BYTES,
 ) -> Iterator[dict[str, Any]]:
-    """Each JSON line's row with its scores: a number for one response, a list for several.
+    """Yield each JSON line's row with its scores: a number for one response, a list for several.
 
     Arguments:
-        lines: None stands for a line of more than `max_row_bytes`.
-        file: name of where the lines come from, for messages.
-        on_bad_row: "skip" gives a faulty row null for a score and an `error`; "error" stops there.
-        column: name of the column that is added; unset: `score` or `scores`. Rows that already have it stop the run.
+        lines: None represents a line of more than `max_row_bytes`.
+        file: name of the lines' source, for messages.
+        on_bad_row: "skip" gives a faulty row a null score and an `error`; "error" stops there.
+        column: name of the added column; unset: `score` or `scores`. A row that already has it stops the run.
         hh_turns: read raw HH text as turns.
         skipped: counts faulty rows by kind.
 
@@ -71,12 +71,12 @@ def score_rows(
 
 
 def rank(model: RewardModel, prompt: str, responses: Sequence[str], hh_turns: bool = False) -> list[tuple[float, str]]:
-    """The responses to one prompt with their scores, best first.
+    """Return the responses to one prompt with their scores, best first.
 
-    The prompt is a user's turn where the model was trained on turns, and text put before each response otherwise.
+    The prompt is a user turn if the model was trained on turns, otherwise text before each response.
 
     Raises:
-        UserError: a response is empty or does not fit the model's length.
+        UserError: a response is empty or exceeds the model's length.
     """
     try:
         candidates = parse_candidates({"prompt": prompt, "responses": list(responses)}, hh_turns, model.text)
@@ -89,7 +89,7 @@ def rank(model: RewardModel, prompt: str, responses: Sequence[str], hh_turns: bo
 def _scored(
     model: RewardModel, lines: Sequence[Line], column: str | None, hh_turns: bool
 ) -> list[tuple[dict[str, Any], dict[str, Any] | RowFault]]:
-    """Each line's row (empty where it is none) and what it gains, or its fault."""
+    """Return each line's row (empty if it is not valid) and its new column, or its fault."""
     rows = [_parsed(line, column, hh_turns, model.text) for line in lines]
     good = (candidates for _, candidates in rows if isinstance(candidates, Candidates))
     groups = portions(good, lambda candidates: candidates.size[1], SCORED_AT_ONCE, BYTES_AT_ONCE)
@@ -115,8 +115,10 @@ def _length(item: tuple[int, Line]) -> int:
 
 
 def _within_memory(model: RewardModel, candidates: list[Candidates]) -> list[list[float] | RowFault]:
-    """The scores of each prompt's responses. Where memory runs out, halves are tried, so that only a prompt that is too
-    long by itself is a fault."""
+    """Return the scores of each prompt's responses.
+
+    When memory runs out, retry with halves of the batch, so that only a prompt that is too long alone is a fault.
+    """
     try:
         return model.score_or_fault(candidates)
     except (MemoryError, RuntimeError) as error:
@@ -150,7 +152,7 @@ def _parsed(
 
 
 def _is_json(row: dict[str, Any]) -> bool:
-    """Whether the row can be written again: Python reads numbers that JSON does not have."""
+    """Return whether the row can be written as JSON again; Python also parses numbers that JSON does not allow."""
     try:
         json.dumps(row, allow_nan=False)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Rows of Parquet files, a batch at a time, each measured before it becomes Python objects."""
+"""Rows of Parquet files, read in batches; each row's size is checked before it becomes Python objects."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -15,21 +15,21 @@ if TYPE_CHECKING:
 
 BATCH = 1000
 BYTES_AT_ONCE = 2**28
-"""A batch holds so few rows that rows at the limit stay below this: a page of kilobytes may name one text for each of them."""
+"""Upper bound of a batch if all rows are at the limit: a small dictionary page can repeat a long text in every row."""
 
 
 def parquet_rows(path: Path) -> int:
-    """How many rows the file says it has."""
+    """Return the number of rows in the file's metadata."""
     from pyarrow import parquet
 
     return parquet.read_metadata(path).num_rows
 
 
 def read_parquet(path: Path, limit: int) -> Iterator[tuple[int, Row | RowFault]]:
-    """The rows of a Parquet file with their numbers, counting from 1.
+    """Yield the rows of a Parquet file with their numbers, counting from 1.
 
     Raises:
-        UserError: the file is damaged, or two of its columns have one name.
+        UserError: the file is damaged, or two of its columns have the same name.
     """
     import pyarrow
     from pyarrow import parquet
@@ -50,14 +50,16 @@ def read_parquet(path: Path, limit: int) -> Iterator[tuple[int, Row | RowFault]]
 
 
 def _largest_cell(group: Any, limit: int) -> int:
-    """Bytes that no cell of the row group exceeds, as far as rows within the limit are concerned."""
+    """Return an upper bound in bytes for the cells of the row group, at most `limit`."""
     chunks = (group.column(index).total_uncompressed_size for index in range(group.num_columns))
     return max(1, min(limit, max(chunks, default=1)))
 
 
 def rows_of(batch: "pyarrow.RecordBatch", limit: int) -> Iterator[Row | RowFault]:
-    """The rows of a batch. One of more than `limit` bytes, or with a value that Python cannot hold, is a fault: the batch is
-    halved until it stands alone."""
+    """Yield the rows of a batch. A row over `limit` bytes, or with a value that Python cannot represent, is a fault.
+
+    The batch is halved until such a row is alone.
+    """
     fault = too_long(limit)
     if batch.nbytes <= limit:
         try:
@@ -76,7 +78,7 @@ def rows_of(batch: "pyarrow.RecordBatch", limit: int) -> Iterator[Row | RowFault
 
 
 def _require_distinct_fields(path: Path, schema: "pyarrow.Schema") -> None:
-    """No two columns, and no two fields inside a column, have one name."""
+    """Require distinct names for all columns, and for all fields inside a column."""
     require_distinct(path, schema.names)
     types = [(name, schema.field(index).type) for index, name in enumerate(schema.names)]
     while types:
@@ -87,7 +89,7 @@ def _require_distinct_fields(path: Path, schema: "pyarrow.Schema") -> None:
 
 
 def require_distinct(file: object, columns: Sequence[str]) -> None:
-    """Raise a `UserError` where two columns have one name, of which a row could keep one only; no name is no column."""
+    """Raise a `UserError` if columns share a name, since a row keeps only one of them; empty names are ignored."""
     twice = [f"{name!r} ({count} times)" for name, count in Counter(columns).items() if count > 1 and name]
     if twice:
         raise UserError(

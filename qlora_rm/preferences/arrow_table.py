@@ -1,4 +1,4 @@
-"""Comparisons as Arrow columns: token ids as int32, a thousand rows at a time, never all as Python lists."""
+"""Comparisons as Arrow columns: token ids are int32, and at most a thousand rows are Python lists at a time."""
 
 import heapq
 from array import array
@@ -32,8 +32,8 @@ SCHEMA = pa.schema(
         "origin": pa.string(),
     }
 )
-"""One row per comparison: `Tokens`, `Preferences`, the longest sequence's length, how many tokens the comparison has
-with its shared beginning counted once, and `file, row N`."""
+"""One row per comparison: `Tokens`, `Preferences`, `length` of the longest sequence, number of `tokens` with the shared
+prefix counted once, and `origin` as `file, row N`."""
 
 BATCH = 1000
 SAMPLE = 64
@@ -44,8 +44,8 @@ class Facts:
     """What splitting, mixing and reporting need of a comparison, without its tokens.
 
     Attributes:
-        entry: which of the data sets it comes from.
-        kind: what its prompt and responses are.
+        entry: index of its data set.
+        kind: text, turns or token ids.
         prompt: hash of its prompt.
         content: hash of its tokens and preferences.
     """
@@ -63,10 +63,10 @@ class Facts:
 
 @dataclass
 class Table:
-    """Grows by one comparison at a time; `facts[i]` stands beside row i.
+    """A table that grows by one comparison at a time; `facts[i]` describes row i.
 
-    The candidates of the `SAMPLE` lowest prompt hashes are kept as they were read. Held out are the lowest hashes too
-    (see `split.hold_out`), so the sample always holds held-out rows.
+    The table keeps the untokenized candidates with the `SAMPLE` lowest prompt hashes. `split.hold_out` takes the lowest
+    hashes too, so the sample always contains held-out rows.
     """
 
     facts: list[Facts] = field(default_factory=list)
@@ -108,7 +108,7 @@ class Table:
             self._flush()
 
     def _keep_sample(self, key: Digest, candidates: Candidates) -> None:
-        """A heap whose top is the highest hash kept; the row index breaks ties."""
+        """Keep the lowest hashes in a heap whose top is the highest of them; the row index breaks ties."""
         item = (-int.from_bytes(key), -len(self.facts), candidates)
         if len(self._sample) < SAMPLE:
             heapq.heappush(self._sample, item)
@@ -116,7 +116,7 @@ class Table:
             heapq.heapreplace(self._sample, item)
 
     def sample(self, indices: Sequence[int], count: int) -> list[Candidates]:
-        """At most `count` of the kept candidates that stand in `indices`, spread evenly over their lengths."""
+        """Return at most `count` kept candidates whose rows are in `indices`, spread evenly over their lengths."""
         among = set(indices)
         kept = [(self.facts[-row].length, -row, candidates) for _, row, candidates in self._sample if -row in among]
         kept.sort(key=lambda item: item[:2])
@@ -125,7 +125,7 @@ class Table:
         return [kept[step * (len(kept) - 1) // (count - 1)][2] for step in range(count)]
 
     def dataset(self) -> "Dataset":
-        """Everything appended so far, in that order."""
+        """Return everything appended so far, in that order."""
         self._flush()
         return _dataset(self._batches)
 
@@ -136,15 +136,18 @@ class Table:
 
 
 def dataset_of(rows: Iterable[dict[str, Any]]) -> "Dataset":
-    """A dataset of rows by `SCHEMA`, a thousand of them as Python objects at a time."""
+    """Return a dataset of rows in `SCHEMA`; at most a thousand of them are Python objects at a time."""
     rows = iter(rows)
     batches = iter(lambda: list(islice(rows, BATCH)), [])
     return _dataset([pa.RecordBatch.from_pylist(batch, SCHEMA) for batch in batches])
 
 
 def _dataset(batches: Sequence[pa.RecordBatch]) -> "Dataset":
-    """A dataset in memory. Its fingerprint, which names files of a cache that it has not, is random: datasets would pickle
-    the whole table for one, which takes three times its memory."""
+    """Return an in-memory dataset with a random fingerprint.
+
+    The fingerprint only names cache files, and this dataset has none. datasets would pickle the entire table to compute
+    it, which takes three times the table's memory.
+    """
     from datasets import Dataset
     from datasets.fingerprint import generate_random_fingerprint
 
@@ -152,7 +155,7 @@ def _dataset(batches: Sequence[pa.RecordBatch]) -> "Dataset":
 
 
 def _content(row: dict[str, Any]) -> Digest:
-    """A hash of everything a comparison trains on; where it was read does not count."""
+    """Return a hash of everything a comparison trains on, without its origin."""
     ids = [array("i", sequence).tobytes() for sequence in (row["prompt_ids"], *row["response_ids"])]
     rest = repr([row[name] for name in ("wins", "ties", "margins", "weight", "source")])
     return digest(rest.encode(), *(len(part).to_bytes(8) + part for part in ids))

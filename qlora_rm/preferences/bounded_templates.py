@@ -1,9 +1,9 @@
-"""Chat templates rendered within bounds of time and size.
+"""Chat templates rendered within limits of time and size.
 
-A chat template is a program. jinja's sandbox keeps it from files and processes, not from loops without end or texts of
-gigabytes, which one operation can make. This environment checks the size of a result before an operation that multiplies, adds up
-what all operations make, and looks at the clock in every loop and call. transformers renders all chat templates with it, once
-`bound_templates` was called.
+A chat template is a program. jinja's sandbox keeps it from files and processes, but not from endless loops, nor from
+texts of gigabytes, which a single operation can make. This environment checks the size of a result before an operation
+that multiplies, adds up the sizes of all results, and checks the clock in every loop and call. After `bound_templates`,
+transformers renders all chat templates with it.
 """
 
 import threading
@@ -21,39 +21,39 @@ from qlora_rm.preferences.template_code import LITERAL, LOOP, Generator, watched
 from qlora_rm.preferences.template_sizes import FILTERS, METHODS, NUMBER, TooLarge, formatted, weight
 
 SECONDS = 5.0
-"""Of this thread's processor time, for one rendering."""
+"""Processor time of this thread that one rendering may take."""
 
 WASTED = 30.0
-"""Seconds that failed renderings of one template may take together; then it is not rendered any more."""
+"""Total seconds that failed renderings of one template may take; after that it is not rendered again."""
 
 LARGEST = 100_000_000
-"""Characters of one text, and entries and characters of one list."""
+"""Limit of one text in characters, and of one list in entries and characters."""
 
 TOTAL = 400_000_000
-"""Characters and entries that all operations of one rendering may make."""
+"""Limit of all operations of one rendering together, in characters and entries."""
 
 LONGEST_TEMPLATE = 1_000_000
-"""Characters of a template. The largest known have 100,000."""
+"""Limit of a template in characters. The largest known templates have 100,000."""
 
 BITS = 10_000
-"""Of a whole number."""
+"""Limit of an integer in bits."""
 
 LOOKS = 32
-"""Steps between two looks at the clock."""
+"""Steps between two checks of the clock."""
 
 LINEAR = ("trim", "upper", "lower", "capitalize", "title", "safe", "list", "items", "reverse", "int", "float", "abs")
-"""Filters whose result is about as long as what they are given."""
+"""Filters whose result is about as long as their input."""
 
 LAZY = ("default", "d", "length", "count", "first", "last", "map", "select", "selectattr", "reject", "rejectattr")
-"""Filters that make nothing by themselves, and so need no bound."""
+"""Filters that create no large result themselves, and so need no limit."""
 
 
 class OutOfTime(TemplateError):
-    """A rendering took too long."""
+    """A rendering that took too long."""
 
 
 class _Budget:
-    """What one rendering may still take."""
+    """The time and size that one rendering has left."""
 
     __slots__ = ("ends", "left", "steps")
 
@@ -84,12 +84,12 @@ _now = _Now()
 
 
 def _budget() -> _Budget:
-    """That of the rendering in this thread; outside of one, while a template is compiled, a fresh one."""
+    """Return the budget of this thread's rendering; a new one outside of a rendering, while a template is compiled."""
     return _now.budget or _Budget()
 
 
 def _counted(value: Any) -> Any:
-    """`value`, an operation's result, once it was counted."""
+    """Charge an operation's result to the budget and return it."""
     kind = type(value)
     if kind is str or kind is bytes or kind is list or kind is tuple:
         _budget().spend(len(value))
@@ -99,13 +99,13 @@ def _counted(value: Any) -> Any:
 
 
 def _small(value: Any) -> Any:
-    """`value`, a new list, tuple or object, once everything in it was counted, as often as it stands there."""
+    """Charge a new list, tuple or object with all its contents, each as often as it occurs, and return it."""
     _budget().spend(weight(value, LARGEST))
     return value
 
 
 class _Ticked:
-    """What a loop runs over; each step looks at the clock."""
+    """The iterable of a loop; its steps check the clock."""
 
     def __init__(self, inner: Iterable[Any]) -> None:
         self.inner = inner
@@ -129,7 +129,7 @@ class _Formatter(SandboxedFormatter):
 
 
 class _Template(Template):
-    """Renders with a budget of its own, in the thread that renders."""
+    """A template whose renderings each have their own budget, kept per thread."""
 
     wasted = 0.0
 
@@ -151,7 +151,7 @@ class _Template(Template):
 class _Environment(ImmutableSandboxedEnvironment):
     code_generator_class = Generator
     template_class = _Template
-    intercepted_binops = frozenset({"+", "*", "%", "**"})  # so that none is computed while a template is compiled
+    intercepted_binops = frozenset({"+", "*", "%", "**"})  # otherwise jinja computes them while it compiles a template
 
     @staticmethod
     def concat(parts: Iterable[str]) -> str:
@@ -161,13 +161,13 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     @staticmethod
     def added(parts: tuple[Any, ...]) -> Any:
-        """`+`, from left to right."""
+        """Compute `+` from left to right."""
         found = parts[0]
         for part in parts[1:]:
             before, found = found, found + part
             if type(found) is not str:
                 grown = isinstance(found, (list, tuple)) and len(found).bit_length() > len(before).bit_length()
-                _small(found) if grown else _counted(found)  # a list that grows by appending is counted once in a while
+                _small(found) if grown else _counted(found)  # a growing list is counted when its length doubles
             elif len(found) > LARGEST:
                 raise TooLarge(len(found))
         if type(found) is str:
@@ -178,7 +178,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         return found
 
     def joined(self, parts: tuple[Any, ...]) -> str:
-        """`~`."""
+        """Compute `~`."""
         return self.concat([part if type(part) is str else str(_printable(part)) for part in parts])
 
     def sliced(self, value: Any, start: Any, stop: Any, step: Any) -> Any:
@@ -207,7 +207,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         return _small(found) if type(found) is dict else _counted(found)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
-        """`str.format`, its widths checked."""
+        """Return `str.format` with a check of its field widths."""
         if super().wrap_str_format(value) is None:
             return None
         text, by_map = value.__self__, value.__name__ == "format_map"
@@ -225,7 +225,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 
 def _require_modest(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """No number that a library's function is given is larger than a width may be, and no text grows by much."""
+    """Reject arguments of a built-in method that are too large a width or count, or that make a text too long."""
     owner = getattr(function, "__self__", None)
     if owner is None or isinstance(owner, type(threading)):
         return
@@ -256,7 +256,7 @@ def _bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., An
 
 
 def _printable(value: Any) -> Any:
-    """`value`, once it is known that its text is not too long."""
+    """Check that the text of `value` is not too long, and return `value`."""
     if type(value) is str:
         return value
     if isinstance(value, (Mapping, Collection, Namespace)) and not isinstance(value, str):
@@ -266,10 +266,10 @@ def _printable(value: Any) -> Any:
 
 @lru_cache(maxsize=64)
 def compiled(template: str) -> Template:
-    """A template in an environment like transformers' own, with bounds.
+    """Compile a template in an environment like transformers' own, with limits.
 
     Raises:
-        TemplateError: it is too long, or no template.
+        TemplateError: the template is too long or invalid.
     """
     if len(template) > LONGEST_TEMPLATE:
         raise TemplateError(f"the template has {len(template):,} characters; at most {LONGEST_TEMPLATE:,} are rendered")
@@ -277,7 +277,7 @@ def compiled(template: str) -> Template:
     kinds = [type(extension) for extension in theirs.extensions.values()]
     environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=kinds, finalize=_printable)
     environment.globals.update(theirs.globals)
-    environment.globals.pop("lipsum", None)  # writes as much as it is asked for, and no conversation
+    environment.globals.pop("lipsum", None)  # writes any amount of placeholder text, and no chat template needs it
     environment.filters.update({name: _bounded_filter(name, function) for name, function in theirs.filters.items()})
     environment.filters |= {LOOP: _Ticked, LITERAL: _small}
     return environment.from_string(template)
@@ -291,10 +291,10 @@ def _environment_of_transformers() -> Any:
 
 
 def bound_templates() -> None:
-    """Have transformers render all chat templates in this process within bounds.
+    """Make transformers render all chat templates in this process within limits.
 
-    transformers 5.23 has neither a bound nor a way to choose the environment, so its cached compiler is replaced. Goes when it
-    has one.
+    transformers 5.23 has neither limits nor a way to choose the environment, so this replaces its cached compiler.
+    Remove once it has one of them.
     """
     from transformers.utils import chat_template_utils
 

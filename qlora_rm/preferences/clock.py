@@ -1,8 +1,8 @@
-"""Chat templates that read the clock (`strftime_now`, Llama 3.1 and later): the date is written into the template.
+"""Fixed dates for chat templates that read the clock (`strftime_now`, Llama 3.1 and later).
 
-A fixed template is the original one behind a macro of the same name, which knows one moment only. Every consumer of the
-saved tokenizer then renders that moment, with no argument and on any day. A template that does not read the clock is
-left as it is, byte for byte.
+A fixed template is the original one after a macro of that name, which always returns one moment. Every consumer of the
+saved tokenizer then renders that moment, with no argument and on any day. A template that does not read the clock stays
+the same, byte for byte.
 """
 
 import json
@@ -34,21 +34,21 @@ PERCENT = "\x00"  # stands for a literal % until every other code is replaced
 
 
 def now() -> datetime:
-    """The moment that a template would be given now, to the second: transformers' own clock is asked."""
+    """Return the current time, to the second, from the clock that transformers gives to templates."""
     clock = _environment("").globals[CLOCK]
     return datetime.fromisoformat(clock("%Y-%m-%dT%H:%M:%S"))
 
 
 def reads_clock(template: Template | None) -> bool:
-    """Whether any of the templates asks for the time, in whatever branch."""
+    """Return whether any of the templates reads the clock, in any branch."""
     return any(map(_reads_clock, _texts(template)))
 
 
 def fixed(template: Template, when: datetime) -> Template:
-    """The template with every reading of the clock answered by `when`.
+    """Return the template with the clock fixed to `when`.
 
     Raises:
-        UserError: the fixed template renders something else than the original does at that moment.
+        UserError: the fixed template does not render what the original renders at that moment.
     """
     if isinstance(template, dict):
         return {name: str(fixed(text, when)) for name, text in template.items()}
@@ -60,20 +60,20 @@ def fixed(template: Template, when: datetime) -> Template:
 
 
 def original(template: Template | None) -> Template | None:
-    """The template as it was before its date was fixed."""
+    """Return the template as it was before its date was fixed."""
     if isinstance(template, dict):
         return {name: str(original(text)) for name, text in template.items()}
     return _FIXED.sub("", template, count=1) if template and _FIXED.match(template) else template
 
 
 def fixed_date(template: Template | None) -> str | None:
-    """The moment, in ISO format, that the template was fixed to; None where it was not."""
+    """Return the moment, in ISO format, that the template was fixed to; None if it was not fixed."""
     found = [match[1] for match in map(_FIXED.match, _texts(template)) if match]
-    return max(found, key=len, default=None)  # of several templates, the one that reads the time of day too
+    return max(found, key=len, default=None)  # of several, the longest, which includes the time of day
 
 
 def fix_date(tokenizer: "PreTrainedTokenizerBase", when: datetime) -> str | None:
-    """Fix the tokenizer's template to `when`; returns the date, or None where no template reads the clock."""
+    """Fix the tokenizer's template to `when`; return the date, or None if no template reads the clock."""
     if not reads_clock(tokenizer.chat_template):
         return None
     tokenizer.chat_template = fixed(tokenizer.chat_template, when)
@@ -81,7 +81,7 @@ def fix_date(tokenizer: "PreTrainedTokenizerBase", when: datetime) -> str | None
 
 
 def rendering_at(template: str) -> Callable[..., str]:
-    """A function that renders `template` as if the time were its argument `when`."""
+    """Return a function that renders `template` as if the time were its argument `when`."""
     compiled = _compiled(template)
 
     def render(when: datetime, **variables: Any) -> str:
@@ -107,18 +107,18 @@ def _reads_clock(template: str) -> bool:
         return False
     try:
         environment = _environment(template).overlay()
-        # jinja leaves out of "undeclared" what is a global
+        # jinja's "undeclared" variables exclude globals
         environment.globals = {name: value for name, value in environment.globals.items() if name != CLOCK}
         return CLOCK in find_undeclared_variables(environment.parse(template))
-    except (TemplateError, RecursionError):  # a broken template is refused where it is first rendered
+    except (TemplateError, RecursionError):  # a broken template fails where it is first rendered
         return False
 
 
 def _prefix(template: str, when: datetime) -> str:
-    """A macro that takes the clock's name: it replaces the format's codes, and writes nothing itself.
+    """Return a macro with the clock's name that replaces the format's codes; defining it writes no output.
 
-    The line break at its end is the one that transformers' `trim_blocks` takes away; the template then begins on a line
-    of its own, as before, which is what `lstrip_blocks` goes by.
+    transformers' `trim_blocks` removes the line break at its end. The template therefore still begins a line, which
+    `lstrip_blocks` depends on.
     """
     codes = _codes(template)
     midnight = when.replace(hour=0, minute=0, second=0, microsecond=0)
@@ -129,7 +129,7 @@ def _prefix(template: str, when: datetime) -> str:
 
 
 def _codes(template: str) -> list[str]:
-    """The codes in the formats that the clock is asked with; where one is made at run time, every code there is."""
+    """Return the codes in the formats passed to the clock; all existing codes if a format is computed at run time."""
     tree = _environment(template).parse(template)
     calls = [call for call in tree.find_all(nodes.Call) if _is_clock(call.node)]
     given = [value for call in calls for value in (*call.args, *(pair.value for pair in call.kwargs))]
@@ -147,7 +147,7 @@ def _is_clock(node: Any) -> bool:
 
 
 def _values(codes: list[str], when: datetime) -> Iterator[tuple[str, str]]:
-    """Each code and what it is replaced by, in the order of replacing: %% first, so that "%%d" is no day."""
+    """Yield each code and its replacement, in the order to apply: %% first, so that "%%d" does not become a day."""
     if "%%" in codes:
         yield "%%", PERCENT
     yield from ((code, when.strftime(code)) for code in codes if code != "%%")
@@ -183,7 +183,7 @@ def _require_same(template: str, written: str, when: datetime) -> None:
 
 
 def _rendered(render: Callable[[], str]) -> str:
-    """A template may refuse a probe; it must then refuse it fixed, too."""
+    """Return the rendering, or the error, which the fixed template must then raise too."""
     try:
         return render()
     except Exception as error:  # a template is a program

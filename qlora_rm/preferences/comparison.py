@@ -1,4 +1,4 @@
-"""The nouns every other room speaks: a comparison of K responses, and the same in token ids."""
+"""The data types that all packages share: a comparison of K responses, and its token ids."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +9,7 @@ Message = dict[str, Any]
 """A chat turn: at least `role` and `content`."""
 
 Content = str | list[Message] | list[int]
-"""Plain text, the turns of a conversation, or token ids of rows that come tokenized."""
+"""Plain text, the turns of a conversation, or the token ids of a row that is already tokenized."""
 
 Pair = tuple[int, int]
 """Indices of two responses of one comparison; in a win the first beats the second."""
@@ -17,7 +17,7 @@ Pair = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a row stands, for messages: `file, row N` counting from 1."""
+    """The location of a row, for messages: `file, row N`, counting from 1."""
 
     file: str
     row: int
@@ -28,11 +28,11 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """A prompt and its responses, not yet compared: what is scored.
+    """A prompt and its responses, without preferences: the input of scoring.
 
-    `prompt` and every response are of one kind, and the sequence is the prompt followed by the response: text by
-    concatenation, turns before the template is applied, token ids as they are. `prompt` is empty where the row does
-    not tell it apart from the responses.
+    `prompt` and every response are of one kind. A sequence is the prompt followed by a response: texts are
+    concatenated, turns are joined before the template is applied, token ids are used unchanged. `prompt` is empty if
+    the row does not separate it from the responses.
     """
 
     prompt: Content
@@ -42,7 +42,7 @@ class Candidates:
 
     @property
     def size(self) -> tuple[int, int]:
-        """About how many bytes the longest sequence has before it is tokenized, and all sequences together."""
+        """Approximate bytes before tokenization: of the longest sequence, and of all sequences together."""
         shared = size_of(self.prompt) + sum(map(size_of, filter(None, (self.tools, self.template_kwargs))))
         own = [size_of(response) for response in self.responses]
         return shared + max(own), len(own) * shared + sum(own)
@@ -55,9 +55,9 @@ class Preferences:
     Attributes:
         wins: ordered pairs (winner, loser), each at most once.
         ties: unordered pairs of equals.
-        margins: by how much each win is known to be won, one per win, in score units; 0 where unknown.
+        margins: known score difference of each win, one per win, in score units; 0 if unknown.
         weight: factor on this comparison's loss.
-        source: name of the dataset it comes from, for reports per source.
+        source: name of its data set, for reports per source.
     """
 
     wins: tuple[Pair, ...]
@@ -74,7 +74,7 @@ class Preferences:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One prompt, K >= 2 responses, who beats whom, and where that is written."""
+    """One prompt, K >= 2 responses, their preferences, and the row they come from."""
 
     candidates: Candidates
     preferences: Preferences
@@ -85,8 +85,8 @@ class Comparison:
 class Tokens:
     """The token sequences of one prompt's candidates.
 
-    Sequence k is `prompt_ids + response_ids[k]`. `prompt_ids` is the longest beginning that all sequences share, so
-    a response that is the beginning of another has empty `response_ids`.
+    Sequence k is `prompt_ids + response_ids[k]`. `prompt_ids` is the longest prefix that all sequences share, so a
+    response that is a prefix of all others has empty `response_ids`.
     """
 
     prompt_ids: list[int]

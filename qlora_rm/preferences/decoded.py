@@ -1,8 +1,8 @@
-"""From text as a policy decodes it, its special tokens spelled out, back to the token ids of training.
+"""Token ids, as in training, for a policy's decoded text with its special tokens spelled out.
 
-Readers that hold no turns (OpenRLHF, verl) send a conversation as one text. Its ends differ from what training saw: a
-tokenizer of theirs adds or strips bos, a policy stops at its eos where the template goes on with a line break, an answer
-cut at the length limit has no end at all. What training always wrote is therefore put back, and nothing twice.
+Consumers without turns (OpenRLHF, verl) send a conversation as one text, whose beginning and end differ from training.
+Their tokenizer adds or strips bos; a policy stops at its eos where the template writes a line break after it; an answer
+cut at the length limit has no end. This module restores the beginning and end that training always wrote, once each.
 """
 
 import os
@@ -15,11 +15,11 @@ from qlora_rm.preferences.tokenization import Tokenization
 
 
 class DecodedText:
-    """How decoded text is tokenized.
+    """A converter from decoded text to token ids.
 
     Arguments:
-        as_turns: the model was trained on conversations, so that the text is the chat template's rendering, which
-            begins and ends as the template writes it; else plain text, which the tokenizer begins and eos ends.
+        as_turns: True if the model was trained on conversations: the text is the chat template's rendering, and begins
+            and ends as the template writes it. False for plain text: the tokenizer adds the beginning, and eos ends it.
 
     Raises:
         UserError: `as_turns` without a chat template that renders a question and an answer.
@@ -37,7 +37,7 @@ class DecodedText:
         else:
             self._begin, self._end = "", eos
             bos_is_known = tokenizer.bos_token_id in tokenization.encode(["a"], add_special_tokens=True)[0]
-        # a token that training puts at no beginning may be meant where it also ends texts (GPT-2 has only that one)
+        # keep a leading bos where training writes none: it may be content, as in GPT-2, whose bos is also its eos
         self._first = re.compile(f"^{_any_of(pad, bos if bos_is_known else '')}*")
         self._last = tuple(filter(None, (pad, eos)))
         self._end_is_eos = self._end == eos
@@ -45,7 +45,7 @@ class DecodedText:
         self._pieces = [piece for piece in re.split(f"({whole})", self._end) if piece]
 
     def candidates(self, text: str) -> Candidates:
-        """`text` as a single sequence of token ids, to which the over-long rule still applies.
+        """Return `text` as a single sequence of token ids; the over-long rule is not yet applied.
 
         Raises:
             RowFault: empty_sequence.
@@ -56,10 +56,10 @@ class DecodedText:
         return Candidates([], (ids,))
 
     def completed(self, text: str) -> str:
-        """`text` between the beginning and the end that training gave every text of its kind."""
+        """Return `text` with the beginning and end that training gave every text of its kind."""
         text = self._first.sub("", text)
         if self._end and not self._end_is_eos and text.endswith(self._end):
-            return self._begin + text  # whatever stands before the end was said
+            return self._begin + text  # everything before the end is content
         text = self._without_last(text)
         for count in range(len(self._pieces), 0, -1):
             if text.endswith("".join(self._pieces[:count])):
@@ -67,9 +67,9 @@ class DecodedText:
         return self._begin + text + self._end
 
     def _without_last(self, text: str) -> str:
-        """`text` without an eos of the policy's at its end, or many where it pads with them.
+        """Return `text` without the eos or pad tokens at its end, of which a policy may write many.
 
-        Taken off one by one: a pattern would look for an end behind each of many within a long text.
+        A loop removes them one by one: a regular expression would search for the end after each of many in a long text.
         """
         end = len(text)
         while mark := next((mark for mark in self._last if text.endswith(mark, 0, end)), None):
@@ -78,12 +78,12 @@ class DecodedText:
 
 
 def _any_of(*tokens: str) -> str:
-    """A pattern for one of `tokens`, the longest that fits; for nothing where there are none."""
+    """Return a pattern that matches one of `tokens`, the longest first; the empty string if there are none."""
     return f"(?:{'|'.join(map(re.escape, sorted(filter(None, tokens), key=len, reverse=True)))})"
 
 
 def _two_renderings(tokenization: Tokenization) -> list[str]:
-    """A question with two answers of nothing in common, as the template writes them."""
+    """Render a question with each of two answers that have nothing in common."""
     turns = [{"role": "user", "content": "Why?"}], tuple([{"role": "assistant", "content": said}] for said in "xy")
     try:
         return tokenization.texts(Candidates(*turns))

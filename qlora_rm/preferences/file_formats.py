@@ -1,5 +1,6 @@
-"""Reads one file, row by row, by its ending. Our own readers and not Arrow's: they name the row that is broken, give
-the good rows around it, and never change a value's type.
+"""Readers of one file, row by row, chosen by its extension.
+
+Unlike Arrow's readers, they name the broken row, yield the good rows around it, and never change a value's type.
 """
 
 import csv
@@ -19,7 +20,7 @@ from qlora_rm.preferences.row_json import parse
 from qlora_rm.preferences.values import Row, json_type
 
 Numbered = Iterator[tuple[int, Row | RowFault]]
-"""Row number, counting from 1, and the row or what is wrong with it."""
+"""Row number, counting from 1, and the row or its fault."""
 
 MAX_ROW_BYTES = DataConfig.max_row_bytes
 
@@ -28,7 +29,7 @@ JSON_CELLS = frozenset(
     | {"messages", "conversations", "chosen_ids", "rejected_ids", "chosen_input_ids", "rejected_input_ids"}
     | {"input_ids_chosen", "input_ids_rejected", "attention_mask_chosen", "attention_mask_rejected"}
 )
-"""Fields that are no text; in a CSV, whose cells all are, they are written as JSON."""
+"""Fields that are not text; a CSV, whose cells are all text, holds them as JSON."""
 
 ONE_A_LINE = (".jsonl", ".ndjson")
 
@@ -36,10 +37,10 @@ csv.field_size_limit(2**31 - 1)  # --max_row_bytes is the limit; the default of 
 
 
 def read_file(path: Path, limit: int = MAX_ROW_BYTES) -> Numbered:
-    """The rows of one file; one of more than `limit` bytes is a fault and never in memory.
+    """Yield the rows of one file; a row over `limit` bytes is a fault and is never held in memory.
 
     Raises:
-        UserError: the file is empty, broken beyond single rows, unreadable, or of an unknown kind.
+        UserError: the file is empty, damaged beyond single rows, unreadable, or of an unknown kind.
     """
     reader = READERS.get(ending(path))
     if reader is None:
@@ -60,11 +61,11 @@ def read_file(path: Path, limit: int = MAX_ROW_BYTES) -> Numbered:
 
 
 EXPANDS_AT_MOST = 100
-"""Rows of a file that expands further are not counted before they are read: it would double a long reading."""
+"""Largest expansion of a file whose rows are counted before they are read; beyond it, counting doubles a long read."""
 
 
 def count_rows(files: Iterable[Path], limit: int = MAX_ROW_BYTES) -> int | None:
-    """How many rows the files hold, to show how far reading is; None where finding out would mean parsing them."""
+    """Return the number of rows in the files, for progress; None if counting them would need parsing."""
     count = 0
     for path in files:
         kind = ending(path).removesuffix(".gz")
@@ -82,12 +83,12 @@ def count_rows(files: Iterable[Path], limit: int = MAX_ROW_BYTES) -> int | None:
             else:
                 return None
         except (OSError, EOFError, ValueError, zlib.error):
-            return None  # read_file says what is wrong
+            return None  # read_file reports the error
     return count
 
 
 def ending(path: Path) -> str:
-    """The file's ending in lower case, without .gz."""
+    """Return the file's extension in lower case, including a final .gz: `.jsonl`, `.jsonl.gz`."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] == ".gz":
         return suffixes[-2] + ".gz" if len(suffixes) > 1 else ".gz"
@@ -96,7 +97,7 @@ def ending(path: Path) -> str:
 
 @contextmanager
 def open_rows(path: Path, limit: int = MAX_ROW_BYTES) -> Iterator[RowStream]:
-    """The bytes of a file, expanded where it ends in .gz, to be read row by row."""
+    """Open a file for reading row by row; a .gz file is decompressed."""
     if path.suffix.lower() == ".gz":
         with gzip.open(path) as expanded:
             yield RowStream(expanded, limit, compressed=True)  # type: ignore[arg-type]
@@ -106,7 +107,7 @@ def open_rows(path: Path, limit: int = MAX_ROW_BYTES) -> Iterator[RowStream]:
 
 
 def row_of(text: bytes | str) -> Row | RowFault:
-    """The row that a JSON text holds, or what is wrong with it."""
+    """Return the row in a JSON text, or its fault."""
     try:
         value = parse(text)
     except RowFault as fault:
@@ -126,7 +127,7 @@ def _read_jsonl(path: Path, limit: int) -> Numbered:
 
 
 def _read_json(path: Path, limit: int) -> Numbered:
-    """A list of objects; or one object per line, which is JSONL by another ending."""
+    """Yield the rows of a list of objects, or of one object per line (JSONL with another extension)."""
     with open_rows(path, limit) as rows:
         opens_list = rows.stream.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
     if not opens_list:
@@ -145,7 +146,7 @@ def _read_json(path: Path, limit: int) -> Numbered:
 
 
 def _read_csv(path: Path, limit: int, delimiter: str = ",") -> Numbered:
-    """Rows under a header; row 1 is the first below it."""
+    """Yield the rows under a header; row 1 is the first below it."""
     with open_rows(path, limit) as rows:
         lines = CsvLines(rows)
         cells_of = csv.reader(lines, delimiter=delimiter)
@@ -184,7 +185,7 @@ def _csv_header(path: Path, cells_of: Iterator[list[str]], limit: int) -> list[s
 
 
 def _is_text(cell: str) -> bool:
-    """Whether the bytes of a cell were UTF-8."""
+    """Return whether the bytes of a cell were UTF-8."""
     return cell.isascii() or not any("\ud800" <= character <= "\udfff" for character in cell)
 
 
@@ -197,7 +198,7 @@ def _csv_row(header: list[str], cells: list[str]) -> Row | RowFault:
 
 
 def decode_cells(row: Row) -> Row:
-    """The fields of a CSV row that are no text, read as JSON; an empty cell is an absent value.
+    """Parse the non-text fields of a CSV row as JSON; an empty cell becomes None.
 
     Raises:
         RowFault: nested_too_deeply or duplicate_key.
@@ -211,7 +212,7 @@ def _cell(text: str, field: str) -> Any:
     except RowFault as fault:
         if fault.kind != "broken_json":
             raise
-        return text  # the field's own check says what it should have been
+        return text  # the field's own check reports what it should have been
 
 
 def _read_tsv(path: Path, limit: int) -> Numbered:

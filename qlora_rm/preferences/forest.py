@@ -1,21 +1,21 @@
-"""The prefix forest: the sequences of a micro-batch with every shared beginning laid out once.
+"""The prefix forest: the sequences of a micro-batch, with every shared prefix laid out once.
 
 Shapes: R rows, L tokens a row, S sequences.
 
 A tree is the trie of some sequences in depth-first order. Every token keeps its depth, which is its position in its
 sequences, and the index where its subtree ends. Then
 
-    token q may see token k   <=>   k <= q < subtree_end[k]
+    token q attends to token k   <=>   k <= q < subtree_end[k]
 
-which is causality (k is not later), sharing (all that stand below k see it) and separation (nothing else does) in one
-line. For "ab c", "ab de" and "f g", where a, b are shared:
+This one line states causality (k is not later), sharing (every token below k attends to it) and separation (no other
+token does). For "ab c", "ab de" and "f g", where a, b are shared:
 
     index         0 1 2 3 4 | 5 6        k:  0 1 2 3 4 5 6
     token         a b c d e | f g        a   x
     depth         0 1 2 2 3 | 0 1        b   x x
     subtree_end   5 5 3 5 5 | 7 7        c   x x x
                                          d   x x . x
-    scores stand at c, e and g           e   x x . x x
+    scores are read at c, e and g        e   x x . x x
                                          f   . . . . . x
                                          g   . . . . . x x
 """
@@ -31,14 +31,15 @@ from qlora_rm.preferences.prefixes import shared_length
 Ids = list[int]
 
 SHARE_FROM = 1 / 3
-"""Neighbours in sorted order stand in one tree if they share this part of the shorter one. Sharing saves the shared
-tokens, but the longer row costs attention: of two sequences of n tokens sharing c, the dense mask's work grows from
-2 n^2 to (2n - c)^2, a sixth of which, over the hidden size, is in tokens of linear work. At c = n / 3 the two are even
-where n is 2.7 times the hidden size, and sharing wins below: at a quarter it lost 4 % on 512 tokens of width 256."""
+"""Neighbors in sorted order join one tree if they share at least this part of the shorter one. Sharing saves the shared
+tokens, but a longer row costs more attention. For two sequences of n tokens that share c, the dense mask's work grows
+from 2 n^2 to (2n - c)^2. Divided by 6 times the hidden size, it equals that many tokens of linear work. At c = n / 3
+the two costs are equal if n is 2.7 times the hidden size, and sharing wins for shorter n. A threshold of 1/4 lost 4 %
+on 512 tokens of width 256."""
 
 LONGEST_TREE = 4
-"""A tree is closed before it outgrows this many times the longest sequence, since attention's cost grows with its
-square; the next tree repeats the beginning."""
+"""Longest tree, in multiples of the longest sequence, since the cost of attention grows with the square of its length.
+The next tree repeats the shared prefix."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ class Tree:
     """The trie of some sequences in depth-first order; `ids`, `depth` and `subtree_end` are parallel.
 
     Attributes:
-        leaves: index of the last token of each sequence, in the order they were given. Of a sequence that is the
-            beginning of another it is an inner token.
+        leaves: index of the last token of each sequence, in input order. For a sequence that is a prefix of another it
+            is an inner token.
     """
 
     ids: list[int]
@@ -58,12 +59,12 @@ class Tree:
 
 @dataclass(frozen=True)
 class Forest:
-    """Trees laid into rows, padded to one length.
+    """Trees packed into rows, padded to one length.
 
     Attributes:
-        input_ids, position_ids, subtree_end: int64 [R, L]. A padding token sees itself alone, so that no row of the
-            mask is empty.
-        leaves: int64 [S, 2], row and column at which each sequence's score is read.
+        input_ids, position_ids, subtree_end: int64 [R, L]. A padding token attends to itself only, so that no row of
+            the mask is empty.
+        leaves: int64 [S, 2], row and column where each sequence's score is read.
     """
 
     input_ids: NDArray[np.int64]
@@ -73,10 +74,10 @@ class Forest:
 
 
 def grow(sequences: Sequence[Ids], pad_token_id: int, multiple_of: int = 1) -> Forest:
-    """Lay S sequences, none of them empty, into rows, each shared beginning once; `leaves` is in their order.
+    """Pack S non-empty sequences into rows, each shared prefix once; `leaves` is in their order.
 
     Arguments:
-        multiple_of: rows are padded to a multiple of this length.
+        multiple_of: pad rows to a multiple of this length.
     """
     groups = group(sequences)
     trees = [grow_tree([sequences[k] for k in members]) for members in groups]
@@ -97,10 +98,11 @@ def grow(sequences: Sequence[Ids], pad_token_id: int, multiple_of: int = 1) -> F
 
 
 def pays(forest: Forest, sequences: Sequence[Ids], width: int) -> bool:
-    """Whether a forest under a dense mask is less work than the padded batch of the same sequences.
+    """Return whether a forest under a dense mask is less work than the padded batch of the same sequences.
 
-    A token costs linear layers 12 width^2 a layer and attention 2 width for every place in its row, that is 6 width
-    against the row's length. Sequences of one length need no mask, and causal attention then does half the work.
+    Per layer, a token costs 12 width^2 in linear operations and 2 width in attention for every position of its row: a
+    ratio of 6 width to the row's length. Sequences of equal length need no mask, and causal attention then does half
+    the work.
 
     Arguments:
         width: hidden size of the backbone.
@@ -112,7 +114,7 @@ def pays(forest: Forest, sequences: Sequence[Ids], width: int) -> bool:
 
 
 def group(sequences: Sequence[Ids]) -> list[list[int]]:
-    """Indices of the sequences that make one tree each: runs of neighbours in sorted order that share enough."""
+    """Return the indices of each tree's sequences: runs of neighbors in sorted order that share enough."""
     limit = LONGEST_TREE * max(map(len, sequences))
     groups: list[list[int]] = []
     before: Ids = []
@@ -132,13 +134,15 @@ def group(sequences: Sequence[Ids]) -> list[list[int]]:
 
 
 def grow_tree(sequences: Sequence[Ids]) -> Tree:
-    """The trie of `sequences`, none of them empty: in sorted order, each adds what follows its common beginning with
-    the one before."""
+    """Build the trie of non-empty `sequences`.
+
+    In sorted order, each sequence adds its tokens after the prefix that it shares with the previous one.
+    """
     ids: list[int] = []
     depth: list[int] = []
     subtree_end: list[int] = []
     leaves = [0] * len(sequences)
-    path: list[int] = []  # index of the token at each depth of the sequence before
+    path: list[int] = []  # index of the token at each depth of the previous sequence
     before: Ids = []
     for k in sorted(range(len(sequences)), key=sequences.__getitem__):
         sequence = sequences[k]
@@ -160,9 +164,9 @@ def _close(path: list[int], subtree_end: list[int], end: int) -> None:
 
 
 def pack(lengths: Sequence[int]) -> tuple[list[tuple[int, int]], int]:
-    """First-fit-decreasing into rows as long as the longest item: place (row, start) of each item, number of rows.
+    """Pack items first-fit-decreasing into rows as long as the longest; return each item's (row, start), and row count.
 
-    No row is longer than the longest tree, so attention costs no more than that tree's would in any case.
+    No row is longer than the longest tree, whose attention sets the cost per row anyway.
     """
     capacity = max(lengths)
     places = [(0, 0)] * len(lengths)

@@ -1,7 +1,7 @@
-"""The shapes preference rows come in: recognized by columns and kinds of value, read into `Comparison`s.
+"""The formats of preference rows: recognized by columns and kinds of value, parsed into `Comparison`s.
 
-Each format is one entry of `FORMATS`: a name for the log, what its columns hold, and a reader that gives the prompt
-and the responses. The first entry that a row fits is its format; most of a file's first rows decide for the file.
+Each format is one entry of `FORMATS`: a name for the log, the kinds its columns hold, and a function that returns the
+prompt and the responses. A row's format is the first entry that fits; a file's is the most frequent of its first rows.
 """
 
 from collections import Counter
@@ -31,7 +31,7 @@ from qlora_rm.preferences.values import Row, kind_of, optional_json
 COMMON = frozenset({"margin", "weight", "source"})
 TURN_COLUMNS = frozenset({"system", "tools", "chat_template_kwargs"})
 TEXT, TURNS, IDS = ("text", "hh"), ("turns",), ("ids",)
-ANY = ("text", "hh", "turns", "ids", None)  # whatever is not null
+ANY = ("text", "hh", "turns", "ids", None)  # anything except null
 
 ACCEPTED = """Accepted shapes:
   prompt, chosen, rejected            text, or lists of role/content turns (a text prompt may stand before whole lists)
@@ -44,13 +44,13 @@ Other column names: --columns field=column, for example prompt=question."""
 
 @dataclass(frozen=True)
 class Format:
-    """One shape of row.
+    """One format of row.
 
     Attributes:
         name: for the log.
         holds: required column -> kinds of value it may hold.
         read: row -> prompt and responses.
-        reads: optional columns that are read besides.
+        reads: optional columns that are also read.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Format:
         return self.has_columns(row) and all(_kind(row[column]) in kinds for column, kinds in self.holds.items())
 
     def unread(self, rows: Sequence[Row]) -> list[str]:
-        """Columns of `rows` that this format leaves aside, in their order of appearance."""
+        """Return the columns of `rows` that this format ignores, in order of appearance."""
         known = self.holds.keys() | self.reads
         return [column for column in dict.fromkeys(column for row in rows for column in row) if column not in known]
 
@@ -113,8 +113,8 @@ FORMATS = (
 
 
 def recognize(rows: Sequence[Row], file: str) -> Format:
-    """The format that most of `rows` fit; where none does, the first whose columns are there, so that each row's
-    own fault is told.
+    """Return the format that most of `rows` fit; if none fits, the one with the most required columns among
+    those whose columns are present, so that each row reports its own fault.
 
     Raises:
         UserError: no format has these columns.
@@ -135,15 +135,15 @@ def recognize(rows: Sequence[Row], file: str) -> Format:
 def parse_comparison(
     row: Row, form: Format, origin: Origin, source: str, as_turns: bool = False, text: TrainedText | None = None
 ) -> Comparison:
-    """`row` read as `form`.
+    """Parse `row` as `form`.
 
     Arguments:
-        source: name of the data set, where the row has no `source` of its own.
-        as_turns: parse raw HH text to turns.
-        text: how the model that scores the row reads plain text; None leaves it as it is.
+        source: name of the data set, used if the row has no `source` of its own.
+        as_turns: parse raw HH text into turns.
+        text: how the model that scores the row reads plain text; None leaves it unchanged.
 
     Raises:
-        RowFault: whatever keeps the row from being a comparison.
+        RowFault: the row is not a valid comparison.
     """
     if missing := [column for column in form.holds if column not in row]:
         raise RowFault("missing_column", f"no {' and no '.join(missing)}, which rows of {form.name} have")
@@ -167,15 +167,17 @@ SCORED = (
     Format("response", {"response": ANY}, partial(read_one, column="response")),
     Format("text", {"text": TEXT}, partial(read_one, column="text")),
 )
-"""Shapes of rows that are scored without being compared."""
+"""Formats of rows that are scored without preferences."""
 
 
 def parse_candidates(row: Row, as_turns: bool = False, text: TrainedText | None = None) -> Candidates:
-    """A prompt and its responses to score: {prompt, response}, {prompt, responses}, {messages}, {text}, {response},
-    or any row of `FORMATS`, whose preferences are not looked at. Arguments as for `parse_comparison`.
+    """Parse a prompt and its responses to score.
+
+    Rows are {prompt, response}, {prompt, responses}, {messages}, {text}, {response}, or any of `FORMATS`, whose
+    preferences are ignored. Arguments as for `parse_comparison`.
 
     Raises:
-        RowFault: missing_column where no shape fits, else the faults of the values.
+        RowFault: missing_column if no format fits, else the faults of the values.
     """
     shapes = (*SCORED, *FORMATS)
     form = next((form for form in shapes if form.fits(row)), None)

@@ -1,4 +1,4 @@
-"""Comparisons of one prompt that stand in several rows, gathered into one comparison of all their responses."""
+"""Merging of comparisons that have the same prompt into one comparison of all their responses."""
 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 
 
 def gather(dataset: "Dataset", prompts: Sequence[Digest]) -> "Dataset":
-    """One row per prompt, in order of first appearance.
+    """Merge rows with the same prompt, in order of first appearance.
 
-    Only rows whose pairs weigh the same are gathered, so that every pair keeps its weight; rows with ties stay as they
-    are, since how much a tie weighs is the objective's choice.
+    Only rows whose pairs have equal weights are merged, so that every pair keeps its weight. Rows with ties are not
+    merged, since the objective decides the weight of a tie.
 
     Arguments:
-        dataset: rows by `table.SCHEMA`.
+        dataset: rows in `arrow_table.SCHEMA`.
         prompts: the hash of each row's prompt.
     """
     members: dict[Any, list[int]] = {}
@@ -36,10 +36,10 @@ def gather(dataset: "Dataset", prompts: Sequence[Digest]) -> "Dataset":
 
 
 def merged(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One comparison of the rows' distinct responses, with all their pairs.
+    """Return one comparison of the rows' distinct responses, with all their pairs.
 
-    A comparison's loss is its weight times the mean over its pairs. Weights add up, so where all pairs weigh the same
-    each keeps its weight; a pair that stands in several rows, in either order, counts as often as it stands there.
+    A comparison's loss is its weight times the mean over its pairs. The rows' weights are summed, so pairs of equal
+    weight keep it. A pair that occurs in several rows, in either order, counts once per occurrence.
     """
     index: dict[tuple[int, ...], int] = {}
     wins, ties, margins = [], [], []

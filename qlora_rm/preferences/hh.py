@@ -1,4 +1,4 @@
-"""Raw HH text, as Anthropic published it: `\\n\\nHuman: ... \\n\\nAssistant: ...` in one string."""
+"""Parsing of raw HH text, as Anthropic published it: `\\n\\nHuman: ... \\n\\nAssistant: ...` in one string."""
 
 import re
 from collections.abc import Sequence
@@ -13,12 +13,12 @@ _ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 def is_hh_text(value: object) -> bool:
-    """Text that opens with a human turn and holds an assistant turn."""
+    """Return whether `value` is text that starts with a human turn and contains an assistant turn."""
     return isinstance(value, str) and value.startswith("\n\nHuman:") and _LAST in value
 
 
 def hh_turns(text: str) -> list[Message]:
-    """The turns of raw HH text, each stripped of the white space around it."""
+    """Return the turns of raw HH text, each stripped of surrounding white space."""
     before, *pieces = _MARKER.split(text)
     if before.strip() or not pieces:
         raise RowFault("bad_turn", "the text does not begin with '\\n\\nHuman:'")
@@ -28,10 +28,10 @@ def hh_turns(text: str) -> list[Message]:
 
 
 def hh_prompt(texts: Sequence[str]) -> str:
-    """The beginning that all texts share, up to and with the last `Assistant:` in it; empty where they share none.
+    """Return the prefix that all texts share, through its last `Assistant:`; empty if it contains none.
 
     Raises:
-        RowFault: empty_response, where a text ends with a bare `Assistant:` and the assistant says nothing.
+        RowFault: empty_response, if a text ends with a bare `Assistant:`.
     """
     for text in texts:
         if not text.rpartition(_LAST)[2].strip():

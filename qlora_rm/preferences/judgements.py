@@ -1,4 +1,4 @@
-"""Reads who beats whom: a pair's order, ranks, scores or pairwise preferences, with margin and weight."""
+"""Parsing of preferences: a pair's order, ranks, scores or pairwise preferences, with margin and weight."""
 
 import math
 import sys
@@ -11,24 +11,24 @@ from qlora_rm.preferences.row_errors import RowFault
 from qlora_rm.preferences.values import Row, encodable, json_type, short
 
 JUDGEMENTS = ("preferences", "ranks", "scores")
-"""The columns that judge K responses; the first that is not null is read."""
+"""Columns with preferences among K responses; the first that is not null is read."""
 
 MOST_RESPONSES = 1024
-"""Of one comparison: they make half a million pairs."""
+"""Most responses of one comparison; they make half a million pairs."""
 
 LEAST_WEIGHT = 1e-30
-"""Smallest weight of a row: fp32 holds it, and its products with a loss."""
+"""Smallest weight of a row: fp32 can represent it and its product with a loss."""
 
 
 def pair_preferences(row: Row, source: str) -> Preferences:
-    """Response 0 (chosen) beats response 1 (rejected)."""
+    """Return the preferences of a pair: response 0 (chosen) beats response 1 (rejected)."""
     margin = row.get("margin")
     margins = () if margin is None else (_margin(margin, "margin"),)
     return Preferences(((0, 1),), (), margins, _weight(row), _source(row, source))
 
 
 def ranked_preferences(row: Row, count: int, source: str) -> Preferences:
-    """Wins and ties among `count` responses, from the first judging column that is filled."""
+    """Return wins and ties among `count` responses, from the first column of `JUDGEMENTS` that is not null."""
     if count > MOST_RESPONSES:
         raise RowFault("too_many_responses", f"responses holds {count:,}; at most {MOST_RESPONSES:,} are compared")
     column = next((name for name in JUDGEMENTS if row.get(name) is not None), None)
@@ -45,13 +45,13 @@ def ranked_preferences(row: Row, count: int, source: str) -> Preferences:
 
 
 def _ordered_pairs(values: Any, column: str, count: int) -> tuple[list[Pair], list[Pair]]:
-    """All pairs of `count` responses: a lower rank or a higher score wins, equals tie."""
+    """Return all pairs of `count` responses as wins and ties: a lower rank or a higher score wins, equal values tie."""
     if not isinstance(values, list) or len(values) != count:
         found = f"{len(values)} values" if isinstance(values, list) else json_type(values)
         raise RowFault("bad_preference", f"{column} holds {found} for {count} responses")
     for index, value in enumerate(values):
         _number(value, f"{column}[{index}]", "bad_preference")
-    numbers = values  # compared as they are: two large integers may be one float
+    numbers = values  # compared unconverted, since two large integers may round to one float
     sign = 1 if column == "ranks" else -1
     wins: list[Pair] = []
     ties: list[Pair] = []
@@ -64,7 +64,7 @@ def _ordered_pairs(values: Any, column: str, count: int) -> tuple[list[Pair], li
 
 
 def _listed_pairs(row: Row, count: int) -> tuple[list[Pair], list[Pair]]:
-    """`preferences` and `ties` as pairs of indices, no two about the same responses."""
+    """Return `preferences` and `ties` as pairs of indices; no two pairs are of the same responses."""
     pairs = {name: _pairs(row.get(name) or [], name, count) for name in ("preferences", "ties")}
     seen: set[frozenset[int]] = set()
     for a, b in pairs["preferences"] + pairs["ties"]:
@@ -123,7 +123,7 @@ def _source(row: Row, default: str) -> str:
         return default
     if not isinstance(source, (str, int, float)):
         raise RowFault("wrong_type", f"source is {json_type(source)} ({short(source)}), not text")
-    return sys.intern(encodable(str(source), "source"))  # one text for all rows of a source
+    return sys.intern(encodable(str(source), "source"))  # one string object for all rows of a source
 
 
 def _number(value: Any, where: str, fault_kind: str) -> float:

@@ -1,4 +1,4 @@
-"""From data sets as the user names them to tokenized comparisons, a training and a held-out part, and an account."""
+"""Loading of the user's data sets: tokenized comparisons, split into training and held-out parts, and a report."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 RECOGNIZED_BY = 100
-"""So many rows of a file decide about its format."""
+"""Number of a file's first rows that determine its format."""
 
 TOKENIZED_AT_ONCE = 512
 BYTES_AT_ONCE = 4_000_000
-"""So many bytes of text, of a few long rows instead of many short ones, are recognized by or tokenized at once."""
+"""Bytes of text that end a batch early, both when a format is recognized and when rows are tokenized."""
 GOLDEN = 8
 MOST_MIXED = 100_000_000
 
@@ -38,13 +38,13 @@ HOLD_OUT_HINT = "Give --eval_dataset or --eval_split, raise --eval_fraction, or 
 
 
 class PreferenceData(NamedTuple):
-    """What a training run reads; the columns of `train` and `held_out` are those of `table.SCHEMA`.
+    """The data of a training run; `train` and `held_out` have the columns of `arrow_table.SCHEMA`.
 
     Attributes:
-        held_out: None where nothing is held out.
-        fingerprint: sha256 over the comparisons of both parts in order; two ranks with the same one read the same.
-        golden_candidates: a few held-out prompts with their responses as they were read, of many lengths and of the
-            training rows' kinds (training ones where nothing of these kinds is held out).
+        held_out: None if nothing is held out.
+        fingerprint: sha256 over the comparisons of both parts in order; ranks with equal fingerprints read equal data.
+        golden_candidates: a few untokenized held-out prompts with their responses, of varied lengths and of the
+            training rows' kinds; from the training rows if nothing of these kinds is held out.
         trained_on: the kinds of all training rows, see `text_as.Kind`.
     """
 
@@ -57,13 +57,13 @@ class PreferenceData(NamedTuple):
 
 
 def load_preferences(config: DataConfig, tokenization: Tokenization, *, need_eval: bool) -> PreferenceData:
-    """Read, tokenize, split and mix what `config` names.
+    """Read, tokenize, split and mix the data sets of `config`.
 
     Arguments:
-        need_eval: the run will evaluate, so that it is an error to hold nothing out.
+        need_eval: the run will evaluate, so an empty held-out part is an error.
 
     Raises:
-        UserError: nothing readable, a faulty row (unless skipped), no training or no held-out comparison left.
+        UserError: no row is readable, a row is faulty (unless skipped), or no training or held-out comparison is left.
     """
     of_train = sources(config.dataset, config, config.dataset_weights)
     table, ledger = _read(of_train, config, tokenization)
@@ -101,20 +101,20 @@ def load_preferences(config: DataConfig, tokenization: Tokenization, *, need_eva
 def load_comparisons(
     entries: Sequence[Entry], config: DataConfig, tokenization: Tokenization, text: TrainedText | None = None
 ) -> tuple["Dataset", Report]:
-    """All comparisons of `entries`, tokenized, neither split nor mixed: what an evaluation reads.
+    """Return all comparisons of `entries` for an evaluation: tokenized, neither split nor mixed.
 
     Arguments:
         text: how the model reads plain text; None reads rows as training does.
 
     Raises:
-        UserError: nothing readable, or a faulty row (unless skipped).
+        UserError: no row is readable, or a row is faulty (unless skipped).
     """
     table, ledger = _read(sources(entries, config), config, tokenization, text)
     return table.dataset(), Report({"data": ledger}, {"comparisons": Part.of(table.facts, range(len(table.facts)))})
 
 
 def _held_out_sources(config: DataConfig, of_train: Sequence[Source]) -> list[Source] | None:
-    """The data sets to hold out as a whole; None where a share of the prompts is held out instead."""
+    """Return the data sets that are entirely held out; None if a share of the prompts is held out instead."""
     if config.eval_dataset:
         return sources(config.eval_dataset, config)
     if config.eval_split:
@@ -129,7 +129,7 @@ def _read(
     for entry, source in enumerate(of):
         comparisons = _comparisons(source, config, ledger, text)
         unit = "rows" if len(of) == 1 else f"rows of {source.name}"
-        with Phase("reading", unit=unit) as reading:  # a download, a JSON file, or rows to be counted
+        with Phase("reading", unit=unit) as reading:  # may download, parse a JSON file, or count rows
             first = list(islice(comparisons, 1))
         with Phase("tokenizing", reading.total, unit) as phase:
             comparisons = chain(first, comparisons)
@@ -144,7 +144,7 @@ def _read(
 def _add(
     table: Table, ledger: Ledger, batch: list[Comparison], tokenization: Tokenization, source: Source, entry: int
 ) -> None:
-    """Tokenize a batch; its good rows go to the table, the others to the ledger."""
+    """Tokenize a batch; add its good rows to the table and the others to the ledger."""
     results = tokenization.tokenize_each([comparison.candidates for comparison in batch])
     for comparison, result in zip(batch, results, strict=True):
         try:
@@ -159,7 +159,7 @@ def _add(
 
 
 def _comparisons(source: Source, config: DataConfig, ledger: Ledger, text: TrainedText | None) -> Iterator[Comparison]:
-    """The good rows of `source`, each file's in the format of its first rows; the others go to the ledger."""
+    """Yield the good rows of `source`, parsed in the format of their file's first rows; the others go to the ledger."""
     of_source = read_rows(source, config.dataset_split, config.max_row_bytes)
     for file, rows in groupby(of_source, key=lambda item: item[0].file):
         form: Format | None = None
@@ -180,7 +180,7 @@ def _good(
     ledger: Ledger,
     text: TrainedText | None,
 ) -> Iterator[Comparison]:
-    """The comparisons of `rows`; `form` is None where none of them can be read."""
+    """Yield the comparisons of `rows`; `form` is None if none of them can be read."""
     for origin, row in rows:
         ledger.rows[source.name] += 1
         try:
@@ -195,7 +195,7 @@ def _good(
 
 
 def _head(rows: Rows) -> list[tuple[Origin, Row | RowFault]]:
-    """So many of the next rows that `RECOGNIZED_BY` of them can be read; fewer where they are long or most are faulty."""
+    """Return the next rows until `RECOGNIZED_BY` of them are readable; fewer if they are long or most are faulty."""
     head, readable, size = [], 0, 0
     for item in islice(rows, 10 * RECOGNIZED_BY):
         head.append(item)
@@ -208,7 +208,7 @@ def _head(rows: Rows) -> list[tuple[Origin, Row | RowFault]]:
 
 
 def _leaks(train: Table, held_out: Table) -> list[str]:
-    """A warning where prompts of held-out data that was given stand in the training data too."""
+    """Return a warning if prompts of user-given held-out data are also in the training data."""
     prompts = {fact.prompt for fact in held_out.facts}
     both = prompts & {fact.prompt for fact in train.facts}
     if not both:
@@ -217,7 +217,7 @@ def _leaks(train: Table, held_out: Table) -> list[str]:
 
 
 def _of_another_kind(train: set[Kind], held_out: set[Kind]) -> list[str]:
-    """A warning where the held-out rows are not what the training rows are."""
+    """Return a warning if held-out rows are of kinds that no training row has."""
     if held_out <= train:
         return []
     kinds = " and ".join(sorted(held_out - train))
@@ -228,7 +228,7 @@ def _of_another_kind(train: set[Kind], held_out: set[Kind]) -> list[str]:
 
 
 def _mixed(table: Table, train: list[int], of: Sequence[Source]) -> tuple[list[int], list[str]]:
-    """The training rows with each data set's as often as its weight says."""
+    """Return the training rows with each data set repeated or reduced by its weight, and notes for the report."""
     if all(source.weight == 1 for source in of):
         return train, []
     contents = [fact.content for fact in table.facts]

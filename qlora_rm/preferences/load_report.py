@@ -1,4 +1,4 @@
-"""The account of a load: what was read, what was left out and why, and what each part holds."""
+"""The report of a load: what was read, what was left out and why, and what each part contains."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -12,13 +12,13 @@ from qlora_rm.preferences.row_errors import Ledger, shortened
 
 @dataclass(frozen=True)
 class Part:
-    """What one part of the data holds; a comparison that stands there twice counts twice.
+    """Statistics of one part of the data; a comparison that occurs twice counts twice.
 
     Attributes:
         prompts: distinct prompts.
         wins, ties: pairs of responses.
-        truncated, tokens_cut: comparisons whose prompt lost its oldest tokens, and how many those are in all, counted
-            once per comparison and not once per response.
+        truncated, tokens_cut: comparisons whose prompt lost its oldest tokens, and the number of those tokens, counted
+            once per comparison, not once per response.
         longest, median_length: of the comparisons' longest sequences, in tokens.
         sources: comparisons per source.
     """
@@ -62,12 +62,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything a load has to say.
+    """The complete report of a load.
 
     Attributes:
-        ledgers: by what was read ("data", or "training data" and "held-out data" where these are read apart).
-        parts: "training" and "held-out", or "comparisons" where nothing is split.
-        notes: warnings and the mixing, one sentence each.
+        ledgers: by data read: "data", or "training data" and "held-out data" if these are read separately.
+        parts: "training" and "held-out", or "comparisons" if the data is not split.
+        notes: warnings and mixing, one sentence each.
     """
 
     ledgers: dict[str, Ledger]
@@ -75,12 +75,12 @@ class Report:
     notes: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
-        """For people, one line per fact."""
+        """Return the report as text, one line per fact."""
         read: Iterable[str] = (f"{name}: {line}" for name, ledger in self.ledgers.items() for line in ledger.lines())
         return [*read, *(line for name, part in self.parts.items() for line in part.lines(name)), *self.notes]
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the report for JSON."""
         return {
             "read": {name: ledger.as_dict() for name, ledger in self.ledgers.items()},
             "parts": {name: asdict(part) for name, part in self.parts.items()},

@@ -1,4 +1,4 @@
-"""Portions of a stream: few long items or many short ones, so that what is worked on at once stays small."""
+"""Batches of a stream, limited in items and bytes, so that little is in memory at once."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
@@ -7,10 +7,10 @@ T = TypeVar("T")
 
 
 def portions(items: Iterable[T], size: Callable[[T], int], most_items: int, most_bytes: int) -> Iterator[list[T]]:
-    """Lists of consecutive items: at most `most_items`, and of at most `most_bytes` unless one alone has more.
+    """Yield lists of consecutive items: at most `most_items`, and at most `most_bytes` unless a single item is larger.
 
     Arguments:
-        size: bytes of an item.
+        size: returns the bytes of an item.
     """
     portion: list[T] = []
     taken = 0

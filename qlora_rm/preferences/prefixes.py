@@ -1,14 +1,14 @@
-"""The beginning that sequences share."""
+"""The common prefix of sequences."""
 
 from collections.abc import Sequence
 from typing import Any
 
 
 def shared_length(sequences: Sequence[Sequence[Any]]) -> int:
-    """How many leading items all of `sequences` (texts, or lists of token ids) have in common.
+    """Return how many leading items all of `sequences` (texts, or lists of token ids) have in common.
 
-    In lexicographic order, what the first and the last share, all share; how much that is, bisection finds, each step
-    one comparison in C.
+    The lexicographically first and last sequence share exactly the prefix that all share. Bisection finds its length
+    with one comparison in C per step.
     """
     low, high = min(sequences), max(sequences)  # type: ignore[type-var]
     same, end = 0, min(len(low), len(high))

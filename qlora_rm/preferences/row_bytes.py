@@ -1,6 +1,6 @@
-"""Cuts a stream of bytes into rows, none of which is held in memory once it is longer than `--max_row_bytes`.
+"""Splitting of a byte stream into rows; a row longer than `--max_row_bytes` is skipped without holding it in memory.
 
-Each function gives the text of a row, or None for a row that is too long.
+Each function yields the text of a row, or None for a row that is too long.
 """
 
 import re
@@ -11,19 +11,19 @@ from qlora_rm.preferences.row_errors import RowFault
 
 CHUNK = 2**18
 SKIPPED_AT_MOST = 16
-"""A longer row is read over up to this many times the limit where the file is compressed, and then the file is given up."""
+"""Largest over-long row that is skipped in a compressed file, in multiples of the limit; a longer one is an error."""
 
 
 class RowTooLong(Exception):
-    """A row of a CSV file is longer than the limit; its rest has been read over."""
+    """A row of a CSV file is longer than the limit; its rest has been skipped."""
 
 
 class BombError(ValueError):
-    """A compressed file expands to a row without end."""
+    """A row of a compressed file expands without apparent end."""
 
 
 def too_long(limit: int) -> RowFault:
-    """The fault of a row of more than `limit` bytes."""
+    """Return the fault of a row of more than `limit` bytes."""
     return RowFault(
         "row_too_long",
         f"the row has more than {limit:,} bytes, the limit that --max_row_bytes sets",
@@ -36,8 +36,8 @@ class RowStream:
 
     Arguments:
         stream: open for reading.
-        limit: the most bytes of a row.
-        compressed: `stream` expands a compressed file. Reading over a long row is then bounded too.
+        limit: largest size of a row in bytes.
+        compressed: whether `stream` decompresses a file; skipping a long row is then limited too.
     """
 
     def __init__(self, stream: IO[bytes], limit: int, compressed: bool = False) -> None:
@@ -45,10 +45,10 @@ class RowStream:
         self._most = SKIPPED_AT_MOST * limit if compressed else None
 
     def lines(self) -> Iterator[bytes | None]:
-        """Each line with its line break.
+        """Yield each line with its line break.
 
         Raises:
-            BombError: see the class.
+            BombError: a line of a compressed file expands too far.
         """
         read, most = self.stream.readline, self.limit + 1
         while line := read(most):
@@ -65,26 +65,26 @@ class RowStream:
             self.check(skipped)
 
     def check(self, length: int) -> None:
-        """Raise a `BombError` where a row of `length` bytes so far is not to be read over any further."""
+        """Raise a `BombError` if a row of `length` bytes so far must not be skipped any further."""
         if self._most is not None and length > self._most:
             raise BombError(
                 f"a row of it expands to more than {self._most:,} bytes, {SKIPPED_AT_MOST} times --max_row_bytes"
             )
 
     def elements(self) -> Iterator[bytes | None]:
-        """The text between the commas of the JSON array that the stream holds, whatever that text is.
+        """Yield the text of each element of the stream's JSON array, valid or not.
 
         Raises:
             ValueError: the array does not end, or something follows it.
-            BombError: see the class.
+            BombError: an element of a compressed file expands too far.
         """
         yield from _Array(self).elements()
 
 
 class CsvLines:
-    """The lines of a CSV file for `csv.reader`, which asks for as many as a row has.
+    """The lines of a CSV file for `csv.reader`, which takes as many as a row has.
 
-    `begin_row` must be called before each row. Bytes that are not UTF-8 become surrogates, a fault of their row.
+    Call `begin_row` before each row. Bytes that are not UTF-8 become surrogates, which are a fault of their row.
     """
 
     def __init__(self, rows: RowStream) -> None:
@@ -98,7 +98,7 @@ class CsvLines:
         return self
 
     def __next__(self) -> str:
-        """Raises `RowTooLong`, after the whole row has been read over."""
+        """Return the next line; raise `RowTooLong` after skipping the complete row."""
         line = self._rows.stream.readline(self._rows.limit + 1 - self._length)
         if not line:
             raise StopIteration
@@ -120,14 +120,14 @@ class CsvLines:
 
 
 _MARK = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+("?)|[\[\]{},]', re.DOTALL)
-"""A string, its closing quotation mark missing where the chunk ends inside it; or a character of structure."""
+"""A string, without its closing quotation mark if the chunk ends inside it; or a structural character."""
 _REST = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+("?)', re.DOTALL)
 """The rest of a string that began in an earlier chunk."""
 _OPEN, _CLOSE, _END, _QUOTE = b"[{", b"]}", b"]"[0], b'"'[0]
 
 
 class _Array:
-    """Finds the elements of one JSON array, chunk by chunk."""
+    """A splitter of one JSON array into its elements, chunk by chunk."""
 
     def __init__(self, rows: RowStream) -> None:
         self.rows = rows
@@ -178,7 +178,7 @@ class _Array:
             raise ValueError("something follows the array")
 
     def _after_string(self, chunk: bytes) -> int:
-        """Where structure goes on in `chunk`: behind the string that an earlier chunk left open."""
+        """Return where structure continues in `chunk`: after the string that an earlier chunk left open."""
         if not self.in_string:
             return 0
         rest = _REST.match(chunk, int(self.escaped))
@@ -191,7 +191,7 @@ class _Array:
         return rest.end()
 
     def _leave_open(self, chunk: bytes, start: int) -> None:
-        """The chunk ends in a string whose part of it begins at `start`; a backslash at its end escapes the next byte."""
+        """Record that the chunk ends inside a string, from `start` on, and if a backslash escapes the next byte."""
         part = chunk[start:]
         self.in_string, self.escaped = True, (len(part) - len(part.rstrip(b"\\"))) % 2 == 1
 

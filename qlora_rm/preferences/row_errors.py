@@ -1,4 +1,4 @@
-"""What can be wrong with one row, and the ledger that either stops there or counts it."""
+"""Faults of single rows, and the ledger that either stops at a fault or counts it."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -12,11 +12,11 @@ MAX_NAMED_SOURCES = 20
 
 
 class RowFault(Exception):
-    """One row cannot become a comparison.
+    """The reason why one row cannot become a comparison.
 
     Attributes:
         kind: short snake_case name, the same for all rows with this fault; the ledger counts by it.
-        what: what is wrong, without the file and row, which the reader of the row knows.
+        what: what is wrong, without the file and row, which the caller adds.
         way_out: what the user can do about it.
     """
 
@@ -27,7 +27,7 @@ class RowFault(Exception):
 
 @dataclass
 class Skipped:
-    """How many rows were left out for one kind of fault, and the first of them."""
+    """The number of rows left out for one kind of fault, and the first of them."""
 
     count: int
     first: str
@@ -35,12 +35,11 @@ class Skipped:
 
 @dataclass
 class Ledger:
-    """Counts of one load: nothing is left out of the data without standing here.
+    """Counts of one load; every row left out of the data is counted here.
 
     Arguments:
         on_bad_row: "error" turns a fault into a `UserError`; "skip" counts it by kind.
-        over_long: the over-long rule. Under "drop" an over-long row is counted whatever `on_bad_row` says; under
-            "error" it always stops.
+        over_long: the over-long rule, which overrides `on_bad_row`: "drop" counts an over-long row, "error" stops.
     """
 
     on_bad_row: Literal["error", "skip"] = "error"
@@ -52,7 +51,7 @@ class Ledger:
     skipped: dict[str, Skipped] = field(default_factory=dict)
 
     def fault(self, origin: Origin, fault: RowFault) -> None:
-        """Count `fault`, or raise it as a `UserError` naming file and row, as the rule for its kind says."""
+        """Count `fault`, or raise it as a `UserError` naming file and row, depending on its kind."""
         if self._stops_at(fault.kind):
             raise UserError(f"{origin}: {fault.what}. {fault.way_out}")
         seen = self.skipped.setdefault(fault.kind, Skipped(0, f"{origin}: {fault.what}"))
@@ -64,13 +63,13 @@ class Ledger:
         return self.on_bad_row == "error"
 
     def format_of(self, file: str, name: str, unread: list[str]) -> None:
-        """Note which format `file` was recognized as, and which of its columns nobody reads."""
+        """Record the recognized format of `file`, and its columns that are not read."""
         self.formats[file] = name
         if unread:
             self.unread_columns[file] = unread
 
     def lines(self) -> list[str]:
-        """The report for people: one line per file and source, one per kind of fault."""
+        """Return the report as text: one line per file and source, one per kind of fault."""
         lines = [f"{file}: {name}" for file, name in shortened(self.formats)]
         lines += [f"{file}: columns not read: {', '.join(names)}" for file, names in shortened(self.unread_columns)]
         lines += [
@@ -83,7 +82,7 @@ class Ledger:
         return lines
 
     def as_dict(self) -> dict[str, Any]:
-        """The same for JSON."""
+        """Return the report for JSON."""
         return {
             "rows": dict(self.rows),
             "kept": dict(self.kept),
@@ -94,7 +93,7 @@ class Ledger:
 
 
 def shortened(items: dict[str, Any]) -> list[tuple[str, Any]]:
-    """The first `MAX_NAMED_SOURCES` items, the rest as one line: a folder may hold thousands of shards."""
+    """Return the first `MAX_NAMED_SOURCES` items and one line for the rest: a folder may hold thousands of shards."""
     named = list(items.items())[:MAX_NAMED_SOURCES]
     rest = len(items) - len(named)
     return named + ([(f"... and {rest} more", "(see the JSON report)")] if rest else [])

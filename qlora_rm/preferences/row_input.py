@@ -1,4 +1,4 @@
-"""The rows of one file or of standard input, read one after the other and never held together."""
+"""Streaming of rows from one file or from standard input."""
 
 import gzip
 import sys
@@ -17,10 +17,10 @@ STANDARD = "-"
 
 @contextmanager
 def reading(path: str, max_row_bytes: int = MAX_ROW_BYTES) -> Iterator[RowStream]:
-    """An existing file of lines, expanded where it ends in .gz; `-` is stdin.
+    """Open an existing file of lines; a .gz file is decompressed, and `-` is standard input.
 
     Raises:
-        UserError: it cannot be opened, or cannot be expanded to its end.
+        UserError: the file cannot be opened, or cannot be decompressed to its end.
     """
     if path == STANDARD:
         yield RowStream(sys.stdin.buffer, max_row_bytes)

@@ -1,6 +1,6 @@
-"""Reads the JSON of one row: each value once, no deeper than templates need, every fault one of the row.
+"""Parsing of one row's JSON: duplicate keys and deep nesting are faults of the row.
 
-`json.loads` alone takes the last of two values under one key, and ends in errors of its own for deep nesting.
+`json.loads` alone keeps the last of two values under one key, and raises errors of its own for deep nesting.
 """
 
 import json
@@ -10,16 +10,16 @@ from typing import Any
 from qlora_rm.preferences.row_errors import RowFault
 
 MAX_DEPTH = 100
-"""Arrays and objects inside one another. A schema of tools has some ten; all later code goes this deep without an error."""
+"""Nesting of arrays and objects. Tool schemas have about ten levels; all later code handles this depth."""
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 def parse(text: bytes | str, name: str = "the row") -> Any:
-    """The value of a JSON text, which is UTF-8 where it is bytes.
+    """Return the value of a JSON text; bytes must be UTF-8.
 
     Arguments:
-        name: what the text is, for messages.
+        name: name of the text in messages.
 
     Raises:
         RowFault: broken_json, duplicate_key or nested_too_deeply.
@@ -38,7 +38,7 @@ def parse(text: bytes | str, name: str = "the row") -> Any:
 
 
 def depth_of(value: Any) -> int:
-    """How many arrays and objects are inside one another; 0 for a number or text."""
+    """Return the nesting depth of arrays and objects; 0 for a number or text."""
     depth, level = 0, [value]
     while level := [item for item in level if isinstance(item, (list, tuple, Mapping))]:
         depth += 1
@@ -63,7 +63,7 @@ def _too_deep(name: str) -> RowFault:
 
 
 def _reason(error: ValueError) -> str:
-    """Python words some of its errors for programmers."""
+    """Return the reason in words for users; some of Python's messages are for programmers."""
     if isinstance(error, UnicodeDecodeError):
         return f"byte {error.start} is not UTF-8"
     return "an integer has over 4,300 digits" if "integer string conversion" in str(error) else str(error)

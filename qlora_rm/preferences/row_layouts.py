@@ -1,4 +1,4 @@
-"""From a row's columns to a prompt and its responses, all of one kind."""
+"""Conversion of a row's columns to a prompt and its responses, all of one kind."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,12 +13,12 @@ Parts = tuple[Content, list[Content]]
 
 
 def read_ids(row: Row, chosen: str, rejected: str) -> Parts:
-    """Rows that come tokenized; the prompt is told by the ids themselves."""
+    """Read a tokenized pair. Its prompt is empty here; tokenization finds it as the shared prefix of the ids."""
     return [], [_unpadded(row, chosen), _unpadded(row, rejected)]
 
 
 def _unpadded(row: Row, column: str) -> Content:
-    """Token ids; where an attention mask stands beside them, as TRL once wrote, padding is taken out."""
+    """Return token ids; if the row has an attention mask, as older TRL wrote, remove the padding."""
     ids = response(row[column], column)
     if kind_of(ids) != "ids":
         raise RowFault("wrong_type", f"{column} does not hold token ids")
@@ -33,7 +33,7 @@ def _unpadded(row: Row, column: str) -> Content:
 
 
 def read_responses(row: Row) -> Parts:
-    """K responses in a list, with or without a prompt."""
+    """Read K responses in a list, with or without a prompt."""
     values = row["responses"]
     if not isinstance(values, list):
         raise RowFault("wrong_type", f"responses is {json_type(values)}, not an array")
@@ -44,18 +44,18 @@ def read_responses(row: Row) -> Parts:
 
 
 def read_pair(row: Row, prompt: str | None = None) -> Parts:
-    """`chosen` and `rejected` after the prompt in column `prompt`, or with the prompt inside them."""
+    """Read `chosen` and `rejected`, which follow the prompt in column `prompt` or contain it."""
     responses = [response(row[column], column) for column in ("chosen", "rejected")]
     return join(_prompt(row, prompt), responses)
 
 
 def read_one(row: Row, column: str, prompt: str | None = None) -> Parts:
-    """A single response, for scoring."""
+    """Read a single response, for scoring."""
     return join(_prompt(row, prompt), [response(row[column], column)])
 
 
 def read_hh(row: Row) -> Parts:
-    """Raw HH text, kept as text and split behind the last `Assistant:` that both share."""
+    """Read raw HH text as text, split after the last `Assistant:` that both share."""
     texts = [response(row[column], column) for column in ("chosen", "rejected")]
     for column, text in zip(("chosen", "rejected"), texts, strict=True):
         if not isinstance(text, str):
@@ -73,10 +73,10 @@ def _prompt(row: Row, column: str | None) -> Content:
 
 
 def join(prompt: Content, responses: list[Content]) -> Parts:
-    """Prompt and responses of one kind: after turns, a text response becomes an assistant turn.
+    """Return a prompt and responses of one kind: after turns, a text response becomes an assistant turn.
 
     Raises:
-        RowFault: wrong_type where the kinds do not go together, and the faults of `_conversations`.
+        RowFault: wrong_type if the kinds do not match, and the faults of `_conversations`.
     """
     kinds = {kind_of(found) for found in responses}
     prompt_kind = kind_of(prompt) if prompt else None
@@ -95,10 +95,10 @@ def _assistant_turn(found: Content) -> Content:
 
 
 def _conversations(prompt: Any, lists: list[Any]) -> Parts:
-    """Lists of turns with a text prompt or none.
+    """Combine lists of turns with a text prompt, which may be empty.
 
-    Whole conversations (UltraFeedback, TRL's version of HH) repeat the prompt in their shared turns and stand as they
-    are; lists of what follows the prompt get it as the user's turn. A single list is split before its last turn.
+    Complete conversations (UltraFeedback, TRL's version of HH) repeat the prompt in their shared turns and are not
+    changed. Lists that only continue the prompt get it as a user turn. A single list is split before its last turn.
     """
     if len(lists) > 1 and all(turns == lists[0] for turns in lists):
         raise RowFault("identical_responses", "the responses are identical")
@@ -117,7 +117,7 @@ def _conversations(prompt: Any, lists: list[Any]) -> Parts:
 
 
 def with_system(prompt: Content, system: Any) -> Content:
-    """The `system` column as the first turn; a row may also repeat it there."""
+    """Insert the `system` column as the first turn, unless the conversation already begins with it."""
     if system is None or system == "" or isinstance(prompt, str):
         return prompt
     if not isinstance(system, str):

@@ -1,11 +1,11 @@
-"""How large a value is."""
+"""Size estimates of values."""
 
 from collections.abc import Mapping
 from typing import Any
 
 
 def size_of(value: Any) -> int:
-    """About how many bytes a value takes as JSON, without making it."""
+    """Return the approximate size of a value as JSON, in bytes, without serializing it."""
     if isinstance(value, str):
         return _encoded(value)
     size, rest = 0, [value]

@@ -1,4 +1,4 @@
-"""Where rows come from: files, globs, folders, saved data sets and the hub, behind one `read_rows`."""
+"""Sources of rows: files, globs, folders, saved data sets and the hub, all read by `read_rows`."""
 
 import difflib
 import glob
@@ -22,10 +22,10 @@ from qlora_rm.preferences.values import Row
 from qlora_rm.progress import expect
 
 Entry = str | Mapping[str, Any]
-"""One data set as the user names it: a path or hub id, or a mapping with the keys of `Source` but `name`."""
+"""One data set as the user gives it: a path or hub id, or a mapping with the keys of `Source` except `name`."""
 
 Rows = Iterator[tuple[Origin, Row | RowFault]]
-"""Where each row stands, and the row or what is wrong with it."""
+"""The location of each row, and the row or its fault."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Source:
         path: file, glob, folder, or hub id.
         config: configuration of a hub data set.
         split: split of a hub data set or saved DatasetDict; only those have splits.
-        weight: how often its comparisons stand in the training set.
+        weight: how often its comparisons occur in the training set.
         columns: field -> column in the rows.
         name: for reports.
     """
@@ -53,7 +53,7 @@ KEYS = tuple(item.name for item in fields(Source) if item.name != "name")
 
 
 def sources(entries: Sequence[Entry], config: DataConfig, weights: Sequence[float] | None = None) -> list[Source]:
-    """`entries` with every default filled in from `config`, each under a name of its own."""
+    """Return `entries` with defaults from `config`, each with a distinct name."""
     found = [_source(entry, config) for entry in entries]
     if weights:
         if any(source.weight != 1 for source in found):
@@ -67,7 +67,7 @@ def sources(entries: Sequence[Entry], config: DataConfig, weights: Sequence[floa
 
 
 def _printable(name: str) -> str:
-    """A file's name for messages and for tables of Arrow, which hold no bytes that are not UTF-8."""
+    """Return a file's name for messages and Arrow tables, which must be UTF-8."""
     return os.fsencode(name).decode(errors="replace")
 
 
@@ -101,13 +101,13 @@ def _stem(path: str) -> str:
 
 
 def read_rows(source: Source, default_split: str = "train", limit: int = MAX_ROW_BYTES) -> Rows:
-    """Every row of `source` with its columns renamed.
+    """Yield every row of `source` with its columns renamed.
 
     Arguments:
-        limit: the most bytes of a row; a longer one is a fault.
+        limit: largest size of a row in bytes; a longer row is a fault.
 
     Raises:
-        UserError: nothing is found there, a file is unreadable or empty, or a renamed column is in no row.
+        UserError: nothing is found, a file is unreadable or empty, or no row has a renamed column.
     """
     awaited = dict(source.columns)
     columns: dict[str, None] = {}
@@ -141,7 +141,7 @@ def _decoded(row: Row) -> Row | RowFault:
 
 
 def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
-    """Each field from the column that bears it; what stood under the field's name before gives way."""
+    """Return `row` with each field taken from its column; a column that already has the field's name is dropped."""
     present = {name: column for name, column in columns.items() if column in row}
     if not present:
         return row
@@ -169,7 +169,7 @@ def _raw_rows(source: Source, default_split: str, limit: int) -> Rows:
 
 
 def _files(name: str, path: Path) -> list[Path] | None:
-    """The files that `name` stands for; None where it can only be a hub id."""
+    """Return the files that `name` refers to; None if it can only be a hub id."""
     if path.is_file():
         return [path]
     if path.is_dir():
@@ -188,7 +188,7 @@ def _files(name: str, path: Path) -> list[Path] | None:
 
 
 def _nearest(path: Path) -> str:
-    """A hint at the most similar existing name."""
+    """Return a hint with the most similar existing name."""
     folder = next(parent for parent in path.absolute().parents if parent.is_dir())
     wanted = path.absolute().relative_to(folder).parts[0]
     near = difflib.get_close_matches(wanted, [entry.name for entry in folder.iterdir()], n=1)
@@ -196,7 +196,7 @@ def _nearest(path: Path) -> str:
 
 
 def _is_saved(path: Path) -> bool:
-    """A folder written by `datasets`' save_to_disk."""
+    """Return whether `path` is a folder written by `datasets`' save_to_disk."""
     return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
 
 
@@ -206,7 +206,7 @@ def _saved_rows(source: Source, path: Path, default_split: str, limit: int) -> R
 
     try:
         saved = datasets.load_from_disk(str(path))
-    except Exception as error:  # JSON, Arrow and datasets each raise their own for a damaged folder
+    except Exception as error:  # for a damaged folder, json, Arrow and datasets raise different types
         raise UserError(f"The data set saved in {path} cannot be read: {first_line(error)}. Is it whole?") from error
     split = source.split or default_split
     if isinstance(saved, datasets.Dataset):
@@ -228,7 +228,7 @@ def _hub_rows(source: Source, default_split: str, limit: int) -> Rows:
     split = source.split or default_split
     try:
         rows = datasets.load_dataset(source.path, source.config, split=split)
-    except Exception as error:  # builders raise every kind of error; whichever it is, the user gets the hub's own words
+    except Exception as error:  # builders raise errors of any type; the message quotes them
         path = Path(source.path)
         raise UserError(
             f"{source.path} (split {split!r}) is no file or folder here (looked from {Path.cwd()}) and cannot be had "

@@ -1,4 +1,4 @@
-"""Which comparisons are held out, and how often each is trained on: functions of content, never of order or seed."""
+"""Selection of held-out and repeated comparisons, which depends on content only, never on order or seed."""
 
 import hashlib
 import json
@@ -14,15 +14,15 @@ Digest = bytes
 
 
 def digest(*parts: bytes) -> Digest:
-    """A stable hash: the same on every machine, rank and run."""
+    """Return a stable hash: the same on every machine, rank and run."""
     return hashlib.sha256(b"\0".join(parts)).digest()
 
 
 def prompt_key(candidates: Candidates) -> Digest:
-    """A hash of what is asked, the same whether it is asked as text, as raw HH text or as turns.
+    """Return a hash of the prompt, the same for text, raw HH text and turns.
 
-    Where the row has no prompt of its own, the beginning that its responses share stands for it, cut back to whole
-    words; where they share none, the first response.
+    If the row has no separate prompt, the hash is of the prefix that its responses share, cut back to complete words;
+    if they share none, of the first response.
     """
     prompt: Any = candidates.prompt or _shared_beginning(candidates.responses) or candidates.responses[0]
     if isinstance(prompt, str):
@@ -30,7 +30,7 @@ def prompt_key(candidates: Candidates) -> Digest:
         if not prompt[-1]["content"]:  # the bare `Assistant:` at the end of a raw HH prompt
             prompt = prompt[:-1]
     words = json.dumps([_canonical(item) for item in prompt], ensure_ascii=False)
-    return digest(words.encode(errors="surrogatepass"))  # a role may hold half a surrogate pair that no template writes
+    return digest(words.encode(errors="surrogatepass"))  # a role that no template writes may hold a lone surrogate
 
 
 def _canonical(item: Any) -> Any:
@@ -41,7 +41,7 @@ def _canonical(item: Any) -> Any:
 
 
 def _shared_beginning(responses: Sequence[Any]) -> Any:
-    """What all responses begin with: text cut back to whole words, or token ids; turns are split when they are read."""
+    """Return the shared prefix: text cut back to complete words, or token ids; [] for turns, already split."""
     if isinstance(responses[0], list) and not isinstance(responses[0][0], int):
         return []
     shared = responses[0][: shared_length(responses)]
@@ -52,19 +52,19 @@ def _shared_beginning(responses: Sequence[Any]) -> Any:
 
 
 def hold_out(keys: Sequence[Digest], fraction: float) -> list[bool]:
-    """For each comparison, whether its prompt is held out: the ceil(fraction * n) lowest of the n distinct keys are."""
+    """Return whether each prompt is held out, which the ceil(fraction * n) lowest of the n distinct keys are."""
     distinct = sorted(set(keys))
     held = set(distinct[: math.ceil(fraction * len(distinct))])
     return [key in held for key in keys]
 
 
 def lowest(indices: Sequence[int], order: Sequence[Digest], count: int) -> list[int]:
-    """`count` of `indices`, those with the lowest hash in `order`, as they stood."""
+    """Return the `count` members of `indices` with the lowest hashes in `order`, in their original order."""
     kept = set(sorted(indices, key=lambda index: (order[index], index))[:count])
     return [index for index in indices if index in kept]
 
 
 def repeat(indices: Sequence[int], weight: float, order: Sequence[Digest]) -> list[int]:
-    """Each index floor(weight) times, and once more for the fraction of them with the lowest hash in `order`."""
+    """Return each index floor(weight) times, and the fractional share with the lowest hashes in `order` once more."""
     whole, part = divmod(weight, 1)
     return [*indices] * int(whole) + lowest(indices, order, round(part * len(indices)))

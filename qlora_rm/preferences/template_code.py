@@ -1,6 +1,6 @@
-"""How jinja's code for a chat template is changed, so that nothing in it passes by the environment that counts.
+"""Changes to the code that jinja generates for a chat template, so that every operation is counted.
 
-Loops and literals get a filter of that environment; `~`, `+` and slices become calls of its methods.
+Loops and literals get a filter of the counting environment; `~`, `+` and slices become calls of its methods.
 """
 
 from typing import Any
@@ -9,19 +9,21 @@ from jinja2 import nodes
 from jinja2.compiler import CodeGenerator
 
 LOOP, LITERAL = "_ticked", "_small"
-"""Names of the filters around what a loop runs over, and around new lists, tuples and objects."""
+"""Names of the filters around a loop's iterable, and around new lists, tuples and objects."""
 
 
 def watched(source: nodes.Template) -> nodes.Template:
-    """A parsed template with the filters in place."""
+    """Insert the filters into a parsed template, and return it."""
     for loop in list(source.find_all(nodes.For)):
         loop.iter = nodes.Filter(loop.iter, LOOP, [], [], None, None, lineno=loop.lineno)
     return _Literals().visit(source)
 
 
 class Generator(CodeGenerator):
-    """Compiles `~` and slices, which pass by jinja's sandbox, to calls of the environment; and `+`, which is frequent, to a call
-    that is quicker than the sandbox's."""
+    """A code generator that compiles `~`, `+` and slices to calls of the environment.
+
+    jinja's sandbox does not intercept `~` and slices. `+` is frequent, and our call is faster than the sandbox's.
+    """
 
     def visit_Add(self, node: nodes.BinExpr, frame: Any) -> None:
         parts: list[Any] = [node.right, node.left]
@@ -54,7 +56,7 @@ class Generator(CodeGenerator):
 
 
 class _Literals:
-    """Puts `_small` around every list, tuple and object that an expression makes."""
+    """A visitor that puts `_small` around every list, tuple and object that an expression creates."""
 
     def visit(self, node: Any) -> Any:
         for name, value in node.iter_fields():

@@ -1,4 +1,4 @@
-"""How long a text becomes that an operation of a chat template makes, known before it is made."""
+"""Size limits for the operations of a chat template, checked before the result is computed."""
 
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -8,10 +8,10 @@ from jinja2 import TemplateError
 from jinja2.utils import Namespace
 
 NUMBER = 1_000_000
-"""The largest number that an operation may be given as a width or a count."""
+"""Largest number that an operation accepts as a width or a count."""
 
 ENTRY = 256
-"""What an entry of a list counts, in characters: about the time it takes to look at it."""
+"""Size of a list entry in characters, chosen by the time that it takes to visit one."""
 
 PLAIN = (int, float, bool, type(None))
 
@@ -19,17 +19,17 @@ _LONG_NUMBER = re.compile(r"\d{7,}")
 
 
 class TooLarge(TemplateError):
-    """An operation would make more than a rendering may."""
+    """An operation whose result would exceed the limit of a rendering."""
 
     def __init__(self, size: int) -> None:
         super().__init__(f"the template makes something of size {size:,}, more than a conversation needs")
 
 
 def weight(value: Any, limit: int) -> int:
-    """The size of `value`: its characters, and `ENTRY` for each entry however deep, counted as often as it stands there.
+    """Return the size of `value`: its characters plus `ENTRY` per entry at any depth; repeated entries count again.
 
     Raises:
-        TooLarge: more than `limit`.
+        TooLarge: the size is above `limit`.
     """
     total, waiting = 0, [value]
     while waiting:
@@ -43,7 +43,7 @@ def weight(value: Any, limit: int) -> int:
         elif kind is list or kind is tuple:
             waiting += found
         elif isinstance(found, Namespace):
-            waiting.append(found._Namespace__attrs)  # jinja's own name for it
+            waiting.append(found._Namespace__attrs)  # jinja's private attribute
         elif isinstance(found, Mapping):
             waiting += [*found.keys(), *found.values()]
         elif isinstance(found, (range, str, bytes)):
@@ -56,10 +56,11 @@ def weight(value: Any, limit: int) -> int:
 
 
 def formatted(text: str | bytes, values: Any, limit: int, mark: str = "%") -> None:
-    """Refuse a format whose widths or values make a text of more than `limit` characters.
+    """Reject a format whose widths or values make a text of more than `limit` characters.
 
     Arguments:
-        text: printf-style or for str.format; `mark` begins a field of it.
+        text: a format in printf style or for str.format.
+        mark: the character that begins a field of `text`.
     """
     plain = text.decode("latin-1") if isinstance(text, bytes) else str(text)
     if wide := _LONG_NUMBER.search(plain):
@@ -131,7 +132,7 @@ def _format(limit: int, text: Any, *args: Any, **kwargs: Any) -> None:
 
 
 def _sum(limit: int, values: Any, attribute: Any = None, start: Any = 0) -> None:
-    if not isinstance(start, (int, float)):  # lists are copied at each step
+    if not isinstance(start, (int, float)):  # summing lists copies them at each step
         raise TemplateError("the filter sum adds numbers only")
 
 
@@ -158,7 +159,7 @@ METHODS: dict[str, Callable[..., None]] = {
     "expandtabs": _expandtabs,
     "translate": _translate,
 }
-"""Methods of texts whose result may be longer than their arguments together and the numbers among them."""
+"""String methods whose result may be longer than the sum of their arguments' lengths and numbers."""
 
 FILTERS: dict[str, Callable[..., None]] = {
     "replace": _replace,
@@ -174,4 +175,4 @@ FILTERS: dict[str, Callable[..., None]] = {
     "urlize": _whole,
     "xmlattr": _whole,
 }
-"""Filters of the same kind."""
+"""Filters whose result may be longer in the same way, or that need another check."""

@@ -1,17 +1,17 @@
-"""How a trained model reads a prompt and its responses: plain text as turns or as text, whichever it was trained on.
+"""How a trained model reads a prompt and its responses: plain text as turns or as text, depending on its training.
 
-Every command that scores asks `TrainedText.read`, and nothing else decides. The rules, and what is said once of each:
+Every command that scores calls `TrainedText.read`; no other code decides this. The rules, each reported at most once:
 
 | model trained on | row | read as |
 |---|---|---|
 | turns | text with a prompt | a user's turn and an assistant's turn |
-| turns | text that the chat template wrote | the conversation it spells, by its token ids |
+| turns | text that the chat template wrote | that conversation, by its token ids |
 | turns | text without a prompt, raw HH text | text, with a warning |
 | text, or text and turns | text | text: prompt + response, as training joined them |
-| text | turns | as the chat template writes them, with a warning; refused where there is no template |
+| text | turns | as the chat template writes them, with a warning; a fault if there is no template |
 | token ids | text | text, with a warning |
 
-Token ids are always themselves.
+Token ids are never changed.
 """
 
 import os
@@ -54,23 +54,23 @@ MIXED = "text is scored as text: the model was trained on text and on turns, and
 
 
 def kind_of_row(candidates: Candidates) -> Kind:
-    """What a row's prompt and responses are."""
+    """Return the kind of a row's prompt and responses."""
     kind = kind_of(candidates.responses[0])
     return "turns" if kind == "turns" else "token_ids" if kind == "ids" else "text"
 
 
 def text_as_of(trained_on: Collection[str]) -> TextAs:
-    """What a prompt and a response in plain text are for a model trained on rows of these kinds."""
+    """Return how a model trained on rows of these kinds reads a prompt and a response in plain text."""
     return "turns" if "turns" in trained_on and "text" not in trained_on else "text"
 
 
 class TrainedText:
-    """How one model reads rows.
+    """The rules by which one model reads rows.
 
     Arguments:
         text_as: what a prompt and a response in plain text are scored as.
-        trained_on: the kinds of its training rows; empty where that is not known.
-        tell: takes each note and warning, once.
+        trained_on: the kinds of its training rows; empty if unknown.
+        tell: called once with each note and warning.
     """
 
     def __init__(
@@ -86,16 +86,16 @@ class TrainedText:
 
     @property
     def decodes_turns(self) -> bool:
-        """Whether a policy's decoded text is the chat template's rendering, and not plain text."""
+        """Whether a policy's decoded text is the chat template's rendering, not plain text."""
         return "turns" in self.trained_on or self.text_as == "turns"
 
     @cached_property
     def decoded(self) -> DecodedText:
-        """The reader of a policy's decoded text."""
+        """The converter of a policy's decoded text."""
         return DecodedText(self.tokenization, self.decodes_turns)
 
     def read(self, prompt: Content, responses: list[Content]) -> Parts:
-        """A prompt and its responses, all of one kind, as the model is to be given them.
+        """Convert a prompt and its responses, all of one kind, to the model's input.
 
         Raises:
             RowFault: turns_without_template.
@@ -151,8 +151,10 @@ class TrainedText:
 
     @cached_property
     def _beginnings(self) -> tuple[str, ...]:
-        """What the chat template writes before a user's or a system's words, bos left out: up to its first added token
-        where it begins with one, so that a default system prompt may differ."""
+        """The texts that the chat template writes before the content of a user or system turn, without bos.
+
+        A text that begins with an added token is cut after it, so that default system prompts may differ.
+        """
         tokenizer = self.tokenization.tokenizer
         bos = tokenizer.bos_token or ""
         added = tuple(token for token in (*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()) if token != bos)
@@ -167,7 +169,7 @@ class TrainedText:
                     )[0]
                     for said in ("Why is it so?", "Be brief.")
                 ]
-            except (RowFault, UserError):  # few templates take every role
+            except (RowFault, UserError):  # few templates support every role
                 continue
             start = os.path.commonprefix(texts).removeprefix(bos)
             found.append(max((token for token in added if start.startswith(token)), key=len, default=start))

@@ -1,6 +1,6 @@
-"""From a prompt and its responses to the token ids TRL's `RewardTrainer` would train on, and the over-long rule.
+"""Tokenization of a prompt and its responses to the ids TRL's `RewardTrainer` would train on, and the over-long rule.
 
-Plain text is prompt + response, the eos token's text appended unless the response ends with it, tokenized with special
+Plain text is prompt + response, plus the eos token's text unless the response ends with it, tokenized with special
 tokens. Turns go through the chat template, which writes its own special tokens and end of turn.
 """
 
@@ -25,45 +25,45 @@ if TYPE_CHECKING:
 OverLong = Literal["truncate_prompt", "drop", "error"]
 
 CHARACTERS_PER_TOKEN = 64
-"""Servers take texts of so many characters, at least, for each token that the model takes: more than any text needs."""
+"""Servers accept at least this many characters per token of the model's length, more than any text needs."""
 
 LARGEST_ID = 2**31
-"""Token ids are kept as int32."""
+"""Upper bound of token ids, which are stored as int32."""
 
 LONGEST_TEXT = 2_000_000
-"""Bytes of a prompt with one response. Tokenizers take some 200 bytes of memory for each; more are read where
-`--max_length` is so large that they may be needed."""
+"""Bytes of a prompt with one response, for which tokenizers take about 200 bytes of memory each. A large `--max_length`
+raises this limit."""
 BYTES_PER_TOKEN, TEXTS_PER_ROW = 16, 8
-"""How many bytes are read for each token of `--max_length`; how often all responses together may be the longest text."""
+"""Bytes accepted per token of `--max_length`; limit for all responses together, in multiples of the limit for one."""
 ENCODED_AT_ONCE = 1_000_000
-"""Characters of one call of the tokenizer."""
+"""Characters per call of the tokenizer."""
 
 NO_TEMPLATE = "is a conversation, and the tokenizer has no chat template"
 TEMPLATE_HINT = "Train with --chat_template_path, a Jinja file or a model that has one, or give the rows as text."
 
 EOS_RULE = "plain text: eos is appended unless the response ends with it; turns: as the chat template writes them"
-"""How a sequence ends, in words, for whoever feeds the model."""
+"""How a sequence ends, in words, for people who prepare the model's input."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tokenized:
-    """Token sequences, and how many tokens of the prompt were cut off at its beginning."""
+    """Token sequences, and the number of tokens cut from the beginning of the prompt."""
 
     tokens: Tokens
     cut: int = 0
 
 
 class Tokenization:
-    """How a run turns content into token ids.
+    """A run's conversion of content to token ids.
 
     Arguments:
-        tokenizer: with a pad token that is not its eos.
+        tokenizer: its pad token must not be its eos token.
         max_length: longest sequence, in tokens; None for no limit.
         over_long: "truncate_prompt" cuts the oldest part of the prompt, by the same number of tokens for all its
             responses; under "drop" and "error" an over-long row is a fault of kind `over_long`.
-        vocabulary: how many token ids the model has embeddings for; rows of token ids are held against it. Unset: as many
-            as the tokenizer has.
-        positions: how many positions the model has; a longer sequence is a fault of kind `beyond_positions`.
+        vocabulary: number of token ids with embeddings in the model, against which rows of token ids are checked.
+            Unset: the tokenizer's number of ids.
+        positions: number of positions of the model; a longer sequence is a fault of kind `beyond_positions`.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Tokenization:
         self._begins = {tokenizer.bos_token_id, tokenizer.cls_token_id} - {None}
 
     def tokenize(self, batch: Sequence[Candidates]) -> list[Tokens]:
-        """Token ids for each prompt with its responses.
+        """Return token ids for each prompt with its responses.
 
         Raises:
             RowFault: the first that `tokenize_each` finds.
@@ -100,11 +100,11 @@ class Tokenization:
         return tokens
 
     def tokenize_each(self, batch: Sequence[Candidates]) -> list[Tokenized | RowFault]:
-        """Token ids for each prompt with its responses, or the fault that keeps it from having any: those of `texts`,
-        turns_without_template, text_too_long, empty_sequence, unknown_token, pad_in_content, response_too_long, over_long or beyond_positions.
+        """Return token ids, or a fault, for each prompt with its responses.
 
-        All text of the batch goes through the tokenizer in one call (two, where it mixes turns and plain text), so
-        larger batches are faster.
+        Faults are those of `texts`, turns_without_template, text_too_long, empty_sequence, unknown_token,
+        pad_in_content, response_too_long, over_long and beyond_positions. All text of the batch goes through the
+        tokenizer in one call (two if it mixes turns and plain text), so larger batches are faster.
         """
         results: dict[int, Tokenized | RowFault] = {}
         texts: dict[str, dict[int, list[str]]] = {"text": {}, "turns": {}}
@@ -126,8 +126,9 @@ class Tokenization:
         return [results[row] for row in range(len(batch))]
 
     def texts(self, candidates: Candidates) -> list[str]:
-        """What is tokenized for each response to a prompt of text or turns: plain text with its eos, which is
-        tokenized with special tokens, or the template's rendering, which holds them already.
+        """Return the text to tokenize for each response to a prompt of text or turns.
+
+        Plain text gets its eos and is tokenized with special tokens; a template's rendering already contains them.
 
         Raises:
             RowFault: bad_template_kwargs, template_error or bad_unicode.
@@ -138,7 +139,7 @@ class Tokenization:
         return [encodable(text, "the text of the row") for text in texts]
 
     def _plain(self, candidates: Candidates) -> list[str]:
-        """As TRL: the response decides about eos, whatever stands before it."""
+        """Append eos unless the response ends with it, whatever the prompt is, as TRL does."""
         eos = self.tokenizer.eos_token or ""
         return [f"{candidates.prompt}{text}{'' if str(text).endswith(eos) else eos}" for text in candidates.responses]
 
@@ -157,18 +158,18 @@ class Tokenization:
                 )
                 for turns in candidates.responses
             ]
-        except Exception as error:  # a template is a program: it may raise anything on turns it was not written for
+        except Exception as error:  # a template is a program: it may raise any error on turns it was not written for
             raise RowFault(
                 "template_error", f"the chat template refuses the turns ({type(error).__name__}: {error!s:.200})"
             ) from error
 
     @cached_property
     def _of_the_library(self) -> frozenset[str]:
-        """Among these is another template, which is a program, and `truncation`, which nothing would report."""
+        """Arguments of transformers, which rows must not set: another template is a program, `truncation` is silent."""
         return frozenset(inspect.signature(self.tokenizer.apply_chat_template).parameters)
 
     def encode(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
-        """Token ids of each text; special tokens spelled in it become themselves."""
+        """Return the token ids of each text; special tokens spelled out in the text become their ids."""
         ids: list[list[int]] = []
         for portion in portions(texts, len, len(texts), ENCODED_AT_ONCE):
             ids += self.tokenizer(
@@ -181,7 +182,7 @@ class Tokenization:
         return ids
 
     def _check_size(self, candidates: Candidates) -> None:
-        """Raises a `RowFault` of kind `text_too_long` for what would take gigabytes to tokenize."""
+        """Raise a `RowFault` of kind `text_too_long` if tokenizing would take gigabytes."""
         longest, total = candidates.size
         most = max(LONGEST_TEXT, BYTES_PER_TOKEN * (self.max_length or 0))
         if longest > most:
@@ -212,10 +213,10 @@ class Tokenization:
         return result
 
     def _known_ids(self, candidates: Candidates) -> list[list[int]]:
-        """Each response's ids behind the prompt's.
+        """Return the prompt's ids followed by each response's.
 
         Raises:
-            RowFault: unknown_token. On a GPU such an id ends the process, not the row.
+            RowFault: unknown_token. On a GPU such an id would end the process, not the row.
         """
         for name, ids in (("the prompt", candidates.prompt), *_named(candidates.responses)):
             for place, token in enumerate(ids):
@@ -225,7 +226,7 @@ class Tokenization:
         return [[*candidates.prompt, *ids] for ids in candidates.responses]
 
     def _shortened(self, tokens: Tokens, over: int) -> Tokenized | RowFault:
-        """`over` tokens fewer, taken from the beginning of the prompt behind its bos or cls token."""
+        """Cut `over` tokens from the beginning of the prompt, after its bos or cls token."""
         prompt = tokens.prompt_ids
         length = f"{(self.max_length or 0) + over} tokens, {over} more than --max_length {self.max_length}"
         if self.over_long != "truncate_prompt":
@@ -244,7 +245,7 @@ def _named(responses: Sequence[Content]) -> Iterator[tuple[str, Content]]:
 
 
 def check_wins(tokens: Tokens, wins: Iterable[Pair]) -> None:
-    """No response may beat one that reads the same to the model: such a win has no gradient.
+    """Check that no response beats one with the same tokens: such a win has no gradient.
 
     Raises:
         RowFault: equal_after_tokenization.

@@ -1,4 +1,4 @@
-"""Reads the values of a row: text, turns or token ids, each checked, each fault naming its column and JSON type."""
+"""Parsing and checks of a row's values: text, turns or token ids. A fault names its column and JSON type."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -22,14 +22,14 @@ ROLES = {
 """ShareGPT's `from` names that are not role names already."""
 
 MOST_TURNS = 10_000
-"""Of one conversation; prompts are looked for in each turn of the user."""
+"""Turns of one conversation; a text prompt is searched for in every user turn."""
 
 SAYS_MORE = ("tool_calls", "reasoning_content", "thinking")
 """A turn with one of these may have no content."""
 
 
 def json_type(value: Any) -> str:
-    """The name JSON gives to the type of `value`, with its article; Python's where JSON has none, as for bytes."""
+    """Return JSON's name for the type of `value`, with its article; Python's name if JSON has none, as for bytes."""
     if value is None:
         return "null"
     if not isinstance(value, (bool, int, float, str, Mapping, list, tuple)):
@@ -39,7 +39,7 @@ def json_type(value: Any) -> str:
 
 
 def kind_of(value: Any) -> str | None:
-    """ "text", "turns" or "ids" by the shape of `value`; None for anything else, an empty list among it."""
+    """Return "text", "turns" or "ids" by the structure of `value`; None for anything else, including an empty list."""
     if isinstance(value, str):
         return "text"
     if isinstance(value, Mapping):
@@ -52,7 +52,7 @@ def kind_of(value: Any) -> str | None:
 
 
 def content(value: Any, column: str) -> Content:
-    """`value` as checked content.
+    """Return `value` as checked content.
 
     Raises:
         RowFault: wrong_type, bad_turn or bad_unicode, naming `column`.
@@ -61,7 +61,7 @@ def content(value: Any, column: str) -> Content:
         return encodable(value, column)
     if isinstance(value, Mapping):
         return [_turn(value, f"{column}")]
-    if not isinstance(value, (list, tuple)):  # bytes are a sequence of numbers too
+    if not isinstance(value, (list, tuple)):  # not Sequence, which would include bytes
         raise RowFault("wrong_type", f"{column} is {json_type(value)} ({short(value)}), not text or turns")
     if value and all(type(item) is int for item in value):
         return list(value)
@@ -76,7 +76,7 @@ def content(value: Any, column: str) -> Content:
 
 
 def response(value: Any, column: str) -> Content:
-    """A response as checked content: `content` that is neither null nor empty."""
+    """Return a response as checked content that is neither null nor empty."""
     if value is None:
         raise RowFault("null_response", f"{column} is null")
     found = content(value, column)
@@ -86,7 +86,7 @@ def response(value: Any, column: str) -> Content:
 
 
 def is_empty(found: Content) -> bool:
-    """Nothing is said: no text but white space, no turns or a last turn without words, no token ids."""
+    """Return whether content is empty: only white space, no turns, a last turn without content, or no token ids."""
     if isinstance(found, str) or not found:
         return not str(found or "").strip()
     last = found[-1]
@@ -97,7 +97,7 @@ def is_empty(found: Content) -> bool:
 
 
 def _turn(value: Mapping[str, Any], where: str) -> Message:
-    """A chat turn in role/content form; from/value turns are translated, other keys are kept for the template."""
+    """Return a chat turn in role/content form: from/value turns are converted, other keys are kept for the template."""
     turn = dict(value) if "role" in value else {"role": value.get("from"), "content": value.get("value")}
     if not isinstance(turn["role"], str):
         raise RowFault("bad_turn", f"{where} has no role")
@@ -118,7 +118,7 @@ def _is_turn(value: Any) -> bool:
 
 
 def encodable(text: str, where: str) -> str:
-    """`text`, if it can be encoded. JSON can spell half a surrogate pair, which no tokenizer takes.
+    """Return `text` if it can be encoded. JSON can contain a lone surrogate, which no tokenizer accepts.
 
     Raises:
         RowFault: bad_unicode.
@@ -131,7 +131,7 @@ def encodable(text: str, where: str) -> str:
 
 
 def shared_turns(conversations: Sequence[Sequence[Message]]) -> int:
-    """How many leading turns all conversations have in common."""
+    """Return how many leading turns all conversations have in common."""
     shared = 0
     for turns in zip(*conversations, strict=False):
         if any(turn != turns[0] for turn in turns):
@@ -141,7 +141,7 @@ def shared_turns(conversations: Sequence[Sequence[Message]]) -> int:
 
 
 def optional_json(row: Row, column: str, wanted: type, fault_kind: str) -> Any:
-    """An optional column that holds a list or an object, or the same as JSON text; None where absent, null or empty."""
+    """Return an optional column: a list or object, possibly given as JSON text; None if absent, null or empty."""
     value = row.get(column)
     if isinstance(value, str) and value.strip():
         try:
@@ -156,6 +156,6 @@ def optional_json(row: Row, column: str, wanted: type, fault_kind: str) -> Any:
 
 
 def short(value: Any) -> str:
-    """The beginning of a value as JSON, for messages."""
+    """Return the beginning of a value as JSON, for messages."""
     words = json.dumps(value, ensure_ascii=False, default=str)
     return words if len(words) <= 40 else words[:37] + "..."

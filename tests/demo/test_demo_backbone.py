@@ -1,4 +1,4 @@
-"""The demo's backbone: a plain causal LM folder, as a user would have it from a hub."""
+"""The demo's backbone: an ordinary causal LM folder, like a download from a hub."""
 
 import re
 from itertools import islice

@@ -1,4 +1,4 @@
-"""The demo's data: reproducible, readable, and not to be guessed without reading it."""
+"""The demo's data: reproducible, readable, and not predictable without the prompt."""
 
 import json
 from collections import Counter
@@ -92,7 +92,7 @@ def test_some_prompts_have_a_system_turn_and_some_an_earlier_exchange(rows: list
 
 @pytest.mark.parametrize("kind", [on_topic, remembers])
 def test_answers_alone_do_not_tell_which_one_is_chosen(kind: Callable[[Random], Draft]) -> None:
-    """What is said as a chosen answer is said as a rejected one too, to another prompt: one has to read the prompt."""
+    """An answer chosen for one prompt is rejected for another, so only the prompt decides."""
     made = drafts(kind)
     chosen = {word for draft in made for word in draft.chosen.split()}
     assert chosen == {word for draft in made for word in draft.rejected.split()}

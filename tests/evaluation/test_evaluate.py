@@ -1,4 +1,4 @@
-"""The numbers of an evaluation: against hand counts, laws, and a model's own scores."""
+"""The numbers of an evaluation, checked against hand counts, identities, and a model's own scores."""
 
 import math
 from fractions import Fraction
@@ -80,7 +80,7 @@ def test_wilson_intervals_hold_their_share_and_mirror(counts: tuple[int, int]) -
 
 
 def test_the_interval_of_none_begins_at_0_and_of_all_ends_at_1() -> None:
-    """Exactly: an interval from 2.8e-17 would not hold the accuracy 0.0 of seven equal pairs."""
+    """The ends must be exact: an interval from 2.8e-17 would not contain the accuracy 0.0 of seven equal pairs."""
     for trials in range(1, 400):
         assert (wilson_interval(0, trials)[0], wilson_interval(trials, trials)[1]) == (0.0, 1.0), trials
 

@@ -1,4 +1,4 @@
-"""Result files appear whole or not at all, and unwritable ones are refused at once."""
+"""Result files appear complete or not at all, and unwritable paths fail at once."""
 
 import json
 from contextlib import suppress

@@ -1,4 +1,4 @@
-"""The better base, by the user's own pairs."""
+"""Choosing the better base on the user's own pairs."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ from tests.reward_models_for_tests import llama_adapter
 
 
 def rows(path: Path, flipped: bool) -> str:
-    """Pairs on which the toy's two merges differ, one way round or the other."""
+    """Return pairs on which the toy model's two merges disagree, in either direction."""
     sides = ("rejected", "chosen") if flipped else ("chosen", "rejected")
     pairs = [{"prompt": f"What {i}? ", sides[0]: "Paris." * (i % 3 + 1), sides[1]: f"No {i}."} for i in range(12)]
     path.write_text("".join(json.dumps(row) + "\n" for row in pairs), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Scoring rows: in order, none lost, faulty ones refused or marked."""
+"""Scoring rows: all are returned in order; faulty ones stop the run or are marked."""
 
 import json
 from collections import Counter

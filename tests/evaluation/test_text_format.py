@@ -1,4 +1,4 @@
-"""The same words get one score from every command, read as the model's training rows were."""
+"""Every command gives the same text the same score, reading it like the model's training rows."""
 
 import json
 from collections.abc import Iterator
@@ -62,7 +62,7 @@ RECORDED = {
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A model trained on rows of each kind, by its name."""
+    """Models trained on rows of each kind, by name of the kind."""
     made = {}
     for number, (name, (rows, template)) in enumerate(KINDS.items()):
         folder = tmp_path_factory.mktemp(f"trained{number}")
@@ -81,7 +81,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 def wanted(kind: str, model: RewardModel, prompt: str = PROMPT, answers: list[str] = ANSWERS) -> list[float]:
-    """What training would have given for these words in a row."""
+    """Return the result that training would have given for this text in a row."""
     read = as_turns(prompt, *answers) if kind == "turns" else Candidates(prompt, tuple(answers))
     return model.score_candidates([read])[0]
 
@@ -122,7 +122,7 @@ def test_every_command_gives_the_score_of_training(
 
 
 def test_served_golden_items_give_their_scores(folders: dict[str, Path], kind: str) -> None:
-    """Also of a model trained on text and on turns, of which both kinds are golden."""
+    """This includes a model trained on text and turns, whose golden items are of both kinds."""
     model = RewardModel.load(str(folders[kind]))
     golden = Manifest.load(folders[kind]).golden
     with served(model, folders[kind]) as service, TestClient(service.app(), base_url="http://localhost") as client:
@@ -133,13 +133,13 @@ def test_served_golden_items_give_their_scores(folders: dict[str, Path], kind: s
 
 @pytest.fixture(scope="module")
 def model(folders: dict[str, Path]) -> RewardModel:
-    """The one that was trained on turns."""
+    """The model that was trained on turns."""
     return RewardModel.load(str(folders["turns"]))
 
 
 @pytest.fixture
 def said(model: RewardModel) -> Iterator[list[str]]:
-    """What reading says, from the beginning."""
+    """The messages of reading, with none reported before."""
     lines: list[str] = []
     model.text = TrainedText(model.tokenization, "turns", {"turns"}, tell=lines.append)
     yield lines
@@ -237,7 +237,7 @@ def test_what_was_not_recorded_is_read_off_the_golden_items(folders: dict[str, P
 
 
 def test_the_card_s_code_gives_text_to_a_model_of_text(folders: dict[str, Path], tmp_path: Path) -> None:
-    """Its tokenizer has a chat template, which training never used."""
+    """The tokenizer has a chat template, which training never used."""
     folder = folders["text with a template"]
     merge(str(folder), str(tmp_path / "merged"), dtype="fp32")
     assert export(str(tmp_path / "merged"), ["transformers"], str(tmp_path / "exported")).ok

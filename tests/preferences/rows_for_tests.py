@@ -1,4 +1,4 @@
-"""One good row of every shape, and how to write and name files of them."""
+"""One good row of every format, and helpers to write files of rows."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -54,19 +54,19 @@ FORMATS: Mapping[str, Row] = {
 
 
 def write(path: Path, rows: Iterable[Any]) -> str:
-    """`rows` as JSONL; a string stands for a line as it is."""
+    """Write `rows` as JSONL; a string is written unchanged as a line."""
     lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return str(path)
 
 
 def numbered(count: int, **more: Any) -> list[Row]:
-    """`count` explicit text rows with prompts of their own."""
+    """Return `count` text rows with explicit, distinct prompts."""
     return [
         {"prompt": f"Question {n}? ", "chosen": f"Yes, {n}.", "rejected": f"No, {n}.", **more} for n in range(count)
     ]
 
 
 def config(*paths: Any, **options: Any) -> DataConfig:
-    """A `DataConfig` over `paths`."""
+    """Return a `DataConfig` for `paths`."""
     return DataConfig(dataset=list(paths), **options)

@@ -1,4 +1,4 @@
-"""A template that reads the clock renders the moment it was fixed to, on any day; others are left as they are."""
+"""A template that reads the clock always renders the moment it was fixed to; other templates are unchanged."""
 
 from datetime import datetime
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Decoded text comes back to the token ids of training, whatever a policy's tokenizer did to its ends."""
+"""Decoded text gets the token ids of training, whatever a policy's tokenizer did to its beginning and end."""
 
 from itertools import product
 from typing import Any
@@ -30,7 +30,7 @@ def decoded_ids(decoded: DecodedText, text: str) -> list[int]:
     return ids_of(decoded.tokenization, decoded.candidates(text))
 
 
-# half of a surrogate pair is no text, and the pad token is refused wherever it stands
+# lone surrogates are not text, and a pad token anywhere is a fault
 said = st.text(st.characters(exclude_categories=["Cs"]), max_size=20) | st.sampled_from([f"{EOS} ends {EOS} it", "<|im_end|>.", ""])  # fmt: skip
 
 
@@ -40,7 +40,7 @@ def test_a_rendering_gives_the_ids_of_its_turns(
     template: str, prompt: str, response: str, bos: bool, extra: str
 ) -> None:
     if template == NO_END:
-        response += "."  # an eos spelled last would be the policy's
+        response += "."  # a final eos would count as the policy's
     tokenization = Tokenization(small_tokenizer(chat_template=template))
     decoded = DecodedText(tokenization, as_turns=True)
     [rendered] = tokenization.texts(turns(prompt, response))
@@ -82,7 +82,7 @@ def test_a_policys_end_becomes_trainings(template: str, ends: list[str]) -> None
 
 
 def test_one_token_at_both_ends_is_not_taken_from_the_beginning() -> None:
-    """As GPT-2's, which its tokenizer puts nowhere: at the beginning it was said."""
+    """GPT-2's tokenizer never adds its token, so at the beginning it is content."""
     tokenizer: Any = small_tokenizer(chat_template=None, bos=False)
     tokenizer.bos_token = tokenizer.eos_token
     decoded = DecodedText(Tokenization(tokenizer), as_turns=False)
@@ -106,6 +106,6 @@ def test_what_cannot_be_is_refused() -> None:
 
 
 def test_a_text_of_end_of_text_tokens_takes_no_time() -> None:
-    """Half a million that do not end it: by a pattern that looks behind each of them it would take days."""
+    """The text has half a million of them, but not at its end; a regular expression that tries each would take days."""
     decoded = DecodedText(Tokenization(small_tokenizer()), as_turns=True)
     assert decoded.completed(EOS * 500_000 + "x").endswith("x<|im_end|>\n")

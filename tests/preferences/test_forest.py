@@ -1,4 +1,4 @@
-"""The prefix forest holds every sequence, each shared beginning once, and its mask is each sequence's own past."""
+"""The prefix forest holds every sequence and each shared prefix once; its mask is each sequence's own past."""
 
 import numpy as np
 from hypothesis import given
@@ -14,7 +14,7 @@ sequences = st.lists(family, min_size=1, max_size=4).map(lambda families: [s for
 
 
 def seen(forest, row, query):
-    """Columns that the mask's one line lets `query` see, in order."""
+    """Return the columns that `query` attends to under the mask, in order."""
     return [k for k in range(query + 1) if query < forest.subtree_end[row, k]]
 
 
@@ -29,7 +29,7 @@ def test_every_leaf_sees_its_own_sequence_and_nothing_else(given_sequences):
 
 @given(sequences)
 def test_every_token_sees_the_beginning_that_leads_to_it(given_sequences):
-    """Not the leaves alone: inner tokens' hidden states are what later tokens attend to."""
+    """This must hold for inner tokens too, since later tokens attend to their hidden states."""
     forest = grow(given_sequences, pad_token_id=0)
     beginnings = {tuple(s[: i + 1]) for s in given_sequences for i in range(len(s))}
     for row, query in zip(*np.nonzero(forest.input_ids), strict=True):

@@ -1,4 +1,4 @@
-"""Every shape of row is recognized by itself and read right; every fault is named, and stops or is counted."""
+"""Every row format is recognized and parsed correctly; every fault is named, and stops the run or is counted."""
 
 import json
 

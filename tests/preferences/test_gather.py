@@ -26,7 +26,7 @@ def sequences(row):
 
 
 def pairs(rows):
-    """Every win as its two token sequences, with its margin and its weight."""
+    """Return every win as its two token sequences, margin and weight."""
     return sorted(
         (sequences(row)[i], sequences(row)[j], round(margin, 3), row["weight"] / len(row["wins"]))
         for row in rows
@@ -35,7 +35,7 @@ def pairs(rows):
 
 
 def test_pairs_and_weights_are_kept_and_responses_stand_once(tmp_path):
-    """The row of weight 2 stays apart: gathered, its pair would lose weight to the others."""
+    """The row of weight 2 is not merged, since its pair would lose weight to the others."""
     apart, gathered = list(load(tmp_path).train), list(load(tmp_path, group_by_prompt=True).train)
     assert len(apart) == 4 and len(gathered) == 3
     assert pairs(gathered) == pairs(apart)

@@ -1,4 +1,4 @@
-"""The whole road: files in, two parts and an account out, with nothing lost on the way."""
+"""Loading from files to two parts and a report, which accounts for every row."""
 
 import json
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Real rows, read whole and counted: what they hold, and what is wrong with some of them."""
+"""Complete files of real rows: their counts and their faults."""
 
 import pytest
 

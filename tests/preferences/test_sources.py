@@ -1,4 +1,4 @@
-"""Rows come out the same from every kind of file, and whatever cannot be read says so."""
+"""Every kind of file yields the same rows, and unreadable data is an error."""
 
 import csv
 import gzip
@@ -26,7 +26,7 @@ ROWS = numbered(5)
 
 
 def rows_of(*entries, **options):
-    """Every good row of `entries`."""
+    """Return every good row of `entries`."""
     return [row for source in sources(entries, config(**options)) for _, row in read_rows(source)]
 
 
@@ -182,7 +182,7 @@ def test_data_sets_are_told_apart_by_name():
 
 
 def unreadable(tmp_path):
-    """What the user names -> what is said."""
+    """Data set as the user gives it -> expected message."""
     (tmp_path / "empty.jsonl").write_text("\n\n")
     (tmp_path / "empty.csv").write_text("prompt,chosen,rejected\n")
     (tmp_path / "empty.json").write_text("[]")

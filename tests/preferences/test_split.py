@@ -1,4 +1,4 @@
-"""The split is a law of the content: no prompt on both sides, whatever the order."""
+"""The split depends on content only: no prompt is on both sides, whatever the order."""
 
 import math
 import random

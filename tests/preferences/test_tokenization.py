@@ -1,4 +1,4 @@
-"""Token ids are TRL's own; the over-long rule cuts one slice from the prompt and nothing else."""
+"""Token ids equal TRL's; the over-long rule cuts one slice from the prompt and nothing else."""
 
 import json
 from types import SimpleNamespace
