@@ -160,10 +160,7 @@ def check_adapter_files(folder: Path) -> Iterator[Check]:
 
 
 def check_rotation(manifest: Manifest, base: str | None, trust_remote_code: bool = False) -> Iterator[Check]:
-    """Check that the base's own configuration rotates a single sequence as training pinned it.
-
-    PEFT loads the base with that configuration.
-    """
+    """Check that the base's own configuration, which PEFT loads, rotates a single sequence as in training."""
     length = manifest.contract.rotary_length
     if length is None:
         return

@@ -18,8 +18,8 @@ from qlora_rm.backbone.precision import BLOCK, NESTED_BLOCK
 from qlora_rm.merging import kernel
 
 PIECE = 1 << 20
-"""Weights processed at a time, a multiple of `BLOCK`: few enough for the cache, and enough that threads spend little of their
-time under Python's lock."""
+"""Weights processed at a time, a multiple of `BLOCK`: few enough for the cache, and enough that threads rarely wait for
+Python's lock."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Rounded:
         return self.weight.numel()
 
     def values(self, start: int, stop: int) -> Tensor:
-        """Values `start` to `stop`, fp32; `start` is a multiple of the block."""
+        """Return values `start` to `stop`, fp32. `start` is a multiple of the block."""
         assert start % BLOCK == 0, start
         piece = _numbers(self.weight[start:stop], self.dtype)
         scales, stored = (s[start // BLOCK : -(-stop // BLOCK)] for s in (self.scales, self.stored))
@@ -86,7 +86,7 @@ class Packed:
         return cls(codes, scales.float(), dtype, state.blocksize, state.quant_type, state.shape.numel())
 
     def values(self, start: int, stop: int) -> Tensor:
-        """Values `start` to `stop`, fp32; `start` is a multiple of the block."""
+        """Return values `start` to `stop`, fp32. `start` is a multiple of the block."""
         assert start % self.block == 0, start
         state = F.QuantState(
             absmax=self.scales[start // self.block : -(-stop // self.block)],

@@ -147,7 +147,7 @@ def test_any_damage_leads_to_the_checkpoint_before(
 def test_the_average_loss_after_a_kill(
     forks: Forks, flags: Callable[..., list[str]], through: Path, tmp_path: Path, at: int
 ) -> None:
-    """Kills between log lines, at one, and at a save. The loss per step is about 0.7, so an average such as 671 would be seen."""
+    """Kills between log lines, at one, and at a save. Steps lose about 0.7, so a wrong average such as 671 would be seen."""
     out = tmp_path / "out"
     ended = forks.run(flags(out), end_at=["training_step", at])
     assert ended.status == 143, ended.said
