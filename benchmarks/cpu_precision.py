@@ -1,9 +1,9 @@
 """python -m benchmarks.cpu_precision [--comparisons 16]
 
-Seconds of the same training steps on this CPU in fp32, the default, and in bf16 (`--bf16 true`): real HH-RLHF rows, or
-generated ones where there are none, a random Llama of 109 M weights in NF4 with LoRA r=16, prompts shared, no checkpointing,
-micro-batches of 8. Both sides run in one process in turn; each side's best run counts. The result goes to
-benchmarks/results/cpu_precision.json.
+Time the same training steps on this CPU in fp32, the default, and in bf16 (`--bf16 true`). Rows are real HH-RLHF rows, or
+generated ones where there are none. The model is a random Llama of 109 M weights in NF4 with LoRA r=16, prompts shared, no
+checkpointing, micro-batches of 8. Both sides run alternately in one process, and the best run of each side counts. The result
+goes to benchmarks/results/cpu_precision.json.
 """
 
 import argparse
@@ -26,11 +26,11 @@ from qlora_rm.training.objective import Objective
 from qlora_rm.training.trainer import PreferenceTrainer
 
 UNITS = ("amx_bf16", "avx512_bf16")
-"""What /proc/cpuinfo calls a CPU's bf16 units."""
+"""Names of bf16 units in /proc/cpuinfo."""
 
 
 def seconds(bench: Bench, rows: Dataset, precision: str) -> float:
-    """Time of one epoch over `rows`, without loading."""
+    """Time one epoch over `rows`, without loading."""
     torch.manual_seed(0)
     config = BackboneConfig(model_name_or_path=bench.folder)
     model = attach_adapter(load_backbone(config, bench.tokenizer, DTYPES[precision]), AdapterConfig())

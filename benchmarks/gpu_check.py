@@ -1,10 +1,10 @@
 """python -m benchmarks.gpu_check [--cpu] [--only PART ...] [--output FILE] [--seconds N]
 
-What only a GPU can show, in one process and under eight minutes: packed passes against plain ones, 4-bit experts against
-their dequantized selves, a run saved and resumed, one artefact on both kinds of device, the plan's memory against the
-allocator's peak, and the demo by its own commands. `make test-gpu` runs this and fails where a part fails.
+Check what only a GPU can show, in one process and under eight minutes. The parts compare packed passes with plain ones, 4-bit
+experts with dequantized ones, a resumed run with an uninterrupted one, one artifact on both kinds of device, and the plan's
+memory with the allocator's peak. The last part runs the demo's commands. `make test-gpu` runs this and fails if a part fails.
 
-The report is written after every part. Without a GPU nothing runs, unless --cpu asks for the same code on small shapes.
+The report is written after every part. Without a GPU nothing runs, unless --cpu requests the same code on small shapes.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from qlora_rm.libraries import quiet_libraries
 
 RESULTS = ROOT / "benchmarks" / "results"
 BUDGET = 460.0
-"""Seconds for all parts, so that with the imports they stay under eight minutes."""
+"""Seconds for all parts. With the imports, they stay under eight minutes."""
 
 PARTS = [
     Part("packed", 130, packed),
@@ -36,11 +36,11 @@ PARTS = [
     Part("memory", 50, memory),
     Part("demo", 160, demo),
 ]
-"""With the seconds each takes on a GPU: estimates, from the times of single steps on an H200. What lasts longest comes last."""
+"""Each part with its seconds on a GPU, estimated from single steps on an H200. The longest part is last."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns 0 where every part that applies here passed, and where there is no GPU to check; 1 where one failed."""
+    """Return 0 if every applicable part passed or there is no GPU to check, and 1 if one failed."""
     quiet_libraries()
     disable_progress_bar()
     options = _options(argv)

@@ -1,14 +1,13 @@
 """python -m benchmarks.memory [NAME ...]
 
-The memory that `qlora_rm.planning` predicts for a training step, beside what a real run of the train door takes: NF4
-weights, real adapters, two optimizer steps, fp32 on one CPU thread, each setting in a process forked off one that has done
-nothing but its imports. Results go to
-benchmarks/results/memory_cpu.json, and from there into docs/scale.md.
+Compare the memory that `qlora_rm.planning` predicts for a training step with a real run of `qlora_rm.train`: NF4 weights, real
+adapters, two optimizer steps, fp32 on one CPU thread. Each setting runs in a process forked from one that has only done its
+imports. Results go to benchmarks/results/memory_cpu.json, and from there into docs/scale.md.
 
-What is measured is the growth of the resident set (VmHWM of /proc/self/status, less RssFile: pages of libraries and of
-the checkpoint, which are files' and which the kernel takes back) over what the process holds once everything is
-imported: the high-water mark of loading, and, reset when training begins, that of the two steps. The allocator is told to
-give freed memory back (MALLOC_*), or an earlier peak would still be resident in a later one.
+The measurement is the growth of the resident set over its size after all imports: VmHWM of /proc/self/status, less RssFile.
+RssFile counts pages of libraries and of the checkpoint, which belong to files and which the kernel can reclaim. There are two
+high-water marks: one of loading and, reset when training begins, one of the two steps. The allocator must return freed memory
+(MALLOC_*), or an earlier peak would still be resident in a later one.
 """
 
 import json
@@ -54,7 +53,7 @@ VOCABULARY, CONTEXT = 16_000, 4096
 
 @dataclass(frozen=True)
 class Run:
-    """One setting of the train door; sequences of `length` tokens, of which pairs share `prompt`."""
+    """One setting of a training run. Sequences have `length` tokens, and pairs share `prompt` of them."""
 
     shape: str
     length: int
@@ -81,7 +80,7 @@ RUNS = {
 
 
 def predict(run: Run, folder: str) -> Memory:
-    """The plan's terms for this setting."""
+    """Return the plan's terms for this setting."""
     adapter = AdapterConfig(lora_r=run.lora_r)
     model = build(read_model_config(folder), BackboneConfig(), adapter, torch.float32)
     weights = weigh(model, torch.float32)
@@ -97,8 +96,10 @@ def predict(run: Run, folder: str) -> Memory:
 
 
 def measure(run: Run, folder: str, rows: str) -> dict[str, float]:
-    """The train door, with gauges where training begins and where it has ended: peaks of loading and of training, MB
-    over what is resident before. To be called in a process that has done nothing but its imports."""
+    """Run the training command and return peaks of loading and of training, in MB over what was resident before.
+
+    Call it in a process that has only done its imports.
+    """
     before, peaks, begin = reset_peak_memory() - of_files(), {}, EngineCheck.on_train_begin
 
     def on_train_begin(self: EngineCheck, *args: Any, **kwargs: Any) -> None:
@@ -123,13 +124,13 @@ def measure(run: Run, folder: str, rows: str) -> dict[str, float]:
 
 
 def of_files() -> float:
-    """MB of the resident set that are pages of files."""
+    """Return the MB of the resident set that are pages of files."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("RssFile"))
 
 
 def in_a_process_of_its_own(function: Callable[..., T], *args: Any) -> T:
-    """Its result; forked, so that it starts with everything imported."""
+    """Return the result of `function`, run in a forked process, which starts with everything imported."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
     process = context.Process(target=lambda: theirs.send(function(*args)))
@@ -155,7 +156,7 @@ def make_backbone(folder: Path, shape: str) -> str:
 
 
 def make_rows(path: Path, run: Run) -> str:
-    """Pairs of token ids; of plain batches the rejected response is shorter, so that there is padding."""
+    """Write pairs of token ids. In plain batches the rejected response is shorter, so that there is padding."""
     rows = []
     for i in range(2 * run.pairs * run.accumulation):
         prompt = [300 + (i * 7 + k) % 200 for k in range(run.prompt)]
@@ -169,7 +170,7 @@ def make_rows(path: Path, run: Run) -> str:
 
 
 def check(run: Run) -> dict[str, Any]:
-    """Prediction and measurement, MB; to be called in a process that has done nothing but its imports."""
+    """Return prediction and measurement, in MB. Call it in a process that has only done its imports."""
     with tempfile.TemporaryDirectory(prefix="qlora_rm_memory_") as scratch:
         folder = in_a_process_of_its_own(make_backbone, Path(scratch) / "backbone", run.shape)
         rows = make_rows(Path(scratch) / "rows.jsonl", run)

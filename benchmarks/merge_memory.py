@@ -1,16 +1,16 @@
-"""Peak memory and speed of a merge, on backbones of 2 GB and 6 GB made on the spot.
+"""Measure peak memory and speed of a merge, on backbones of 2 GB and 6 GB made on the spot.
 
     python -m benchmarks.merge_memory            both, into benchmarks/results/merge_memory.json
     python -m benchmarks.merge_memory --layers 1 one of your own depth, printed
 
-The shapes are a 7B Llama's in bf16, at 4 and 14 layers, the adapter is LoRA r=16 on all linear layers. Each merge is a process
-of its own: NF4 with double quantization and back for every linear layer, the adapter added in fp32, bf16 written and
-synced. Beside it `cp` of the base's files, synced as well. Peak is VmHWM, Linux' own mark of the most memory that was
-resident, libraries and all; the proof of the scores, which needs a forward pass, is not part of it.
+The shapes are a 7B Llama's in bf16, at 4 and 14 layers. The adapter is LoRA r=16 on all linear layers. Each merge is a separate
+process: it quantizes every linear layer to NF4 with double quantization and dequantizes it, adds the adapter in fp32, and writes
+and syncs bf16. It is compared with `cp` of the base's files, also synced. Peak memory is VmHWM, Linux' mark of the most resident
+memory, including libraries. The proof of the scores needs a forward pass and is not included.
 
-Just before either side begins, a file of the base's size is written and deleted. A virtual machine gives memory that
-was free for some seconds back to its host, and every page of it costs a fault to the host when it is written again: on
-one such machine the same `cp` took 1.0 s on memory just freed and 5.4 s on memory free for longer.
+Just before each side begins, a file of the base's size is written and deleted. A virtual machine returns memory that was free for
+some seconds to its host, and every page of it faults to the host when it is written again. On one such machine, the same `cp`
+took 1.0 s on memory just freed and 5.4 s on memory free for longer.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def shape(layers: int, **more: int) -> LlamaConfig:
 
 
 def make(folder: Path, layers: int) -> None:
-    """A base with random weights in `folder/base`, an adapter with a head in `folder/adapter`."""
+    """Write a base with random weights to `folder/base`, and an adapter with a head to `folder/adapter`."""
     config = shape(layers)
     with torch.device("meta"):
         names = LlamaForCausalLM(config).state_dict()
@@ -79,7 +79,7 @@ def _random(pool: torch.Tensor, numel: int) -> Iterator[torch.Tensor]:
 
 
 def merge(base: str, adapter: str, output: str) -> None:
-    """What the measured process does."""
+    """Merge and print the measurements. This runs in the measured process."""
     _warm(Path(output), size_of(model_files(base)))
     before = _high_water()
     source = Source(adapter, base, None, "4bit", torch.bfloat16, dequantized=True, pad=0, tokens=32000)
@@ -91,7 +91,7 @@ def merge(base: str, adapter: str, output: str) -> None:
 
 
 def _warm(folder: Path, nbytes: int) -> None:
-    """Take so many bytes of the page cache, and give them back."""
+    """Occupy `nbytes` of the page cache and release them."""
     piece = bytes(1 << 22)
     with (folder / "warm").open("wb", buffering=0) as file:
         for _ in range(0, nbytes, len(piece)):
@@ -181,7 +181,7 @@ def main() -> None:
             "processor": platform.machine(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
-            "load_average": os.getloadavg()[1],  # beyond the number of cores the seconds are others' too
+            "load_average": os.getloadavg()[1],  # above the number of cores, other work inflates the seconds
             "torch": torch.__version__,
         }
         RESULT.write_text(json.dumps({"machine": machine, "backbones": results}, indent=1) + "\n", encoding="utf-8")

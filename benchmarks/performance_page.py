@@ -1,4 +1,4 @@
-"""docs/performance.md and its plot, from the committed results; `qlora-rm bench` ends by calling it."""
+"""Write docs/performance.md and its plot from the committed results. `qlora-rm bench` calls this at its end."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ TITLES = {
 
 
 def write_page() -> None:
-    """Everything that has a result; a benchmark not yet run is left out."""
+    """Write the page from all results. A benchmark that has not run is left out."""
     found = {
         path.stem.removeprefix("prefix_sharing_"): json.loads(path.read_text())
         for path in RESULTS.glob("prefix_sharing_*.json")

@@ -1,20 +1,20 @@
 """qlora-rm bench [hh|finegrained|oasst|zh|short|sweep ...]
 
-Pairs per second of this trainer against TRL's RewardTrainer, and against itself with sharing off; both sides in one
-process, on the same pairs, with the same 4-bit backbone and LoRA shape, fp32. Ratios go to benchmarks/results/ as JSON,
+Compare pairs per second of this trainer with TRL's RewardTrainer, and with itself without sharing. Both sides run in one
+process, on the same pairs, with the same 4-bit backbone and LoRA shape, in fp32. Ratios go to benchmarks/results/ as JSON,
 and from there into docs/performance.md.
 
     trl             RewardTrainer at its defaults: random order, gradient checkpointing, padded batches
     trl best        the same grouped by length, without checkpointing
     plain           this trainer, padded batches, without checkpointing
     packed          this trainer, padding removed, nothing shared, without checkpointing
-    shared          this trainer, each shared beginning once, without checkpointing
-    shared default  the same at its defaults, that is with checkpointing
+    shared          this trainer, each shared prefix once, without checkpointing
+    shared default  the same at its defaults, so with checkpointing
     bare            forward and backward of as many tokens as `shared` holds, as dense causal sequences
 
-`trl best` keeps unused columns: TRL drops the column of lengths and then cannot group by it.
+`trl best` keeps unused columns, because TRL drops the column of lengths and then cannot group by it.
 
-TRL casts adapters to bf16, which a CPU multiplies slowly; its runs here keep fp32 adapters, to its advantage.
+TRL casts adapters to bf16, which a CPU multiplies slowly. Its runs here keep fp32 adapters, to its advantage.
 """
 
 import ctypes
@@ -59,21 +59,21 @@ MAX_LENGTH = 1024
 
 @dataclass(frozen=True)
 class Bench:
-    """A backbone on disk, the tokenizer its rows are read with, and how many comparisons make a micro-batch."""
+    """A backbone on disk, the tokenizer for its rows, and the number of comparisons in a micro-batch."""
 
     folder: str
     tokenizer: PreTrainedTokenizerBase
     batch: int
 
     def model(self, share_prefix: str = "true") -> Any:
-        """A fresh copy of backbone and adapter: the same weights every time."""
+        """Return a fresh copy of backbone and adapter, with the same weights every time."""
         config = BackboneConfig(model_name_or_path=self.folder, share_prefix=share_prefix)  # type: ignore[arg-type]
         torch.manual_seed(0)
         return attach_adapter(load_backbone(config, self.tokenizer, torch.float32), AdapterConfig())
 
 
 def make_bench(folder: Path, hidden: int, layers: int, texts: Sequence[str], batch: int) -> Bench:
-    """A random Llama of `hidden` width; the tokenizer is trained on the rows themselves, 32k entries at most."""
+    """Make a random Llama of width `hidden`. The tokenizer is trained on the rows themselves, with at most 32k entries."""
     tokenizer = tokenizer_of(texts, 32_000)
     shape = {"hidden_size": hidden, "intermediate_size": hidden * 8 // 3 // 64 * 64, "num_hidden_layers": layers}
     heads = {"num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 64, "max_position_embeddings": 8192}
@@ -118,7 +118,7 @@ def ours(bench: Bench, rows: Dataset, share_prefix: str, **changes: Any) -> Call
 
 
 def packed(bench: Bench, rows: Dataset) -> Callable[[], None]:
-    """Padding removed and nothing shared: every sequence a tree of its own."""
+    """Prepare a run without padding and without sharing: every sequence is its own tree."""
     train = ours(bench, rows, "true", gradient_checkpointing=False)
 
     def run() -> None:
@@ -132,8 +132,10 @@ def packed(bench: Bench, rows: Dataset) -> Callable[[], None]:
 
 
 def bare(bench: Bench, rows: Dataset) -> Callable[[], None]:
-    """As many tokens as the forests of the same micro-batches hold, in one dense causal sequence each; no padding, no
-    sharing, no data, no loss to speak of. Optimizer steps included."""
+    """Prepare a run over one dense causal sequence per micro-batch, with as many tokens as the micro-batch's forest.
+
+    It has no padding, no sharing, no data and only a trivial loss. Optimizer steps are included.
+    """
     model = bench.model("false").train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     trainer = PreferenceTrainer(
@@ -167,7 +169,7 @@ SIDES: dict[str, Callable[[Bench, Dataset], Callable[[], None]]] = {
 
 
 def measure(bench: Bench, rows: Dataset, sides: Sequence[str], repeats: int = 1) -> dict[str, Any]:
-    """Seconds (the best of `repeats`, sides taken in turn) and peak memory growth of each side; one warm-up first."""
+    """Measure each side's seconds (best of `repeats`, with sides alternating) and peak memory growth, after one warm-up."""
     best: dict[str, dict[str, float]] = {}
     ours(bench, rows.select(range(2)), "true", gradient_checkpointing=False)()
     for _ in range(repeats):
@@ -187,9 +189,9 @@ def measure(bench: Bench, rows: Dataset, sides: Sequence[str], repeats: int = 1)
 
 
 def reset_peak_memory() -> float:
-    """Start a new high-water mark of the resident set; returns what is resident now, MB."""
+    """Reset the high-water mark of the resident set. Return its current size in MB."""
     gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what an earlier side freed would hide what this one takes
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # memory freed by an earlier side would hide this side's growth
     Path("/proc/self/clear_refs").write_text("5")
     return peak_memory()
 
@@ -204,7 +206,7 @@ def peak_memory() -> float:
 
 
 def real_rows(bench: Bench, name: str, count: int, folder: Path) -> Dataset:
-    """A seeded choice of `count` comparisons with a winner, over-long ones left out as TRL leaves them out."""
+    """Choose `count` comparisons with a winner, seeded. Over-long ones are left out, as TRL does."""
     config = DataConfig(on_bad_row="skip", over_long="drop")
     dataset, _ = load_comparisons(
         [str(REAL_DATA[name](DATA, folder))], config, Tokenization(bench.tokenizer, MAX_LENGTH, "drop")
@@ -214,7 +216,7 @@ def real_rows(bench: Bench, name: str, count: int, folder: Path) -> Dataset:
 
 
 def made_rows(count: int, length: int, share: float, k: int) -> Dataset:
-    """Comparisons of k responses whose sequences are `length` tokens, `share` of them prompt; the first one wins."""
+    """Make comparisons of k responses. Sequences have `length` tokens, of which `share` is prompt. The first response wins."""
     draw, rows = random.Random(0), []
     prompt, ending = int(length * share), length - int(length * share)
     for _ in range(count):
@@ -227,7 +229,7 @@ def made_rows(count: int, length: int, share: float, k: int) -> Dataset:
 
 
 def score_difference(bench: Bench, rows: Dataset) -> float:
-    """Largest difference between packed scores and those of a padded batch."""
+    """Return the largest difference between packed scores and those of a padded batch."""
     model = bench.model("true")
     sequences = [row["prompt_ids"] + ids for row in rows for ids in row["response_ids"]]
     pad = bench.tokenizer.pad_token_id
@@ -264,7 +266,7 @@ def _texts(path: Path) -> list[Any]:
 
 
 def run_short(scratch: Path) -> dict[str, Any]:
-    """Where sharing cannot help: prompts of 4 tokens before responses of 250."""
+    """Measure a case where sharing cannot help: prompts of 4 tokens before responses of 250."""
     bench = make_bench(scratch / "backbone_short", 512, 8, ["short"], 8)
     rows = made_rows(32, 254, 4 / 254, 2)
     print("short prompts: 4 of 254 tokens", flush=True)
@@ -272,7 +274,7 @@ def run_short(scratch: Path) -> dict[str, Any]:
 
 
 def run_sweep(scratch: Path) -> list[dict[str, Any]]:
-    """How the gain grows with the prompt's share, with K, and with length."""
+    """Measure how the gain grows with the prompt's share, with K, and with length."""
     bench = make_bench(scratch / "backbone_sweep", 256, 4, ["sweep"], 4)
     points = [{"share": s, "k": 2, "length": 512} for s in (0, 0.25, 0.5, 0.75, 0.9, 0.95)]
     points += [{"share": 0.75, "k": k, "length": 512} for k in (4, 8, 16)]

@@ -1,7 +1,7 @@
 """python -m benchmarks.scale_page [plan [SIZE ...]]
 
-docs/scale.md from benchmarks/results/scale.json and memory_cpu.json; with `plan`, scale.json is computed first, by the
-planner itself (minutes; no weights, no card), for all backbones or those named.
+Write docs/scale.md from benchmarks/results/scale.json and memory_cpu.json. With `plan`, the planner first computes scale.json,
+for all backbones or those named. That takes minutes, but no weights and no GPU.
 """
 
 import json
@@ -37,7 +37,7 @@ def planner(size: str, share_prefix: str = "auto") -> Planner:
 
 
 def plan(size: str) -> dict[str, Any]:
-    """Everything the page says of one backbone; sizes in bytes."""
+    """Return all figures of one backbone for the page. Sizes are in bytes."""
     shared, padded = planner(size), planner(size, "false")
     activations = {
         f"{name}, {'checkpointed' if checkpointing else 'all kept'}": vars(
@@ -64,7 +64,7 @@ def plan(size: str) -> dict[str, Any]:
 
 
 def render(scale: dict[str, Any], measured: dict[str, Any]) -> str:
-    """The page."""
+    """Return the page's text."""
     runs = measured["runs"].values()
     ratios = [run["predicted"] / run["measured"]["training"] for run in runs]
     parts = [

@@ -1,17 +1,18 @@
 """python -m benchmarks.serving
 
-What batching requests gains: the same responses scored one after the other and by 64 clients at once, over loopback,
-through `qlora-rm serve` as a user starts it; a random Llama in NF4 with a LoRA adapter, fp32, one thread. Every answer is
-compared with the offline score of its own text. Ratios go to benchmarks/results/serving.json and into docs/performance.md.
+Measure the gain from batching requests. The same responses are scored one after the other and by 64 clients at once, over
+loopback, through `qlora-rm serve` as a user starts it. The model is a random Llama in NF4 with a LoRA adapter, fp32, one thread.
+Every answer is compared with the offline score of its own text. Ratios go to benchmarks/results/serving.json and into
+docs/performance.md.
 
-    offline one by one   each response a forward pass of its own, no server
+    offline one by one   a separate forward pass for each response, no server
     offline together     every response at once, as `qlora-rm score` does
-    server one by one    one client, one response a request
+    server one by one    one client, one response per request
     groups               64 clients; a request is a prompt with its responses (/score)
     samples              64 clients; a request is one response's text (/get_reward), as OpenRLHF sends them
 
-Server and clients share the machine's cores. Beside seconds by the clock stand those of the CPU that scores (the server's, or
-offline this process's), which do not depend on what else the machine does.
+Server and clients share the machine's cores. Besides wall-clock seconds, the results give CPU seconds of the scoring process (the
+server or, offline, this process), which do not depend on other work on the machine.
 """
 
 import asyncio
@@ -48,7 +49,7 @@ TIMEOUT = 600
 
 @dataclass(frozen=True)
 class Work:
-    """A prompt, its responses, each as decoded text, and the scores they have offline."""
+    """A prompt, its responses, their decoded texts, and their offline scores."""
 
     prompt: str
     responses: list[str]
@@ -57,7 +58,7 @@ class Work:
 
 
 def make_work(model: RewardModel) -> list[Work]:
-    """Prompts of 20 to 120 words with 1 to 8 responses of 5 to 30, most often 4; seeded."""
+    """Make prompts of 20 to 120 words with 1 to 8 responses of 5 to 30 words, most often 4 responses. Seeded."""
     draw = random.Random(0)
 
     def words(least: int, most: int) -> str:
@@ -75,7 +76,7 @@ def make_work(model: RewardModel) -> list[Work]:
 
 
 class Server:
-    """The door as a process of its own."""
+    """`qlora-rm serve` in its own process."""
 
     def __init__(self, folder: Path, log: Path) -> None:
         self.log = log
@@ -89,7 +90,7 @@ class Server:
         self.url = found[1]
 
     def metrics(self) -> dict[str, float]:
-        """Those without labels."""
+        """Return the metrics without labels."""
         lines = httpx2.get(f"{self.url}/metrics", timeout=TIMEOUT).text.splitlines()
         return {
             name: float(value) for name, value in (line.split() for line in lines if line[0] != "#" and "{" not in line)
@@ -102,7 +103,7 @@ class Server:
 
 @dataclass
 class Answers:
-    """What the clients of one round saw: seconds of each request, and the largest distance from the offline scores."""
+    """The answers to one round's clients: seconds of each request, and the largest difference from the offline scores."""
 
     seconds: list[float]
     largest: float = 0.0
@@ -138,7 +139,7 @@ def sample(work: Work, index: int) -> Ask:
 
 
 async def by_clients(url: str, asks: list[Ask], clients: int) -> Answers:
-    """`clients` at once, each taking the next request when it has its answer."""
+    """Run `clients` clients at once. Each takes the next request when it has its answer."""
     answers, waiting = Answers([]), iter(asks)
     limits = httpx2.Limits(max_connections=clients, max_keepalive_connections=clients)
     async with httpx2.AsyncClient(base_url=url, limits=limits, timeout=TIMEOUT) as client:
@@ -152,7 +153,7 @@ async def by_clients(url: str, asks: list[Ask], clients: int) -> Answers:
 
 
 def measure(server: Server, model: RewardModel, work: list[Work]) -> dict[str, Any]:
-    """Each side's best round by CPU seconds; sides are taken in turn, so that none has a quieter machine."""
+    """Return each side's best round by CPU seconds. Sides alternate, so that none has a quieter machine."""
     sequences = [
         ids for one in work for text in one.texts for ids in model.tokenization.encode([text], add_special_tokens=False)
     ]
@@ -219,7 +220,7 @@ def measure(server: Server, model: RewardModel, work: list[Work]) -> dict[str, A
 
 
 def main() -> int:
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the server
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the server
     torch.set_num_threads(1)
     scratch = Path(tempfile.mkdtemp(prefix="qlora_rm_serving_"))
     try:

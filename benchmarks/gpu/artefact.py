@@ -1,8 +1,8 @@
-"""One trained artefact: merged and verified on this device, and scored by the CPU in fp32 and by the GPU in bf16.
+"""Merge and verify one trained artifact on this device, and score it by the CPU in fp32 and by the GPU in bf16.
 
     python -m benchmarks.gpu.artefact FOLDER PRECISION
 
-prints the golden scores of a folder as JSON; run where the GPU is hidden, it computes on the CPU.
+prints the golden scores of a folder as JSON. With the GPU hidden, it computes on the CPU.
 """
 
 import json
@@ -25,7 +25,7 @@ Precision = Literal["bf16", "fp32"]
 
 
 def artefact(setting: Setting, finding: Finding) -> None:
-    """Of the run of `resume`."""
+    """Check the artifact of the run in `resume`."""
     finding.tolerance = "verify's own checks; golden scores as the manifest allows them for the dtypes in play"
     adapter = trained(setting)
     folders = {"adapter": adapter}
@@ -44,7 +44,7 @@ def artefact(setting: Setting, finding: Finding) -> None:
 
 
 def _compare(setting: Setting, finding: Finding, name: str, folder: Path) -> None:
-    """CPU fp32 against GPU bf16 (and GPU fp32), each proven against the golden scores by the manifest's own tolerance."""
+    """Compare CPU fp32 with GPU bf16 and GPU fp32. Each must give the golden scores within the manifest's tolerance."""
     sides = {
         "cpu fp32": on_the_cpu(setting, folder, "fp32"),
         f"{setting.device} bf16": golden_scores(folder, "bf16"),
@@ -62,7 +62,7 @@ def _compare(setting: Setting, finding: Finding, name: str, folder: Path) -> Non
 
 
 def golden_scores(folder: Path, precision: Precision) -> dict[str, Any]:
-    """Golden sequences scored here, and whether that proves the model."""
+    """Score the golden sequences here, and return the scores and whether they prove the model."""
     free()
     model = RewardModel.load(str(folder), precision=precision)
     assert model.manifest is not None
@@ -77,7 +77,7 @@ def golden_scores(folder: Path, precision: Precision) -> dict[str, Any]:
 
 
 def on_the_cpu(setting: Setting, folder: Path, precision: Precision) -> dict[str, Any]:
-    """The same computed by the CPU, in a process that sees no GPU where this one does."""
+    """Compute golden scores on the CPU, in a separate process without a GPU where this one has one."""
     if not setting.on_gpu:
         return golden_scores(folder, precision)
     command = [sys.executable, "-m", "benchmarks.gpu.artefact", str(folder), precision]

@@ -1,4 +1,4 @@
-"""The demo, by the commands a user types: data, backbone, training, evaluation, merge, verify, score."""
+"""Run the demo with the commands that a user types: data, backbone, training, evaluation, merge, verify, score."""
 
 import json
 import os
@@ -18,7 +18,7 @@ SCRIPTS = {
 
 
 def demo(setting: Setting, finding: Finding) -> None:
-    """In a folder of its own, which sees the checkout's recipe and scripts."""
+    """Run the demo in a separate folder, with links to the checkout's recipes and package."""
     finding.tolerance = f"every command ends with status 0; held-out accuracy at least {LEAST:g}"
     folder = setting.scratch / "demo"
     folder.mkdir()
@@ -63,8 +63,10 @@ ENGINE = re.compile(r"^engine: (.*)")
 
 
 def scripts(folder: Path) -> Path:
-    """The commands that the demo starts, for a host where libraries were put on the path without their scripts; they stand
-    last on it."""
+    """Write the commands that the demo starts, for a host whose libraries are on the path without their scripts.
+
+    The folder goes last on the path.
+    """
     folder.mkdir()
     for name, line in SCRIPTS.items():
         script = folder / name

@@ -1,4 +1,4 @@
-"""Fused experts in 4 bit against the same weights dequantized, which transformers' and PEFT's own code computes."""
+"""Compare fused 4-bit experts with the same weights dequantized, which transformers' and PEFT's own code computes."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ ARCHITECTURES = ("mixtral", "gpt_oss")
 
 
 def experts(setting: Setting, finding: Finding) -> None:
-    """Scores and gradients, adapters on the experts included."""
+    """Compare scores and gradients, including adapters on the experts."""
     finding.tolerance = (
         f"relative L2 distance; fp32: scores {EXACT['scores']:g}, gradients {EXACT['gradients']:g}; bf16: 4-bit bf16 to "
         f"dequantized fp32, {TIMES:g} times the measured distance of dequantized bf16 to dequantized fp32"
@@ -64,8 +64,8 @@ def _backbone(setting: Setting, architecture: str, dtype: torch.dtype) -> Backbo
 
 
 def dequantized(setting: Setting, architecture: str, folder: Path) -> nn.Module:
-    """The backbone with plain fp32 weights of the same values on the device, and the adapter of `folder` as PEFT puts it
-    there."""
+    """Return the backbone with plain fp32 weights of the same values on the device, with the adapter of `folder` as PEFT
+    attaches it."""
     base = _backbone(setting, architecture, torch.float32).model
     dequantize(base)
     nn.Module.to(base, setting.device)

@@ -1,4 +1,4 @@
-"""What `plan` predicts for a training step on this GPU, beside the allocator's peak."""
+"""Compare the memory that `plan` predicts for a training step on this GPU with the allocator's peak."""
 
 from functools import partial
 from pathlib import Path
@@ -29,12 +29,12 @@ SHAPE = {
 LENGTH, PROMPT = 1024, 512
 PAIRS = (4, 12)
 UNDER, OVER = 0.95, 1.2
-"""Bounds of predicted / measured. Too little lets a run die; too much wastes the GPU."""
+"""Bounds of predicted / measured. Too low a prediction lets a run fail; too high a prediction wastes the GPU."""
 REPORTED_ONLY = "not checkpointed: predicted too high by a known fault, so that only a prediction too low fails"
 
 
 def memory(setting: Setting, finding: Finding) -> None:
-    """Peaks of two training steps, checkpointed and not, for two micro-batches; and from those, bytes a token."""
+    """Measure peaks of two training steps, checkpointed and not, for two micro-batches. From those, compute MB per token."""
     finding.tolerance = f"predicted / measured from {UNDER:g} to {OVER:g}; {REPORTED_ONLY}"
     if not setting.on_gpu:
         raise Skipped("`python -m benchmarks.memory` holds the plan against the memory of a CPU process")
@@ -81,13 +81,13 @@ def plan(folder: str) -> Planner:
 
 
 def predict(planner: Planner, pairs: int, checkpointing: bool) -> float:
-    """MB of what the allocator hands out: without the context of CUDA and what is lost between blocks."""
+    """Predict the MB that the allocator hands out, without the CUDA context and fragmentation."""
     terms = planner.memory(Planned("single", 1, pairs, 1, checkpointing), card_at_hand(1))
     return (terms.total - terms.runtime) / 1e6
 
 
 def measure(folder: str, pairs: int, checkpointing: bool) -> float:
-    """MB at the allocator's peak in two steps of the trainer, the first of which also probes and compiles."""
+    """Return the allocator's peak in MB over two steps of the trainer. The first step also probes and compiles."""
     free()
     before = torch.cuda.memory_allocated()
     words = AutoTokenizer.from_pretrained(folder)
@@ -107,7 +107,7 @@ def measure(folder: str, pairs: int, checkpointing: bool) -> float:
 
 
 def rows(count: int) -> Dataset:
-    """Pairs of the full length, whose first tokens differ so that comparisons share nothing."""
+    """Make pairs of the full length. Their first tokens differ, so that comparisons share nothing."""
     made: list[dict[str, Any]] = []
     for i in range(count):
         draw = torch.Generator().manual_seed(i)
@@ -121,5 +121,5 @@ def rows(count: int) -> Dataset:
 
 
 def tokens(pairs: int) -> int:
-    """Distinct ones of so many pairs."""
+    """Return the number of distinct tokens of `pairs` pairs."""
     return pairs * (2 * LENGTH - PROMPT)

@@ -1,4 +1,4 @@
-"""Random backbones of the architectures that are compared, made on the spot, and a tokenizer for them."""
+"""Make random backbones of the architectures that are compared, and a tokenizer for them."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +14,11 @@ from qlora_rm.preferences.comparison import Message
 
 @dataclass(frozen=True)
 class Size:
-    """Shape of the backbones and of the sequences they are compared on.
+    """Shape of the backbones and of the sequences on which they are compared.
 
     Attributes:
-        window: of sliding attention; shorter than a prompt.
-        prompt: tokens that the responses to one prompt share.
+        window: window of sliding attention, shorter than a prompt.
+        prompt: number of tokens that the responses to one prompt share.
     """
 
     hidden: int
@@ -37,7 +37,7 @@ def size_of(setting: Setting) -> Size:
 
 
 def configs(size: Size) -> dict[str, t.PretrainedConfig]:
-    """A configuration by architecture; gemma3 and gpt_oss mix layers with a window and layers without."""
+    """Return a configuration per architecture. gemma3 and gpt_oss mix layers with and without a window."""
     heads = 4
     shape: dict[str, Any] = {
         "hidden_size": size.hidden, "intermediate_size": 2 * size.hidden, "num_hidden_layers": size.layers,
@@ -57,21 +57,21 @@ def configs(size: Size) -> dict[str, t.PretrainedConfig]:
 
 
 def checkpoint(setting: Setting, architecture: str) -> str:
-    """Folder of such a language model in bf16, with random weights that let masks and experts matter; made once."""
+    """Return the folder of such a language model in bf16, made once. Its random weights make masks and experts matter."""
     folder = setting.scratch / architecture
     if not (folder / "config.json").exists():
         torch.manual_seed(0)
         size = size_of(setting)
         model = t.AutoModelForCausalLM.from_config(configs(size)[architecture])
         for parameter in model.parameters():
-            if parameter.dim() >= 2:  # a library's initial weights let every attention head see nearly the same
+            if parameter.dim() >= 2:  # with default initial weights, all attention heads see nearly the same
                 parameter.data.normal_(std=size.hidden**-0.5)
         model.to(torch.bfloat16).save_pretrained(folder)
     return str(folder)
 
 
 def tokenizer(setting: Setting) -> t.PreTrainedTokenizerBase:
-    """A byte-level tokenizer of as many tokens as the backbones have embeddings for, or fewer; made once."""
+    """Return a byte-level tokenizer, made once, with no more tokens than the backbones have embeddings."""
     folder = setting.scratch / "tokenizer"
     if not folder.exists():
         made = train_tokenizer(conversations(), VOCABULARY)
@@ -92,7 +92,7 @@ ANIMALS = ("cat", "dog", "bird", "fish", "horse", "cow", "sheep", "goat")
 
 
 def preference_rows(count: int) -> list[dict[str, str]]:
-    """Pairs whose better answer names the animal asked for."""
+    """Make pairs whose better answer names the requested animal."""
     rows = []
     for i in range(count):
         right, wrong = ANIMALS[i % len(ANIMALS)], ANIMALS[(i * 3 + 1) % len(ANIMALS)]

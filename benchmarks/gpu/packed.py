@@ -1,4 +1,4 @@
-"""Packed against plain: scores and gradients of forests and of padded batches, for each architecture, dtype and kernel."""
+"""Compare scores and gradients of forests with those of padded batches, for each architecture, dtype and kernel."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -28,11 +28,11 @@ from qlora_rm.backbone.scoring import pad_batch
 from qlora_rm.config import AdapterConfig, BackboneConfig
 
 FLEX_IN_FP32 = ("llama", "mistral", "gpt_oss")
-"""Whose fp32 pass is computed by FlexAttention as well; in bf16 all are. Each kernel takes seconds to compile."""
+"""Architectures whose fp32 pass also runs with FlexAttention. In bf16 all do. Each kernel takes seconds to compile."""
 
 
 def packed(setting: Setting, finding: Finding) -> None:
-    """4-bit backbones with adapters; a forest of three prompts against the same sequences right-padded."""
+    """Compare a forest of three prompts with the same sequences right-padded, on 4-bit backbones with adapters."""
     finding.tolerance = (
         f"relative L2 distance; fp32: packed to plain, scores {EXACT['scores']:g}, gradients {EXACT['gradients']:g}; bf16: "
         f"packed bf16 to plain fp32, {TIMES:g} times the measured distance of plain bf16 to plain fp32"
@@ -46,7 +46,7 @@ def packed(setting: Setting, finding: Finding) -> None:
 
 
 def _in_fp32(setting: Setting, finding: Finding, architecture: str, result: dict[str, Any]) -> Pass:
-    """Returns the plain pass."""
+    """Compare packed passes with the plain pass, and return the plain pass."""
     adapted = Adapted.load(setting, architecture, torch.float32, flex=architecture in FLEX_IN_FP32)
     plain = adapted.plain()
     result["fp32"] = {}
@@ -57,7 +57,7 @@ def _in_fp32(setting: Setting, finding: Finding, architecture: str, result: dict
 
 
 def _in_bf16(setting: Setting, finding: Finding, architecture: str, result: dict[str, Any], exact: Pass) -> None:
-    """Against the plain pass in fp32."""
+    """Compare packed passes with the plain pass in fp32."""
     adapted = Adapted.load(setting, architecture, torch.bfloat16, flex=True)
     plain = adapted.plain()
     noise = apart(plain, exact)
@@ -72,7 +72,7 @@ def _in_bf16(setting: Setting, finding: Finding, architecture: str, result: dict
 
 @dataclass(frozen=True)
 class Adapted:
-    """A 4-bit backbone with a random adapter that takes forests, by the product's own decision.
+    """A 4-bit backbone with a random adapter that takes forests, as `share_prefixes` decides.
 
     Attributes:
         kernels: attention kernels to compare, the chosen one first.
@@ -88,9 +88,9 @@ class Adapted:
 
     @classmethod
     def load(cls, setting: Setting, architecture: str, dtype: torch.dtype, *, flex: bool) -> "Adapted":
-        """Without `flex` the dense kernel is asked for, as a user may."""
+        """Load the backbone and attach the adapter. Without `flex`, request the dense kernel, as a user may."""
         free()
-        dense = "eager" if architecture == "gpt_oss" else "sdpa"  # SDPA has no place for attention sinks
+        dense = "eager" if architecture == "gpt_oss" else "sdpa"  # SDPA does not support attention sinks
         config = BackboneConfig(
             model_name_or_path=checkpoint(setting, architecture),
             share_prefix="true",
@@ -102,7 +102,7 @@ class Adapted:
         randomize(model)
         kernels = dict.fromkeys([str(_inner(model).config._attn_implementation), dense])
         if not setting.on_gpu:
-            kernels["eager"] = None  # the other dense kernel stands for FlexAttention
+            kernels["eager"] = None  # the other dense kernel replaces FlexAttention
         ids = sequences(size_of(setting).prompt, VOCABULARY)
         return cls(model, ids, words.pad_token_id, dtype, list(kernels), dense)
 

@@ -1,7 +1,7 @@
-"""A forward and backward pass through an adapted model, and how far two of them lie apart.
+"""Run a forward and backward pass through an adapted model, and measure the distance of two passes.
 
-The tolerance in fp32 is a constant: only the order of summation differs. In bf16 it is measured: a pass may lie `TIMES` as
-far from the plain fp32 pass as the plain bf16 pass does.
+The tolerance in fp32 is a constant, because only the order of summation differs. In bf16 it is measured: the distance of a pass
+from the plain fp32 pass may be `TIMES` that of the plain bf16 pass.
 """
 
 import gc
@@ -13,23 +13,23 @@ import torch
 from torch import Tensor, nn
 
 EXACT = {"scores": 5e-5, "gradients": 2e-4}
-"""Relative distances (L2) that fp32 rounding explains; 1e-6 was measured on a CPU."""
+"""Relative distances (L2) that fp32 rounding explains. On a CPU, 1e-6 was measured."""
 TIMES = 3.0
-"""Of two samples of rounding the ratio spreads: up to 1.9 was measured, on a mixture of experts in bf16 on a CPU."""
+"""The ratio of two samples of rounding varies: up to 1.9 was measured, on a mixture of experts in bf16 on a CPU."""
 
 Distances = dict[str, float]
 
 
 @dataclass(frozen=True)
 class Pass:
-    """Scores [S], and the gradient of every trained weight by name; fp32 on the CPU."""
+    """Scores [S], and the gradient of every trained weight by name, in fp32 on the CPU."""
 
     scores: Tensor
     gradients: dict[str, Tensor]
 
 
 def one_pass(model: nn.Module, inputs: Mapping[str, Tensor], dtype: torch.dtype) -> Pass:
-    """Scores in training mode, and the gradient of a sum that weighs them unequally; under autocast in 16 bit."""
+    """Compute scores in training mode, and the gradient of their unequally weighted sum. Uses autocast in 16 bit."""
     device = next(model.parameters()).device
     autocast = nullcontext() if dtype is torch.float32 else torch.autocast(device.type, dtype)
     model.train()
@@ -43,7 +43,7 @@ def one_pass(model: nn.Module, inputs: Mapping[str, Tensor], dtype: torch.dtype)
 
 
 def apart(one: Pass, other: Pass) -> Distances:
-    """Relative distances of scores and of all gradients taken together, measured by `other`."""
+    """Return the distances of scores and of all gradients together, relative to `other`."""
     assert one.gradients.keys() == other.gradients.keys(), one.gradients.keys() ^ other.gradients.keys()
     gradients, others = (torch.cat([p.gradients[name].flatten() for name in p.gradients]) for p in (one, other))
     return {
@@ -53,7 +53,7 @@ def apart(one: Pass, other: Pass) -> Distances:
 
 
 def measured_tolerance(noise: Distances) -> Distances:
-    """What is allowed in 16 bit, given the distance of the plain 16-bit pass from the plain fp32 one."""
+    """Return the tolerance in 16 bit, given the distance of the plain 16-bit pass from the plain fp32 one."""
     return {name: TIMES * distance for name, distance in noise.items()}
 
 
@@ -62,7 +62,7 @@ def within(found: Distances, allowed: Distances) -> bool:
 
 
 def randomize(model: nn.Module) -> None:
-    """Adapter and head weights that matter, the same on every device."""
+    """Set adapter and head weights to values that affect scores, the same on every device."""
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and "lora_A" not in name:
@@ -71,7 +71,7 @@ def randomize(model: nn.Module) -> None:
 
 
 def sequences(prompt: int, vocabulary: int) -> list[list[int]]:
-    """Three prompts with four responses each; two of a prompt's responses share a beginning of their own."""
+    """Make three prompts with four responses each. Two responses of each prompt also share a prefix of their own."""
     draw = torch.Generator().manual_seed(2)
 
     def ids(count: int) -> list[int]:
@@ -85,7 +85,7 @@ def sequences(prompt: int, vocabulary: int) -> list[list[int]]:
 
 
 def free() -> None:
-    """What is not referred to any more; and dynamo's compiled code, of which it keeps eight versions a function."""
+    """Free unreferenced memory and dynamo's compiled code, of which it keeps eight versions per function."""
     gc.collect()
     torch._dynamo.reset()
     if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""A run saved half-way and resumed, against the run that was not interrupted: the adapter's bits."""
+"""Compare a run that was saved half-way and resumed with an uninterrupted run, by the adapter's bits."""
 
 import json
 import shutil
@@ -16,13 +16,14 @@ from qlora_rm.training.run import main as train
 
 STEPS, HALF = 8, 4
 TIMES = 4.0
-"""How far the resumed run may lie from the uninterrupted one, in distances of two uninterrupted runs, where those differ."""
+"""Largest allowed distance of the resumed run from the uninterrupted one, in distances of two uninterrupted runs, where those
+differ."""
 
 
 def resume(setting: Setting, finding: Finding) -> None:
-    """Three runs of one command: uninterrupted, resumed from the first one's checkpoint, and uninterrupted again.
+    """Run one command three times: uninterrupted, resumed from the first run's checkpoint, and uninterrupted again.
 
-    All in one process, which compiles attention once.
+    All runs share one process, which compiles attention once.
     """
     finding.tolerance = (
         f"the same bits after {STEPS} steps and after {HALF} + {STEPS - HALF}; where two uninterrupted runs differ, {TIMES:g} "
@@ -51,7 +52,7 @@ def resume(setting: Setting, finding: Finding) -> None:
 
 
 def trained(setting: Setting) -> Path:
-    """Folder of the uninterrupted run, which other parts use too; made once."""
+    """Return the folder of the uninterrupted run, made once. Other parts use it too."""
     folder = setting.scratch / "through"
     if not (folder / FILE_NAME).exists():
         run(setting, folder)
@@ -59,7 +60,7 @@ def trained(setting: Setting) -> Path:
 
 
 def run(setting: Setting, folder: Path, *more: str) -> None:
-    """`qlora-rm train` in this process: 4 bit, LoRA with dropout, its defaults for everything a device decides."""
+    """Run `qlora-rm train` in this process: 4 bit, LoRA with dropout, and defaults for everything that depends on the device."""
     backbone = checkpoint(setting, "llama")
     tokenizer(setting).save_pretrained(backbone)
     rows = "".join(json.dumps(row) + "\n" for row in preference_rows(96))
@@ -74,7 +75,7 @@ def run(setting: Setting, folder: Path, *more: str) -> None:
 
 
 def differences(one: Path, other: Path) -> dict[str, Any]:
-    """Of two adapters with their heads."""
+    """Return the differences of two adapters with their heads."""
     left, right = (load_file(folder / "adapter_model.safetensors") for folder in (one, other))
     assert left.keys() == right.keys()
     return {

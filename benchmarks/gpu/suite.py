@@ -1,4 +1,4 @@
-"""Named parts under one time budget; the report is written after every part, so that a cut-off run leaves one too."""
+"""Run named parts under one time budget. The report is written after every part, so that a cut-off run leaves one too."""
 
 import json
 import os
@@ -42,12 +42,12 @@ class Setting:
 
 @dataclass
 class Finding:
-    """What a part found; filled while it runs, so that a part that is cut off keeps what it has.
+    """The results of a part, filled while it runs, so that a part that is cut off keeps its results so far.
 
     Attributes:
         tolerance: what is allowed, in words with figures.
         result: figures by name.
-        faults: what is not as it must be.
+        faults: requirements that failed.
     """
 
     tolerance: str = ""
@@ -60,11 +60,11 @@ class Finding:
 
 
 class Skipped(Exception):
-    """A part does not apply here; the message says why."""
+    """A part does not apply here. The message says why."""
 
 
 class OutOfTime(Exception):
-    """The time of the run is used up."""
+    """The time budget of the run is used up."""
 
 
 Run = Callable[[Setting, Finding], None]
@@ -72,8 +72,10 @@ Run = Callable[[Setting, Finding], None]
 
 @dataclass(frozen=True)
 class Part:
-    """Attributes:
-    seconds: time it takes on a GPU, stated in advance.
+    """One part of the check.
+
+    Attributes:
+        seconds: expected time on a GPU.
     """
 
     name: str
@@ -101,7 +103,7 @@ class Suite:
         }
 
     def run(self, parts: Sequence[Part]) -> bool:
-        """Run the parts in order; returns whether all that apply here passed."""
+        """Run the parts in order. Return whether all applicable parts passed."""
         began = time.monotonic()
         for part in parts:
             self.report["parts"][part.name] = entry = self._run(part)
@@ -137,7 +139,7 @@ class Suite:
         return entry | {"tolerance": finding.tolerance, "result": finding.result}
 
     def _write(self) -> None:
-        """Whole or not at all: another process may read it at any time."""
+        """Write the report atomically, because another process may read it at any time."""
         self.output.parent.mkdir(parents=True, exist_ok=True)
         beside = self.output.with_suffix(".part")
         beside.write_text(json.dumps(rounded(self.report), indent=1) + "\n", encoding="utf-8")
@@ -146,7 +148,7 @@ class Suite:
 
 @contextmanager
 def ended_after(seconds: float) -> Iterator[None]:
-    """Raise `OutOfTime` in the main thread once the time is over."""
+    """Raise `OutOfTime` in the main thread after `seconds`."""
 
     def end(*_: Any) -> None:
         raise OutOfTime
@@ -161,7 +163,7 @@ def ended_after(seconds: float) -> Iterator[None]:
 
 
 def rounded(value: Any) -> Any:
-    """Floats to four significant digits, at any depth."""
+    """Round floats to four significant digits, at any depth."""
     if isinstance(value, dict):
         return {key: rounded(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
@@ -170,7 +172,7 @@ def rounded(value: Any) -> Any:
 
 
 def machine(setting: Setting) -> dict[str, Any]:
-    """GPU, driver, versions, and the commit that was tested."""
+    """Return GPU, driver, versions, and the tested commit."""
     facts: dict[str, Any] = {
         "commit": commit(),
         "python": platform.python_version(),
@@ -191,13 +193,13 @@ def machine(setting: Setting) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit of the checkout, `-dirty` where files differ from it; QLORA_RM_COMMIT where there is no repository."""
+    """Return the commit of the checkout, with `-dirty` if files differ from it, or QLORA_RM_COMMIT without a repository."""
     found = said_by("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     return found or os.environ.get("QLORA_RM_COMMIT", "unknown")
 
 
 def said_by(*command: str) -> str:
-    """What a command prints; nothing where it is missing or fails."""
+    """Return the output of a command, or nothing if it is missing or fails."""
     if shutil.which(command[0]) is None:
         return ""
     done = subprocess.run(command, capture_output=True, text=True, timeout=20)

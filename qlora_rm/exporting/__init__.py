@@ -1,1 +1,1 @@
-"""Export: a whole model or adapter as each reader of reward models wants it, checked against how that reader scores."""
+"""Export a full model or an adapter in the layout that each consumer needs, checked against how that consumer scores."""

@@ -1,4 +1,4 @@
-"""From the names after `--for` to readers, and the refusals that need no file to be written."""
+"""Resolve the names after `--for` to consumers, and refuse impossible exports before any file is written."""
 
 from qlora_rm.backbone.load import read_model_config
 from qlora_rm.errors import UserError
@@ -7,10 +7,10 @@ from qlora_rm.exporting.consumers import READERS, UNSUPPORTED
 
 
 def reader_named(name: str) -> Reader:
-    """The row of a name.
+    """Return the consumer called `name`.
 
     Raises:
-        UserError: no such reader, or one that cannot read reward models, with the reason.
+        UserError: no such consumer, or one that cannot load reward models, with the reason.
     """
     for reader in READERS:
         if reader.name == name:
@@ -21,10 +21,10 @@ def reader_named(name: str) -> Reader:
 
 
 def require_readable(readers: list[Reader], folder: str, kind: str, trust_remote_code: bool = False) -> None:
-    """Refuse what none of the readers could score rightly, before anything is written.
+    """Refuse, before anything is written, a model that one of the consumers could not score correctly.
 
     Raises:
-        UserError: naming the reader, the reason and the way out.
+        UserError: with the consumer, the reason and a remedy.
     """
     if len({reader.takes for reader in readers}) > 1:
         raise UserError("--for peft takes an adapter, the other readers a whole model: export them apart.")

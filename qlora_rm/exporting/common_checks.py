@@ -1,4 +1,4 @@
-"""What every reader of a whole model relies on, whoever it is: the contract's list on one loaded model."""
+"""Check, on one loaded model, the parts of the contract on which every consumer of a full model relies."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +27,7 @@ from qlora_rm.verification.checks import (
 
 
 def check_whole(folder: str, manifest: Manifest, tokenizer: PreTrainedTokenizerBase, subject: Subject) -> list[Check]:
-    """All checks that need no reader's name."""
+    """Run all checks that do not depend on the consumer."""
     return [
         *check_tokenizer(manifest, tokenizer),
         *check_golden_ids(manifest, tokenizer),
@@ -41,7 +41,7 @@ def check_whole(folder: str, manifest: Manifest, tokenizer: PreTrainedTokenizerB
 
 
 def uncut_items(manifest: Manifest, tokenizer: PreTrainedTokenizerBase) -> list[GoldenItem]:
-    """The golden items of text and turns that are no longer than what was trained on: readers cut otherwise or not."""
+    """Return the golden items of text and turns within the trained length. Consumers cut differently, or not at all."""
     items = [item for item in manifest.expected() if isinstance(item.responses[0], str) or is_turns(item)]
     results = Tokenization(tokenizer).tokenize_each([item.candidates() for item in items])
     return [
@@ -52,7 +52,7 @@ def uncut_items(manifest: Manifest, tokenizer: PreTrainedTokenizerBase) -> list[
 
 
 def _check_template(manifest: Manifest, tokenizer: PreTrainedTokenizerBase) -> Iterator[Check]:
-    """Rendering and tokenizing in one call gives what rendering first and tokenizing then gives."""
+    """Check that rendering and tokenizing in one call gives the same ids as in two calls."""
     turns = [item for item in uncut_items(manifest, tokenizer) if is_turns(item)]
     wrong = 0
     for item in turns:
@@ -67,7 +67,7 @@ def _check_template(manifest: Manifest, tokenizer: PreTrainedTokenizerBase) -> I
 
 
 def _check_pipeline(subject: Subject, manifest: Manifest, tokenizer: PreTrainedTokenizerBase) -> Iterator[Check]:
-    """The text-classification pipeline at its defaults gives the raw score, not its sigmoid."""
+    """Check that the text-classification pipeline with default settings gives the raw score, not its sigmoid."""
     items = uncut_items(manifest, tokenizer)
     if not items:
         return
@@ -84,7 +84,7 @@ def _check_pipeline(subject: Subject, manifest: Manifest, tokenizer: PreTrainedT
 
 
 def check_head_is(folder: Path, adapter: str) -> Iterator[Check]:
-    """The head in the files is the adapter's, cast."""
+    """Check that the head in the files equals the adapter's, cast."""
     with opened(Path(adapter) / "adapter_model.safetensors") as file:
         head = {name: file.get_tensor(name) for name in file.keys() if "lora_" not in name}  # noqa: SIM118
     for key, trained in head.items():

@@ -1,4 +1,4 @@
-"""What one reader or another relies on: the text it makes, its arithmetic, and the files written for it."""
+"""Check what single consumers rely on: the text they produce, their arithmetic, and the files written for them."""
 
 import json
 import math
@@ -33,7 +33,7 @@ from qlora_rm.verification.checks import Check, Subject
 def check_feed(
     reader: Reader, subject: Subject, manifest: Manifest, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[Check]:
-    """What the reader makes of the golden texts is scored as the golden token ids are."""
+    """Check that the consumer's ids for the golden texts score the same as the golden token ids."""
     if reader.needs_template and not tokenizer.chat_template:
         yield Check(f"{reader.name}: chat template is there", False, "it scores conversations only")
         return
@@ -56,7 +56,7 @@ def check_feed(
 
 
 def clipping(reader: Reader, manifest: Manifest) -> str | None:
-    """A warning where scores leave the range that the reader keeps."""
+    """Return a warning if scores exceed the range to which the consumer clips, else None."""
     reward, scores = manifest.reward, [abs(score) for item in manifest.expected() for score in item.scores]
     reach = max([0.0, *scores, *([abs(reward.mean) + 3 * reward.std] if reward else [])])
     if reader.clips is None or reach <= reader.clips:
@@ -65,10 +65,10 @@ def clipping(reader: Reader, manifest: Manifest) -> str | None:
 
 
 def check_rounding(readers: list[str], subject: Subject, manifest: Manifest, stored: str) -> Iterator[Check]:
-    """Scores in the 16-bit arithmetic of engines: finite, and no clear pair changes its order.
+    """Check scores in the 16-bit arithmetic of engines: they are finite, and no clear pair changes its order.
 
-    bf16; fp16 too where the weights are stored in fp32, since vLLM and SGLang choose it then. The model is cast in
-    place, so this comes last, and fp16 is made from bf16 weights, which shows differences a little too large.
+    Checks bf16, and also fp16 where the weights are stored in fp32, since vLLM and SGLang choose it then. The model is cast
+    in place, so this check runs last. fp16 is cast from bf16 weights, which slightly overstates the differences.
     """
     pad, items = manifest.contract.pad_token_id, manifest.expected()
     for name in ("bf16", "fp16") if stored == "fp32" else (stored,):
@@ -86,7 +86,7 @@ def check_rounding(readers: list[str], subject: Subject, manifest: Manifest, sto
 
 
 def check_v4(folder: Path, manifest: Manifest, tokenizer: PreTrainedTokenizerBase) -> Iterator[Check]:
-    """transformers 4 finds the rotary base, and tokenizer.json alone gives the golden ids."""
+    """Check that transformers 4 finds the rotary base, and that tokenizer.json alone gives the golden ids."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     nameless = bool(config.get("rope_parameters")) and "rope_theta" not in config
     seen = "it has no names for these rotary parameters, and would rotate with others" if nameless else ""
@@ -100,7 +100,7 @@ def check_v4(folder: Path, manifest: Manifest, tokenizer: PreTrainedTokenizerBas
 
 
 def check_policy(readers: list[str], tokenizer: PreTrainedTokenizerBase, policy: str) -> Iterator[Check]:
-    """The policy's tokens are this model's: readers that hand on ids cannot translate."""
+    """Check that the policy has this model's tokens. Consumers that pass on ids cannot translate them."""
     other, names = read_tokenizer(policy), ", ".join(readers)
     yield Check(f"{names}: policy has these tokens", other.get_vocab() == tokenizer.get_vocab(), policy)
     ids, others = ((t.bos_token_id, t.eos_token_id) for t in (tokenizer, other))
@@ -115,7 +115,7 @@ def check_policy(readers: list[str], tokenizer: PreTrainedTokenizerBase, policy:
 
 
 def check_value_model(folder: Path, subject: Subject, manifest: Manifest) -> Iterator[Check]:
-    """The token classifier in `value/` gives the scores at last tokens; on the loaded backbone, not loaded again."""
+    """Check that the token classifier in `value/` gives the scores at last tokens. Reuses the loaded backbone."""
     stock = subject.model
     assert isinstance(stock, PreTrainedModel)
     with torch.device("meta"):
@@ -140,7 +140,7 @@ def check_value_model(folder: Path, subject: Subject, manifest: Manifest) -> Ite
 
 
 def check_head_bias(folder: Path, subject: Subject) -> Iterator[Check]:
-    """Where SGLang would leave a bias of the head random, the files hold one of zeros."""
+    """Check that the files hold a zero head bias where SGLang would otherwise leave it random."""
     if type(subject.model).__name__ not in WITH_BIAS_IN_SGLANG:
         return
     bias = read_tensor(folder, HEAD_BIAS)
@@ -148,7 +148,7 @@ def check_head_bias(folder: Path, subject: Subject) -> Iterator[Check]:
 
 
 def check_adapter_files(folder: Path) -> Iterator[Check]:
-    """What PEFT's Auto class relies on beyond what `verify` checks of an adapter."""
+    """Check what PEFT's Auto class needs beyond the checks of `verify` on an adapter."""
     config = PeftConfig.from_pretrained(str(folder))
     yield Check("peft: task type is SEQ_CLS", config.task_type == "SEQ_CLS", str(config.task_type))
     head, kept = head_names(folder), set(config.to_dict().get("modules_to_save") or ())
@@ -160,8 +160,7 @@ def check_adapter_files(folder: Path) -> Iterator[Check]:
 
 
 def check_rotation(manifest: Manifest, base: str | None, trust_remote_code: bool = False) -> Iterator[Check]:
-    """PEFT loads the base with its own configuration: rotary scaling that training pinned must be what it chooses for a
-    sequence alone."""
+    """Check that the base's own configuration, which PEFT loads, rotates a single sequence as in training."""
     length = manifest.contract.rotary_length
     if length is None:
         return

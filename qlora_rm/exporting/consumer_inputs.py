@@ -1,8 +1,8 @@
-"""How readers turn a prompt and a response into token ids, re-enacted from their sources.
+"""Turn a prompt and a response into token ids as each consumer does, reproduced from its source.
 
-Each function gives the ids of an item's responses, or None where the reader cannot be fed that item: tools it does not
-hand on, or content that spells a special token, at which a policy would have stopped. The golden ids themselves are
-what the model was trained on; where a reader's ids differ, its scores do.
+Each function returns the ids of an item's responses, or None where the consumer cannot take that item. Reasons are tools that
+it does not pass on, or content that spells a special token, at which a policy would have stopped. The golden ids are those of
+training. Where a consumer's ids differ, its scores differ.
 """
 
 from collections.abc import Callable
@@ -16,8 +16,10 @@ Feed = Callable[[PreTrainedTokenizerBase, GoldenItem], list[list[int]] | None]
 
 
 def as_rendered(tokenizer: PreTrainedTokenizerBase, item: GoldenItem) -> list[list[int]] | None:
-    """TRL's online trainers: turns through the model's own template, plain text as prompt + completion with neither
-    bos nor eos; no special tokens added to either."""
+    """Encode as TRL's online trainers do: turns through the model's own template, and plain text as prompt + completion.
+
+    Plain text gets neither bos nor eos, and no special tokens are added to either.
+    """
     if _has_more_than_turns(item):
         return None
     texts = rendered(tokenizer, item) if is_turns(item) else [f"{item.prompt}{text}" for text in item.responses]
@@ -25,15 +27,17 @@ def as_rendered(tokenizer: PreTrainedTokenizerBase, item: GoldenItem) -> list[li
 
 
 def as_text(tokenizer: PreTrainedTokenizerBase, item: GoldenItem) -> list[list[int]] | None:
-    """RewardBench: turns through the template, then tokenized as any text, special tokens added."""
+    """Encode as RewardBench does: turns through the template, then tokenized as any text, with special tokens added."""
     if _has_more_than_turns(item) or not is_turns(item) or not _alternate(item):
         return None
     return encode(tokenizer, rendered(tokenizer, item), add_special_tokens=True)
 
 
 def without_bos(tokenizer: PreTrainedTokenizerBase, item: GoldenItem) -> list[list[int]] | None:
-    """verl's reward loop: turns through the template, a leading bos taken off, then sent as text to an engine that
-    adds special tokens."""
+    """Encode as verl's reward loop does: turns through the template without a leading bos, sent as text to an engine.
+
+    The engine adds special tokens.
+    """
     if _has_more_than_turns(item) or not is_turns(item) or _spells_special(tokenizer, item.responses):
         return None
     bos = tokenizer.bos_token
@@ -42,8 +46,10 @@ def without_bos(tokenizer: PreTrainedTokenizerBase, item: GoldenItem) -> list[li
 
 
 def from_policy(tokenizer: PreTrainedTokenizerBase, item: GoldenItem) -> list[list[int]] | None:
-    """Trainers that hand on a policy's token ids: the prompt with the template's invitation to answer (plain text with
-    special tokens), the answer, and the eos at which the policy stopped."""
+    """Encode as trainers do that pass on a policy's token ids: prompt, answer, and the eos at which the policy stopped.
+
+    The prompt ends with the template's generation prompt. A plain text prompt gets special tokens instead.
+    """
     if _spells_special(tokenizer, item.responses) or tokenizer.eos_token_id is None:
         return None
     sequences = []
@@ -71,8 +77,10 @@ def from_policy(tokenizer: PreTrainedTokenizerBase, item: GoldenItem) -> list[li
 
 
 def texts_of(tokenizer: PreTrainedTokenizerBase, item: GoldenItem) -> list[str]:
-    """What a reader of finished text is to be given: rendered turns (to be tokenized without adding special tokens), or
-    plain text with its eos (to be tokenized with them)."""
+    """Return the text to give to a consumer of finished text: rendered turns, or plain text with its eos.
+
+    Rendered turns are to be tokenized without adding special tokens, plain text with them.
+    """
     if is_turns(item):
         return rendered(tokenizer, item)
     eos = tokenizer.eos_token or ""
@@ -80,7 +88,7 @@ def texts_of(tokenizer: PreTrainedTokenizerBase, item: GoldenItem) -> list[str]:
 
 
 def rendered(tokenizer: PreTrainedTokenizerBase, item: GoldenItem) -> list[str]:
-    """The template's text for each response of an item of turns."""
+    """Render the template's text for each response of an item of turns."""
     return [
         str(
             tokenizer.apply_chat_template(
@@ -92,12 +100,12 @@ def rendered(tokenizer: PreTrainedTokenizerBase, item: GoldenItem) -> list[str]:
 
 
 def is_turns(item: GoldenItem) -> bool:
-    """Whether an item is a conversation, not plain text or token ids."""
+    """Return whether an item is a conversation, not plain text or token ids."""
     return isinstance(item.responses[0], list) and all(isinstance(turn, dict) for turn in item.responses[0])
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, add_special_tokens: bool) -> list[list[int]]:
-    """Token ids of texts."""
+    """Return token ids of texts."""
     encoded: Any = tokenizer(texts, add_special_tokens=add_special_tokens, verbose=False)
     return encoded["input_ids"]
 
@@ -107,7 +115,7 @@ def _has_more_than_turns(item: GoldenItem) -> bool:
 
 
 def _alternate(item: GoldenItem) -> bool:
-    """User and assistant in turn: all that RewardBench can say."""
+    """Return whether user and assistant alternate. RewardBench supports nothing else."""
     roles = [turn.get("role") for turn in [*item.prompt, *item.responses[0]]]
     return roles == (["user", "assistant"] * len(roles))[: len(roles)]
 

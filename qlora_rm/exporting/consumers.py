@@ -1,7 +1,6 @@
-"""Who reads a reward model, one row each: what it loads, what it feeds the model, what is written for it and checked.
+"""The consumers of reward models, one row each: what each loads, feeds to the model and needs written, and its checks.
 
-A new reader is a new row of `READERS` (and its name in `config.READER_NAMES`). `docs/readers.md` is made from this
-table.
+To add a consumer, add a row to `READERS` and its name to `config.READER_NAMES`. `docs/readers.md` is made from this table.
 """
 
 from qlora_rm.exporting.consumer import IN_V4, WITH_BIAS_IN_SGLANG, WITH_SCORE, Reader, classifiers

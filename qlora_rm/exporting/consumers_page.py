@@ -1,4 +1,4 @@
-"""`docs/readers.md`, made from the table of readers:
+"""Make `docs/readers.md` from the table of consumers:
 
 python -m qlora_rm.exporting.consumers_page > docs/readers.md
 """
@@ -30,7 +30,7 @@ PROOFS: dict[Proof, str] = {
 
 
 def page() -> str:
-    """The page's text."""
+    """Return the page's text."""
     sections = [_section(reader) for reader in READERS]
     unsupported = "\n".join(f"- `{name}`: {reason}" for name, reason in UNSUPPORTED.items())
     return "\n".join([HEAD, *sections, f"## Not possible\n\n{unsupported}"])

@@ -1,4 +1,4 @@
-"""A folder for one or several readers, proved before it gets its name."""
+"""Export a folder for one or more consumers, and verify it before it gets its name."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -26,10 +26,10 @@ RECORD = "rm_export.json"
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export came to.
+    """The result of an export.
 
     Attributes:
-        checks: everything that was checked; the folder is there only where all hold.
+        checks: all checks that ran; the folder exists only if all passed.
         notes: how the weights were placed, and warnings.
         unchecked: what could not be checked on this machine.
     """
@@ -50,7 +50,7 @@ class Exported:
 
 
 class _Refused(Exception):
-    """Leaves `new_folder` without a folder."""
+    """Raised to leave `new_folder` without creating the folder."""
 
 
 def export(
@@ -62,17 +62,17 @@ def export(
     base: str | None = None,
     trust_remote_code: bool = False,
 ) -> Exported:
-    """Write `folder` to `output` as the readers called `names` want it, and check it against what they do.
+    """Write `folder` to `output` for the consumers called `names`, and check that it scores correctly in them.
 
-    The weights are linked or copied as they are, and loaded once, from the new folder, to be checked. The folder gets
-    its name only when every check holds.
+    The weights are linked or copied unchanged, then loaded once from the new folder for the checks. The folder gets its
+    name only if every check passes.
 
     Arguments:
-        base: of an adapter, where its base is now; written into the exported adapter.
+        base: for an adapter, where its base is now; written into the exported adapter.
 
     Raises:
-        UserError: a reader that does not exist or cannot read this kind of model, readers that want different folders,
-            a source that is broken, or an `output` that is not free.
+        UserError: a consumer does not exist or cannot load this kind of model, the consumers need different folders, the
+            source is broken, or `output` exists and is not empty.
     """
     config = config or ExportConfig()
     readers = [reader_named(name) for name in dict.fromkeys(names)]
@@ -107,7 +107,7 @@ def export(
 
 
 def _require_effect(kind: str, readers: list[Reader], config: ExportConfig, base: str | None) -> None:
-    """Raise a `UserError` for an option that nothing of this export reads."""
+    """Raise a `UserError` for an option that has no effect on this export."""
     if kind == "adapter":
         for name, given in (("adapter", config.adapter), ("normalize", config.normalize), ("policy", config.policy)):
             require(not given, f"--{name} has no effect: an exported adapter is compared as it is. Leave it out.")
@@ -130,7 +130,7 @@ def _check_adapter(folder: Path, manifest: Manifest, base: str | None, trust_rem
 def _check_whole(
     folder: Path, readers: list[Reader], manifest: Manifest, config: ExportConfig, trust_remote_code: bool
 ) -> list[Check]:
-    """Every check of the common folder and of each reader, on one loaded model."""
+    """Run every check of the common folder and of each consumer, on one loaded model."""
     tokenizer = read_tokenizer(str(folder), trust_remote_code)
     subject = load_whole(str(folder), trust_remote_code)
     checks = common_checks.check_whole(str(folder), manifest, tokenizer, subject)

@@ -1,4 +1,4 @@
-"""The files of an exported folder: weights linked or copied, never loaded and saved again."""
+"""Write the files of an exported folder. Weights are linked or copied, never loaded and saved again."""
 
 import json
 import os
@@ -31,22 +31,21 @@ OF_TOKENIZER = (
 
 
 class Placing:
-    """Puts files of one folder into others, as hard links where the disk has them.
+    """Places files of one folder in others, as hard links where the file system supports them.
 
     Arguments:
-        copy: copy always. A link is at once and takes no room, but whoever later writes into the one file writes into
-            the other.
+        copy: always copy. A link is instant and takes no space, but a later write to one file changes the other too.
     """
 
     def __init__(self, copy: bool = False) -> None:
         self.copy, self.linked, self.copied = copy, 0, 0
 
     def place(self, source: Path, target: Path) -> None:
-        """One file."""
+        """Link or copy one file."""
         if not self.copy:
             try:
                 os.link(source.resolve(), target)
-            except OSError:  # another disk, or one without links
+            except OSError:  # another file system, or one without hard links
                 pass
             else:
                 self.linked += 1
@@ -63,7 +62,7 @@ class Placing:
 
 
 def copy_small_files(source: Path, target: Path) -> None:
-    """Config, tokenizer and model code; not what a training run leaves beside them."""
+    """Copy config, tokenizer and model code, but no other files of a training run."""
     for pattern in (*BESIDE_WEIGHTS, *OF_TOKENIZER):
         for path in source.glob(pattern):
             if path.is_dir():
@@ -74,10 +73,10 @@ def copy_small_files(source: Path, target: Path) -> None:
 
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
-    """A safetensors file for reading.
+    """Open a safetensors file for reading.
 
     Raises:
-        UserError: it is not there, or broken.
+        UserError: it is missing or broken.
     """
     try:
         file = safe_open(path, framework="pt")
@@ -88,10 +87,10 @@ def opened(path: Path) -> Iterator[Any]:
 
 
 def weight_files(folder: Path) -> dict[str, list[str]]:
-    """The tensors' names by the file that holds them.
+    """Return file name -> names of its tensors.
 
     Raises:
-        UserError: there are no safetensors, or not all that the index names.
+        UserError: there are no safetensors, or a file of the index is missing.
     """
     if (folder / SINGLE).exists():
         with opened(folder / SINGLE) as held:
@@ -110,9 +109,9 @@ def weight_files(folder: Path) -> dict[str, list[str]]:
 def place_weights(
     source: Path, target: Path, placing: Placing, more: Mapping[str, Tensor] = MappingProxyType({})
 ) -> None:
-    """Put the weights of `source` into `target`; tensors in `more` get a file of their own.
+    """Place the weights of `source` in `target`. Tensors in `more` get a file of their own.
 
-    The files are numbered anew where there are more: beside a file named model.safetensors an index is not read.
+    With `more`, all files are renumbered, because loaders ignore the index next to a file named model.safetensors.
     """
     files = weight_files(source)
     if not more:
@@ -137,7 +136,7 @@ def place_weights(
 
 
 def read_tensor(folder: Path, name: str) -> Tensor | None:
-    """One tensor of a folder by its name; None where it has none of that name."""
+    """Return one tensor of a folder by name, or None if it has none of that name."""
     for file, names in weight_files(folder).items():
         if name in names:
             with opened(folder / file) as held:
@@ -146,12 +145,12 @@ def read_tensor(folder: Path, name: str) -> Tensor | None:
 
 
 def zero_bias(head: Tensor) -> Tensor:
-    """A bias of zeros for a head of weight [labels, H]."""
+    """Return a bias of zeros, [labels], for a head with weight [labels, H]."""
     return torch.zeros(head.shape[0], dtype=head.dtype)
 
 
 def head_names(adapter: Path) -> list[str]:
-    """The modules of an adapter's head: those of the tensors that are no LoRA weights."""
+    """Return the modules of an adapter's head: those whose tensors are not LoRA weights."""
     with opened(adapter / "adapter_model.safetensors") as file:
         names = [name for name in file.keys() if "lora_" not in name]  # noqa: SIM118
     return sorted({name.removeprefix("base_model.model.").rpartition(".")[0] for name in names})

@@ -1,4 +1,4 @@
-"""The model card of an exported folder: what it was trained on, how good it is, what scores mean, and how to load it."""
+"""Write the model card of an exported folder: training data, accuracy, the meaning of scores, and how to load it."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ def write_card(
     """Write README.md into `folder`.
 
     Arguments:
-        name: the folder's name to be, which the snippets load.
+        name: the folder's final name, which the snippets load.
         evaluation: what `qlora-rm eval` wrote; None where none was given.
     """
     adapter = any(reader.takes == "adapter" for reader in readers)
@@ -66,7 +66,7 @@ def write_card(
 
 
 def _front_matter(manifest: Manifest, adapter: bool) -> str:
-    """As the hub reads it; a base that is a folder of some machine is no hub id and is left out."""
+    """Return the front matter that the hub reads. A base in a local folder has no hub id and is left out."""
     lines = [
         "---",
         f"library_name: {'peft' if adapter else 'transformers'}",
@@ -180,7 +180,7 @@ def _limits(readers: list[Reader], unchecked: list[str]) -> str:
 
 
 def _quantization(folder: Path, manifest: Manifest) -> str:
-    """The expression that quantizes the base as training did, its head left out."""
+    """Return the expression that quantizes the base as in training, except for its head."""
     skip = f"llm_int8_skip_modules={json.dumps(head_names(folder))}"
     if manifest.quantization == "8bit":
         return f"BitsAndBytesConfig(load_in_8bit=True, {skip})"

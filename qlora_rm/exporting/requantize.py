@@ -1,4 +1,4 @@
-"""A merged model in 4 bit again, for serving, and what that did to its scores."""
+"""Quantize a merged model to 4 bit again, for serving, and measure the change in its scores."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,12 +19,12 @@ from qlora_rm.errors import UserError, first_line
 from qlora_rm.progress import Phase
 
 EVERY_PAIR = Tolerance(absolute=0.1, relative=0.02, flip_margin=0.0)
-"""Any change of order counts, between responses however close."""
+"""Every change of order counts, however close the two scores are."""
 
 
 @dataclass(frozen=True)
 class Requantized:
-    """How scores in 4 bit differ from those before, on the golden items and on pairs of the user's."""
+    """How scores in 4 bit differ from those before, on the golden items and on the user's own pairs."""
 
     golden: Drift
     yours: Drift | None
@@ -41,15 +41,15 @@ def requantize(
     yours: Sequence[Sequence[list[int]]] = (),
     trust_remote_code: bool = False,
 ) -> Requantized:
-    """Write the whole model in `folder` to `output` in NF4, its head as it is.
+    """Write the full model in `folder` to `output` in NF4, with its head unchanged.
 
-    Stock transformers loads it in 4 bit without being asked to. Its manifest expects the new scores from then on.
+    Stock transformers loads the result in 4 bit without further options. Its manifest expects the new scores from then on.
 
     Arguments:
-        yours: token ids of the responses to each of the user's prompts, to count changes of order on as well.
+        yours: token ids of the responses to each of the user's prompts, on which changes of order are counted too.
 
     Raises:
-        UserError: `folder` holds no whole model of this project, or one in 4 bit; `output` is not free.
+        UserError: `folder` holds no full model of this project, or one already in 4 bit; `output` exists and is not empty.
     """
     if artifact_kind(folder) != "model":
         raise UserError(f"{folder} is an adapter. Merge it first: `qlora-rm merge {folder} --output DIR`.")
@@ -64,7 +64,7 @@ def requantize(
     with new_folder(output) as beside:
         _save(folder, str(beside), manifest, trust_remote_code)
         read_tokenizer(folder, trust_remote_code).save_pretrained(beside)
-        manifest.save(beside)  # loading asks it for the contract
+        manifest.save(beside)  # loading reads the contract from it
         after = RewardModel.load(str(beside), trust_remote_code=trust_remote_code)
         new = scores_of(manifest.golden, after.score_token_ids)
         moved = drift(manifest.expected(), new, EVERY_PAIR)

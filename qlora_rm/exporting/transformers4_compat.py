@@ -1,8 +1,8 @@
-"""Config and tokenizer files that transformers 4 reads as transformers 5 does.
+"""Write config and tokenizer files that transformers 4 reads as transformers 5 does.
 
-transformers 5 writes `rope_parameters` alone, which 4.57 ignores without a word: it rotates with a theta of 10,000
-whatever the model was trained with. It also names tokenizer classes that 4 does not have. What 4 looks for is written
-beside what 5 reads, never instead of it.
+transformers 5 writes only `rope_parameters`, which 4.57 silently ignores: it rotates with a theta of 10,000, whatever the model
+was trained with. transformers 5 also names tokenizer classes that 4 lacks. The keys for 4 are added to those for 5 and never
+replace them.
 """
 
 import json
@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig
 
 GENERIC = "PreTrainedTokenizerFast"
-"""In transformers 4 the class that does what tokenizer.json says; 5 knows it under another name and the old one."""
+"""The transformers 4 class that follows tokenizer.json. transformers 5 accepts this name and a new one."""
 
 OF_THE_WRITER = ("is_local", "local_files_only")
 """Keys about the machine that saved the tokenizer."""
@@ -23,9 +23,9 @@ NEOX_NAMES = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_
 
 
 def config_for_v4(config: dict[str, Any]) -> dict[str, Any]:
-    """`config` with the keys that transformers 4 reads: `torch_dtype`, `rope_theta`, `rope_scaling` and kin.
+    """Return `config` with the keys that transformers 4 reads: `torch_dtype`, `rope_theta`, `rope_scaling` and so on.
 
-    Rotary parameters nested otherwise than by full and sliding attention are left alone: 4 has no name for them.
+    Rotary parameters nested by anything other than full and sliding attention stay unchanged: 4 has no names for them.
     """
     known = dict(config)
     if "dtype" in config:
@@ -48,18 +48,18 @@ def config_for_v4(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def tokenizer_config_for_v4(config: dict[str, Any]) -> dict[str, Any]:
-    """`config` (of tokenizer_config.json) under the class and names of special tokens that transformers 4 knows."""
+    """Return `config` (of tokenizer_config.json) with the class and the names of special tokens of transformers 4."""
     known = {name: value for name, value in config.items() if name not in OF_THE_WRITER}
     known["tokenizer_class"] = GENERIC
     extra = known.get("extra_special_tokens")
-    if isinstance(extra, list):  # 4 wants named ones here, and the others under their older name
+    if isinstance(extra, list):  # 4 expects named tokens here, and a list under the older name
         del known["extra_special_tokens"]
         known["additional_special_tokens"] = extra
     return known
 
 
 def reads_the_same(before: Path, after: Path, trust_remote_code: bool = False) -> bool:
-    """Whether transformers 5 makes one config of both folders, as far as rotary positions go."""
+    """Return whether transformers 5 reads the same rotary parameters from both folders."""
     first, second = (
         AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).get_text_config().to_dict()
         for folder in (before, after)
@@ -68,7 +68,7 @@ def reads_the_same(before: Path, after: Path, trust_remote_code: bool = False) -
 
 
 def generic_ids(folder: Path, texts: list[str], add_special_tokens: bool) -> list[list[int]] | None:
-    """Token ids by tokenizer.json alone, which is what transformers 4's generic class does; None without that file."""
+    """Return token ids by tokenizer.json alone, as transformers 4's generic class does. None without that file."""
     path = folder / "tokenizer.json"
     if not path.exists():
         return None
@@ -79,6 +79,6 @@ def generic_ids(folder: Path, texts: list[str], add_special_tokens: bool) -> lis
 
 
 def edit_json(path: Path, content: dict[str, Any]) -> None:
-    """Replace a JSON file: a linked one is left as it is under its other name."""
+    """Replace a JSON file. Other hard links to the old file keep its content."""
     path.unlink(missing_ok=True)
     path.write_text(json.dumps(content, ensure_ascii=False, indent=2, sort_keys=True) + "\n", encoding="utf-8")

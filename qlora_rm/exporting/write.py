@@ -1,4 +1,4 @@
-"""Writing the files of an exported folder: config, tokenizer and weights, and what single readers want beside them."""
+"""Write the files of an exported folder: config, tokenizer and weights, and extra files for single consumers."""
 
 import json
 from dataclasses import replace
@@ -37,7 +37,7 @@ def write_whole(
     options: ExportConfig,
     trust_remote_code: bool = False,
 ) -> list[str]:
-    """Write a whole model into `folder` for `readers`; returns what to tell the user."""
+    """Write a full model into `folder` for the consumers `readers`. Return notes for the user."""
     wanted: set[Writing] = {writing for reader in readers for writing in reader.writes}
     config = _config(
         json.loads((source / "config.json").read_text(encoding="utf-8")), wanted, manifest, options.normalize
@@ -59,13 +59,13 @@ def write_whole(
 
 
 def _linked(source: Path, folder: Path, sha256: dict[str, str]) -> dict[str, str]:
-    """Hashes of the files that both folders share: those need not be read again."""
+    """Return hashes of the files that both folders share, which need not be read again."""
     both = [name for name in sha256 if (source / name).exists() and (folder / name).exists()]
     return {name: sha256[name] for name in both if (folder / name).samefile(source / name)}
 
 
 def _write_fixed_template(source: Path, folder: Path, trust_remote_code: bool) -> None:
-    """Where an earlier version saved a template that reads the clock, write the one that reading `source` gave instead."""
+    """Replace a template that reads the clock, which earlier versions saved, by the one that loading `source` gives."""
     template, path = read_tokenizer(str(source), trust_remote_code).chat_template, folder / "chat_template.jinja"
     if isinstance(template, str) and path.exists() and reads_clock(path.read_text(encoding="utf-8")):
         path.write_text(template, encoding="utf-8")
@@ -74,7 +74,7 @@ def _write_fixed_template(source: Path, folder: Path, trust_remote_code: bool) -
 def write_adapter(
     source: Path, folder: Path, manifest: Manifest, base: str | None, copy: bool, trust_remote_code: bool = False
 ) -> list[str]:
-    """Write an adapter into `folder`, its base named so that it is found from anywhere."""
+    """Write an adapter into `folder`, with a name for its base that works from any folder."""
     copy_small_files(source, folder)
     _write_fixed_template(source, folder, trust_remote_code)
     placing = Placing(copy)
@@ -83,7 +83,7 @@ def write_adapter(
     named = {"base_model_name_or_path": manifest.base.name_or_path, "revision": manifest.base.revision}
     if base is not None:
         named = {"base_model_name_or_path": base, "revision": None}
-        # its hashes stay: the base may stand elsewhere, and must be the one it was
+        # the hashes stay: the base may have moved, but its content must be the same
         manifest = replace(manifest, base=replace(manifest.base, name_or_path=base, revision=None))
     edit_json(folder / "adapter_config.json", config | named)
     manifest.save(folder)
@@ -91,13 +91,13 @@ def write_adapter(
 
 
 def stored_dtype(folder: Path) -> str:
-    """Name of the dtype that a folder's weights are stored in."""
+    """Return the name of the dtype in which a folder's weights are stored."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return DTYPES_IN_CONFIG.get(str(config.get("dtype")), "fp32")
 
 
 def _config(config: dict[str, Any], wanted: set[Writing], manifest: Manifest, normalize: bool) -> dict[str, Any]:
-    """The common config: one label that no reader squashes, and what single readers look for in it."""
+    """Return the common config: one label that no consumer squashes, and keys that single consumers need."""
     config = config | {"problem_type": "regression", "id2label": {"0": "score"}, "label2id": {"score": 0}}
     if "head name" in wanted:
         config["value_head_prefix"] = HEAD.partition(".")[0]
@@ -120,7 +120,7 @@ def _head(source: Path) -> Tensor:
 def _write_for_v4(
     source: Path, folder: Path, config: dict[str, Any], manifest: Manifest, placing: Placing, trust_remote_code: bool
 ) -> list[str]:
-    """Config and tokenizer for transformers 4 and 5 in one, or those for 4 in `v4/` where 5 would read them otherwise."""
+    """Write config and tokenizer for transformers 4 and 5 together, or those for 4 in `v4/` if 5 would read them differently."""
     tokenizer, path = read_tokenizer(str(source), trust_remote_code), folder / "tokenizer_config.json"
     own = json.loads(path.read_text(encoding="utf-8"))
     edit_json(folder / "config.json", config_for_v4(config))
@@ -141,8 +141,10 @@ def _write_for_v4(
 
 
 def _same_tokenizer(before: PreTrainedTokenizerBase, folder: Path, manifest: Manifest, trust_remote_code: bool) -> bool:
-    """Whether transformers 5 still makes of `folder` the tokenizer that it was: for some models it takes the generic
-    class for another one, which adds tokens of its own."""
+    """Return whether transformers 5 still loads the same tokenizer from `folder`.
+
+    For some models it replaces the generic class by another one, which adds tokens of its own.
+    """
     try:
         after = read_tokenizer(str(folder), trust_remote_code)
     except UserError:
@@ -152,7 +154,7 @@ def _same_tokenizer(before: PreTrainedTokenizerBase, folder: Path, manifest: Man
 
 
 def _write_value_model(source: Path, folder: Path, architecture: str, placing: Placing) -> None:
-    """`value/`: the same weights as a token classifier, whose head has a bias (of zeros) and drops nothing out."""
+    """Write `value/`: the same weights as a token classifier, whose head has a zero bias and no dropout."""
     value = folder / VALUE
     value.mkdir()
     copy_small_files(folder, value)
@@ -163,7 +165,7 @@ def _write_value_model(source: Path, folder: Path, architecture: str, placing: P
 
 
 def _write_pooler_config(folder: Path, dtype: str) -> None:
-    """`vllm.yaml`: the last token's raw score, computed in the dtype of the weights."""
+    """Write `vllm.yaml`: the last token's raw score, computed in the dtype of the weights."""
     pooler = json.dumps({"pooling_type": "LAST", "use_activation": False})
     text = f"runner: pooling\ndtype: {dtype}\npooler-config: '{pooler}'\n"
     (folder / "vllm.yaml").write_text(text, encoding="utf-8")

@@ -1,1 +1,1 @@
-"""Merging in the memory of one tensor: the base's files are read, changed and written weight by weight."""
+"""Merge an adapter into its base weight by weight, in the memory of one tensor."""

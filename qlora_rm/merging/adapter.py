@@ -1,4 +1,4 @@
-"""The adapter's part in a merge: PEFT's own layers, without a base, given the pieces of a weight they are to change."""
+"""The adapter's part in a merge: PEFT's own layers, without a base, applied to pieces of a weight."""
 
 import math
 from collections.abc import Iterator
@@ -25,15 +25,15 @@ ADAPTER = "default"
 
 
 class Adapter:
-    """An adapter's file beside the layers that PEFT makes for it on a skeleton; factors are read as they are needed.
+    """An adapter's file and the layers that PEFT makes for it on a skeleton. Factors are read on demand.
 
     Attributes:
-        brought: names of weights that its file holds whole: the head, and an embedding that was grown or has an adapter.
+        brought: names of weights that its file holds in full: the head, and an embedding that was resized or has an adapter.
         is_plain: whether it is LoRA on linear layers and a head, and nothing else.
     """
 
     def __init__(self, folder: str, skeleton: Skeleton):
-        """Raises `UserError` where the file does not fit the skeleton: it belongs to another base."""
+        """Raise `UserError` where the file does not fit the skeleton, so belongs to another base."""
         names = skeleton.model.state_dict()
         self._folder = folder
         self._stored = Checkpoint.of_files([Path(folder) / "adapter_model.safetensors"])
@@ -54,7 +54,7 @@ class Adapter:
         )
 
     def on(self, name: str, shape: torch.Size) -> "Nothing | LowRank | DoRA":
-        """What it adds to the weight `name`, its factors read."""
+        """Return what the adapter adds to the weight `name`, with its factors read."""
         if name not in self._layers:
             return Nothing()
         path, layer = self._layers[name][0], deepcopy(self._layers[name][1])
@@ -71,7 +71,7 @@ class Adapter:
         return DoRA.of(layer, shape)
 
     def weight(self, name: str) -> Tensor:
-        """A weight the adapter replaces."""
+        """Return a weight that the adapter replaces."""
         return self._read(self._keys[name])
 
     def _read(self, key: str) -> Tensor:
@@ -100,12 +100,12 @@ class Adapter:
 
 
 def _name_in_base(key: str) -> str:
-    """The weight that a key of the adapter's file would be in the base; PEFT saves an adapted embedding's base with it."""
+    """Return the base's name of a key in the adapter's file. PEFT saves an adapted embedding's base weight in that file."""
     return key.removeprefix(PREFIX).replace(".base_layer.", ".")
 
 
 def _layers(peft: PeftModel) -> Iterator[tuple[str, tuple[str, Any]]]:
-    """(weight's name in the base, (name in the adapter's file, layer)) of every adapted weight."""
+    """Yield (weight's name in the base, (name in the adapter's file, layer)) of every adapted weight."""
     for path, layer in peft.named_modules():
         if not isinstance(layer, LoraLayer):
             continue
@@ -118,7 +118,7 @@ def _layers(peft: PeftModel) -> Iterator[tuple[str, tuple[str, Any]]]:
 
 
 def _is_conv(layer: LoraLayer) -> bool:
-    """Whether its weight is stored [in, out], GPT-2's way."""
+    """Return whether its weight is stored as [in, out], as in GPT-2."""
     return isinstance(layer.get_base_layer(), Conv1D)
 
 
@@ -133,9 +133,9 @@ class Nothing:
 
 
 class LowRank:
-    """s L R: PEFT's LoRA, of a linear layer, an embedding or of each expert.
+    """s L R: PEFT's LoRA on a linear layer, an embedding or each expert.
 
-    A weight is [E, rows, columns], flattened; a linear layer is one expert.
+    A weight is [E, rows, columns], flattened. A linear layer counts as one expert.
     """
 
     def __init__(self, left: Tensor, right: Tensor, scale: float, shape: torch.Size):
@@ -155,17 +155,17 @@ class LowRank:
         return cls(left, right, layer.scaling[ADAPTER], shape)
 
     def spans(self, numel: int, block: int) -> Iterator[tuple[int, int]]:
-        """(start, stop) of pieces of such a weight: whole rows of one expert, and whole blocks."""
+        """Yield (start, stop) of pieces of such a weight, each of complete rows of one expert and complete blocks."""
         least = block // math.gcd(self._columns, block)
         step = max(PIECE // self._columns // least, 1) * least
-        rows = numel // self._columns  # fewer than the weight's where an embedding was grown
+        rows = numel // self._columns  # fewer than the weight's where an embedding was resized
         for first in range(0, rows, self._rows):
             last = min(first + self._rows, rows)
             for start in range(first, last, step):
                 yield start * self._columns, min(start + step, last) * self._columns
 
     def add(self, values: Tensor, start: int) -> Tensor:
-        """The merged weight's values from `start` on; the base's are overwritten where they are fp32."""
+        """Return the merged weight's values from `start` on. Overwrites the base's values where they are fp32."""
         rows = values.float().view(-1, self._columns)
         expert, first = divmod(start // self._columns, self._rows)
         left = self._left[expert, first : first + len(rows)]
@@ -173,9 +173,10 @@ class LowRank:
 
 
 class DoRA(LowRank):
-    """PEFT's own layer merged into some output rows of its weight at a time.
+    """PEFT's own DoRA layer, merged into some output rows of its weight at a time.
 
-    The norm of an output row of W + s B A (Liu et al. 2024, equation 5) needs no other row. A Conv1D's are its columns.
+    The norm of an output row of W + s B A (Liu et al. 2024, equation 5) needs no other row. Output rows of a Conv1D are its
+    columns.
     """
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Which weights an adapter is better added to, measured on the user's own held-out pairs."""
+"""Choose the base weights to merge an adapter into, by agreement with the user's own held-out pairs."""
 
 import shutil
 from collections.abc import Sequence
@@ -28,11 +28,11 @@ BASES: tuple[MergeBase, ...] = ("dequantized", "original")
 
 @dataclass(frozen=True)
 class Measured:
-    """A merged model beside the adapter on its quantized base.
+    """A merged model compared with the adapter on its quantized base.
 
     Attributes:
         drift, mean_drift: largest and mean absolute difference of a response's scores.
-        flips: wins whose two responses changed their order.
+        flips: wins whose two responses changed order.
     """
 
     agreement: Agreement
@@ -42,7 +42,7 @@ class Measured:
 
     @classmethod
     def of(cls, scores: Tensor, before: Tensor, dataset: Dataset) -> "Measured":
-        """From scores of all responses, float [R] each."""
+        """Compare two sets of scores of all responses, float [R] each."""
         moved = (scores - before).abs()
         winners, losers = win_pairs(dataset)
         flips = int(((scores[winners] > scores[losers]) != (before[winners] > before[losers])).sum())
@@ -52,7 +52,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Choice:
-    """What was measured of each base, the one that was kept, and why."""
+    """The measurements of each base, the base that was kept, and the reason."""
 
     kept: MergeBase
     reason: str
@@ -63,7 +63,7 @@ class Choice:
         return asdict(self)
 
     def lines(self) -> list[str]:
-        """For people."""
+        """Return a table for people."""
         rows = [("(adapter)", *_accuracy(self.adapter), "", "", "")]
         for base, m in self.measured.items():
             rows.append((base, *_accuracy(m.agreement), f"{m.drift:.3g}", f"{m.mean_drift:.3g}", f"{m.flips:,}"))
@@ -72,15 +72,15 @@ class Choice:
 
 
 def merge_better(adapter: str, output: str, data: DataConfig, *, dtype: MergeDtype, **places: Any) -> Choice:
-    """Merge the adapter into both bases, keep at `output` the one that agrees with more of the data's wins.
+    """Merge the adapter into both bases and keep at `output` the one that agrees with more of the data's wins.
 
-    Where both agree with as many, the dequantized base is kept: its scores are those that training ended with.
+    In a tie, the dequantized base is kept: its scores are those at the end of training.
 
     Arguments:
-        places: `base_model` and `trust_remote_code`, as `merge` takes them.
+        places: `base_model` and `trust_remote_code`, passed to `merge`.
 
     Raises:
-        UserError: as `merge` and `load_comparisons` raise it.
+        UserError: from `merge` and `load_comparisons`.
     """
     trusted = places.get("trust_remote_code", False)
     adapted = RewardModel.load(adapter, base=places.get("base_model"), trust_remote_code=trusted)
@@ -103,7 +103,7 @@ def merge_better(adapter: str, output: str, data: DataConfig, *, dtype: MergeDty
 
 
 def token_ids_of(folder: str, data: DataConfig, trust_remote_code: bool = False) -> list[list[list[int]]]:
-    """Token ids of the data's responses, grouped by prompt, as the model in `folder` was trained to see them."""
+    """Return token ids of the data's responses, grouped by prompt, tokenized as in training of the model in `folder`."""
     manifest = Manifest.load(folder)
     require_as_written(folder, manifest)
     tokenization = tokenization_of(manifest, read_tokenizer(folder, trust_remote_code))
@@ -128,13 +128,14 @@ def _better(
 
 
 def sign_test(a: int, b: int) -> float:
-    """Two-sided probability of a split at least as uneven as a to b, were both as likely (McNemar 1947, exactly)."""
+    """Return the two-sided probability of a split at least as uneven as a to b if both are equally likely (McNemar 1947,
+    exact)."""
     n, few = a + b, min(a, b)
     return min(1.0, 2 * sum(comb(n, k) for k in range(few + 1)) / 2**n)
 
 
 def _keep(folder: Path, kept: MergeBase, choice: Choice) -> None:
-    """Lift the kept model up into `folder`, remove the other, and write into its manifest what it was chosen by."""
+    """Move the kept model up into `folder`, remove the other, and record the choice and its measurements in the manifest."""
     for base in BASES:
         if base != kept:
             shutil.rmtree(folder / base)

@@ -1,4 +1,4 @@
-"""The merge of a model that is loaded whole, in fp32: for what cannot be merged weight by weight."""
+"""Merge a model loaded in full, in fp32, where it cannot be merged weight by weight."""
 
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from qlora_rm.merging.stream import as_scalar, require_room
 
 
 def merge_in_memory(adapted: RewardModel, adapter: str, output: Path, dtype: torch.dtype) -> None:
-    """Merge the loaded model, which is taken apart, with the adapter in its folder, and save it in `dtype`."""
+    """Merge the loaded model with the adapter in its folder and save it in `dtype`. `adapted` is unusable afterwards."""
     peft = adapted.model
     assert isinstance(peft, PeftModel)
     base: PreTrainedModel = peft.unload()
@@ -40,10 +40,10 @@ def merge_in_memory(adapted: RewardModel, adapter: str, output: Path, dtype: tor
 
 
 def dequantize(model: PreTrainedModel) -> None:
-    """Make a quantized model one of plain fp32 layers on the CPU, in place, layer by layer.
+    """Replace the layers of a quantized model by plain fp32 layers on the CPU, in place, layer by layer.
 
-    Unlike `PreTrainedModel.dequantize` (transformers 5.23) it needs no room on the GPU, and gives GPT-2 its Conv1D
-    back, whose weights would otherwise be saved transposed.
+    Unlike `PreTrainedModel.dequantize` (transformers 5.23) it needs no GPU memory, and it restores GPT-2's Conv1D layers,
+    whose weights would otherwise be saved transposed.
     """
     quantizer: HfQuantizer | None = getattr(model, "hf_quantizer", None)
     for name, module in list(model.named_modules()):
@@ -52,7 +52,7 @@ def dequantize(model: PreTrainedModel) -> None:
     unpack_experts(model)
     if quantizer is not None:
         quantizer.remove_quantization_config(model)
-        # what read stored 4-bit weights would be asked for its reverse in saving, and has none (transformers 5.23)
+        # Saving asks each conversion for its reverse; that of stored 4-bit weights has none (transformers 5.23).
         conversions: Any = model._weight_conversions
         model._weight_conversions = [c for c in conversions if not _reads_4_bit(c)]  # type: ignore[assignment]
     nn.Module.to(model, device="cpu", dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""The compiled part of `nf4`, called on tensors: nf4.c, which installing this package builds where there is a compiler."""
+"""Call the compiled part of `nf4` on tensors: nf4.c, which installing this package builds where there is a compiler."""
 
 import ctypes
 from functools import cache
@@ -29,25 +29,25 @@ def _library() -> ctypes.CDLL | None:
 
 
 def is_built() -> bool:
-    """Whether the functions below can be called."""
+    """Return whether the functions below can be called."""
     return _library() is not None
 
 
 def block_scales(weights: Tensor) -> Tensor:
-    """The largest magnitude of each block, fp32 [N / 64], of bf16 or fp32 [N]."""
+    """Return the largest magnitude of each block, fp32 [N / 64], of bf16 or fp32 weights [N]."""
     scales = torch.empty(len(weights) // BLOCK)
     _call("block_scales_1", weights, scales)
     return scales
 
 
 def there_and_back(weights: Tensor, scales: Tensor, levels: Tensor, bounds: Tensor) -> Tensor:
-    """What becomes of `weights` in NF4, fp32 [N].
+    """Quantize `weights` to NF4 and return their dequantized values, fp32 [N].
 
     Arguments:
         weights: bf16 or fp32 [N].
         scales: the largest magnitude of each block, fp32 [N / 64].
-        levels: what each code of each block stands for, fp32 [N / 64, 16], in the order of the codes.
-        bounds: between the codes, of weights over their scale, fp32 [15].
+        levels: the value of each code in each block, fp32 [N / 64, 16], in the order of the codes.
+        bounds: the limits between codes, for weights divided by their scale, fp32 [15].
     """
     assert levels.shape == (len(scales), 16) and len(weights) == len(scales) * BLOCK and len(bounds) == 15
     values = torch.empty(len(weights))

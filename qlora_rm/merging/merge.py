@@ -1,4 +1,4 @@
-"""One stock model from an adapter and its base: dequantize, add in fp32, cast, and prove the scores."""
+"""Make one stock model from an adapter and its base: dequantize, add in fp32, cast, and prove the scores."""
 
 from dataclasses import replace
 from itertools import chain
@@ -43,21 +43,21 @@ def merge(
     base_model: str | None = None,
     trust_remote_code: bool = False,
 ) -> Merge:
-    """Write to `output` the model that `folder`'s adapter and its base make together.
+    """Merge `folder`'s adapter into its base and write the model to `output`.
 
-    The base's files are read, changed and written weight by weight; peak memory is that of about two copies of the
-    largest weight. The result loads by transformers' Auto classes, holds tokenizer, template and manifest, and is
-    renamed into place only after its scores, read back from disk, have been found right.
+    The base's files are read, changed and written weight by weight. Peak memory is about two copies of the largest weight.
+    The result loads with transformers' Auto classes and holds tokenizer, template and manifest. It is renamed into place
+    only after its scores, read back from disk, have been verified.
 
     Arguments:
-        base: "dequantized", what training's quantization made of the base, gives the golden scores. Added to
-            "original" weights an adapter gives other scores, which are compared with those of the adapter on its
-            unquantized base, and are from then on what the merged model's manifest expects.
-        base_model: another place of the base than the manifest names.
+        base: "dequantized" applies training's quantization to the base and gives the golden scores. On "original" weights
+            an adapter gives other scores. They are compared with those of the adapter on its unquantized base, and the
+            merged model's manifest expects them from then on.
+        base_model: where the base is, if not where the manifest says.
 
     Raises:
-        UserError: `folder` holds no adapter, or one that is not as training left it; its base is another one; `output`
-            is not free, the disk too full, or the merged scores are wrong. Nothing is left behind then.
+        UserError: `folder` holds no adapter, or one that changed since training; its base is another one; `output` is
+            not empty, the disk is too full, or the merged scores are wrong. No files remain in any of these cases.
     """
     if artifact_kind(folder) != "adapter":
         raise UserError(f"{folder} already is one whole model: there is nothing to merge.")
@@ -103,14 +103,14 @@ class _Job:
         return record
 
     def _require_tokenizer(self) -> None:
-        """Text becomes the token ids that it became in training."""
+        """Require that text gives the token ids of training."""
         checks = check_tokenizer(self.manifest, self.tokenizer), check_golden_ids(self.manifest, self.tokenizer)
-        for check in chain.from_iterable(checks):  # one by one: the later ones take the earlier ones to hold
+        for check in chain.from_iterable(checks):  # one by one: later checks assume that earlier ones passed
             if not check.ok and self.manifest.golden:
                 raise UserError(f"{self.folder} fails the check {check.name!r}: {check.detail}.")
 
     def _require_original(self) -> None:
-        """Weights as they were before quantization, where these are asked for."""
+        """Require unquantized base weights where `base` is "original"."""
         if self.base == "dequantized":
             return
         name, revision = self._base()
@@ -122,7 +122,7 @@ class _Job:
             )
 
     def _golden_of_adapter(self) -> list[GoldenItem]:
-        """Made here for an adapter that has none."""
+        """Make golden items for an adapter that has none."""
         if self.changes:
             raise UserError(
                 f"{' and '.join(self.changes)} of the base of {self.folder} changed since training, and without "
@@ -142,7 +142,7 @@ class _Job:
         )
 
     def _require_own_scores(self, adapted: RewardModel) -> None:
-        """The adapter, loaded here, gives its golden scores; otherwise its base is another one."""
+        """Require that the loaded adapter gives its golden scores. Otherwise its base is another one."""
         allowed = allowed_drift(self.manifest, adapted.computes_in)
         moved = drift(self.manifest.golden, scores_of(self.manifest.golden, adapted.score_token_ids), allowed)
         if not moved.ok:
@@ -152,13 +152,13 @@ class _Job:
             )
 
     def _base(self) -> tuple[str, str | None]:
-        """The base's place, and its revision there."""
+        """Return the base's name or path, and its revision."""
         if self.base_model:
             return self.base_model, None
         return self.manifest.base.name_or_path, self.manifest.base.revision
 
     def _stream(self) -> Stream | None:
-        """The merge weight by weight, planned; None where there is no such."""
+        """Plan the merge weight by weight. Return None where that is not possible."""
         manifest, (base, revision) = self.manifest, self._base()
         source = Source(
             adapter=self.folder,
@@ -179,7 +179,7 @@ class _Job:
             return None
 
     def _write(self) -> dict[str, str]:
-        """The merged weights and config; returns the hashes that are known from writing them."""
+        """Write the merged weights and config. Return the hashes that are known from writing them."""
         if self.stream is not None:
             return self.stream.run(self.beside)
         adapted = self._load(None if self.base == "dequantized" else "none")
@@ -188,7 +188,7 @@ class _Job:
         return {}
 
     def _prove(self, golden: list[GoldenItem]) -> tuple[Merge, Step]:
-        """Read the merged model back as any reader would and compare its golden scores."""
+        """Read the merged model back as any consumer would and compare its golden scores."""
         manifest, reference = self.manifest, golden
         if self.base == "original":
             reference = [replace(item, scores=new) for item, new in zip(golden, self._unquantized(golden), strict=True)]
@@ -214,7 +214,7 @@ class _Job:
         return record, Step.of("merge", settings, since_training, found.scores)
 
     def _unquantized(self, golden: list[GoldenItem]) -> list[list[float]]:
-        """Scores of the adapter on its base as it was before quantization."""
+        """Return the scores of the adapter on its unquantized base."""
         base, revision = self._base()
         can_be_offloaded = self.stream is not None and self.stream.adapter.is_plain
         if not can_be_offloaded or fits(base, revision):

@@ -1,32 +1,32 @@
-/* NF4 there and back on a CPU: each weight becomes the level that it is quantized to.
+/* Quantize weights to NF4 and dequantize them, on a CPU.
  *
- * bitsandbytes 0.50 has no CPU kernel for quantizing: its search in torch takes 25 ns a weight on one core, many times
- * as long as copying the weight's file; this takes 0.3. The order of operations is bitsandbytes' own, and is kept by
- * compiling without contraction: the last bit decides at a bound. */
+ * bitsandbytes 0.50 has no CPU kernel for quantizing. Its search in torch takes 25 ns per weight on one core, many times
+ * as long as copying the weight's file. This code takes 0.3 ns. The order of operations is bitsandbytes' own. Compile
+ * without contraction to keep it, because the last bit decides at a bound. */
 
 #include <stdint.h>
 #include <string.h>
 
-/* The number at the end of a function's name grows when its arguments change: an older build is then not called. */
+/* Increase the number at the end of a function's name when its arguments change, so that an older build is not called. */
 
 #define BLOCK 64
 #define LEVELS 16
 
-/* One build for all x86-64 processors: the loader takes the widest version that the host can run. */
+/* One build for all x86-64 processors: the loader picks the widest version that the host can run. */
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
 #define WIDEST __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define WIDEST
 #endif
 
-/* An fp32 number and its bits. Compilers turn integer comparisons and selections into vector instructions at every level
- * of optimization; those of floats, for the sake of NaN and of traps, they do or do not. */
+/* An fp32 number and its bits. Compilers vectorize integer comparisons and selections at every optimization level, but
+ * those of floats only sometimes, because of NaN and traps. */
 typedef union {
     float value;
     uint32_t bits;
 } Number;
 
-/* A block of bf16 or fp32 weights as fp32; the former's bits are the upper half of the latter's. */
+/* Load a block of bf16 or fp32 weights as fp32. The bits of a bf16 are the upper half of an fp32's. */
 static inline void load(const void *weights, int is_bf16, int64_t block, Number *loaded) {
     if (is_bf16) {
         const uint16_t *halves = (const uint16_t *)weights + block * BLOCK;
@@ -36,7 +36,7 @@ static inline void load(const void *weights, int is_bf16, int64_t block, Number 
     }
 }
 
-/* Each block's largest magnitude: the bits of numbers without a sign are in the numbers' order. */
+/* Find each block's largest magnitude. Without the sign, bits compare in the same order as numbers. */
 WIDEST void block_scales_1(const void *weights, int is_bf16, int64_t blocks, Number *restrict scales) {
     for (int64_t b = 0; b < blocks; b++) {
         Number weight[BLOCK];
@@ -50,8 +50,8 @@ WIDEST void block_scales_1(const void *weights, int is_bf16, int64_t blocks, Num
     }
 }
 
-/* For `weights` [blocks, 64] and their `scales` [blocks], what dequantizing gives: one of the block's own `levels`
- * [blocks, 16], in rising order. A weight over its scale has as its code the number of `bounds` [15] that it is above. */
+/* Write the dequantized values of `weights` [blocks, 64] with `scales` [blocks]. Each is one of the block's `levels`
+ * [blocks, 16], in rising order. The code of a weight is the number of `bounds` [15] below the weight over its scale. */
 WIDEST void there_and_back_1(const void *weights, int is_bf16, int64_t blocks, const Number *restrict scales,
                            const Number *restrict levels, const Number *restrict bounds, Number *restrict values) {
     Number bound[LEVELS - 1];

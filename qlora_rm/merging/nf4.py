@@ -1,7 +1,7 @@
-"""What NF4 made of a weight in training, computed again piece by piece.
+"""Recompute, piece by piece, the values that a weight had in training after NF4 quantization.
 
-Quantization in blocks of 64 with absmax quantized in blocks of 256 (Dettmers et al. 2023, "QLoRA", section 3) loses
-what cannot be merged back: an adapter trained beside quantized weights belongs on those very weights.
+Quantization in blocks of 64 with absmax quantized in blocks of 256 (Dettmers et al. 2023, "QLoRA", section 3) is lossy.
+An adapter was trained with the quantized weights, so it must be added to those.
 """
 
 from collections.abc import Iterator
@@ -18,19 +18,19 @@ from qlora_rm.backbone.precision import BLOCK, NESTED_BLOCK
 from qlora_rm.merging import kernel
 
 PIECE = 1 << 20
-"""Weights worked on at a time, a multiple of `BLOCK`: few enough for a cache, and enough for threads that take turns in
-Python to spend their time elsewhere."""
+"""Weights processed at a time, a multiple of `BLOCK`: few enough for the cache, and enough that threads rarely wait for
+Python's lock."""
 
 
 @dataclass(frozen=True)
 class Rounded:
-    """A weight of N values in 16 or 32 bit, to be seen as bitsandbytes' quantization on loading leaves it, bit for bit.
+    """A weight of N values in 16 or 32 bit, read as bitsandbytes' quantization on loading would give it, bit for bit.
 
     Attributes:
-        weight: [N], as it was stored.
-        dtype: it is quantized from, and dequantized to.
-        scales: each block's largest magnitude, by which it is quantized, fp32 [ceil(N / 64)].
-        stored: the same after their own quantization, by which it is dequantized.
+        weight: [N], as stored.
+        dtype: the dtype that it is quantized from and dequantized to.
+        scales: each block's largest magnitude, used to quantize, fp32 [ceil(N / 64)].
+        stored: the scales after their own quantization, used to dequantize.
     """
 
     weight: Tensor
@@ -50,7 +50,7 @@ class Rounded:
         return self.weight.numel()
 
     def values(self, start: int, stop: int) -> Tensor:
-        """Values `start` to `stop`, fp32; `start` is a multiple of the block."""
+        """Return values `start` to `stop`, fp32. `start` is a multiple of the block."""
         assert start % BLOCK == 0, start
         piece = _numbers(self.weight[start:stop], self.dtype)
         scales, stored = (s[start // BLOCK : -(-stop // BLOCK)] for s in (self.scales, self.stored))
@@ -66,7 +66,7 @@ class Rounded:
 
 @dataclass(frozen=True)
 class Packed:
-    """A weight of N values that was stored in 4 bit: two codes a byte, uint8 [N / 2], and a scale for each block, fp32."""
+    """A weight of N values stored in 4 bit: two codes per byte, uint8 [N / 2], and one fp32 scale per block."""
 
     codes: Tensor
     scales: Tensor
@@ -77,7 +77,7 @@ class Packed:
 
     @classmethod
     def of(cls, weight: bnb.nn.Params4bit, dtype: torch.dtype) -> Self:
-        """The stored weight, to be dequantized to `dtype`, as training computed it."""
+        """Wrap the stored weight, which dequantizes to `dtype` as in training."""
         state = weight.quant_state
         scales = state.absmax
         if state.nested:
@@ -86,7 +86,7 @@ class Packed:
         return cls(codes, scales.float(), dtype, state.blocksize, state.quant_type, state.shape.numel())
 
     def values(self, start: int, stop: int) -> Tensor:
-        """Values `start` to `stop`, fp32; `start` is a multiple of the block."""
+        """Return values `start` to `stop`, fp32. `start` is a multiple of the block."""
         assert start % self.block == 0, start
         state = F.QuantState(
             absmax=self.scales[start // self.block : -(-stop // self.block)],
@@ -99,28 +99,28 @@ class Packed:
 
 
 def pieces(numel: int) -> Iterator[tuple[int, int]]:
-    """(start, stop) of each piece of so many values."""
+    """Yield (start, stop) of each piece of `numel` values."""
     for start in range(0, numel, PIECE):
         yield start, min(start + PIECE, numel)
 
 
 def is_slow() -> bool:
-    """Whether quantizing takes many times as long here as it might."""
+    """Return whether quantizing is many times slower here than with the compiled kernel."""
     return _device().type == "cpu" and not kernel.is_built()
 
 
 def _device() -> torch.device:
-    """Where training quantized, most likely: a GPU's kernel need not agree with a CPU's about a value at a bound."""
+    """Return the device on which training most likely quantized. A GPU kernel may differ from a CPU's for a value at a bound."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _numbers(piece: Tensor, dtype: torch.dtype) -> Tensor:
-    """As bitsandbytes would see them: of `dtype`, fp16 as fp32."""
+    """Cast as bitsandbytes sees the values: to `dtype`, and fp16 to fp32."""
     return piece.to(dtype).float() if dtype is torch.float16 else piece.to(dtype)
 
 
 def _scales(piece: Tensor) -> Tensor:
-    """The largest magnitude of each block, of which the last may be incomplete."""
+    """Return the largest magnitude of each block. The last block may be incomplete."""
     if not kernel.is_built() or len(piece) % BLOCK:
         blocks = torch.nn.functional.pad(piece, (0, -len(piece) % BLOCK)).view(-1, BLOCK)
         return blocks.abs().amax(1).float()
@@ -128,14 +128,14 @@ def _scales(piece: Tensor) -> Tensor:
 
 
 def _by_bitsandbytes(piece: Tensor, stored: Tensor) -> Tensor:
-    """`piece` quantized, and dequantized by the `stored` scales, fp32; where there is a GPU, there."""
+    """Quantize `piece` and dequantize it by the `stored` scales, to fp32. Runs on the GPU where there is one."""
     packed, state = F.quantize_4bit(piece.to(_device()), blocksize=BLOCK, quant_type="nf4")
     state.absmax = stored.to(_device())
     return F.dequantize_4bit(packed.view(-1), state).view(-1).cpu().float()
 
 
 def _nested(scales: Tensor) -> Tensor:
-    """The scales after their own quantization ("double quantization")."""
+    """Return the scales after their own quantization ("double quantization")."""
     offset = scales.mean()
     codes, state = F.quantize_blockwise(scales - offset, blocksize=NESTED_BLOCK)
     return F.dequantize_blockwise(codes, state) + offset
@@ -143,6 +143,6 @@ def _nested(scales: Tensor) -> Tensor:
 
 @cache
 def _code() -> tuple[Tensor, Tensor]:
-    """The 16 codes' values, and the 15 bounds between them: midpoints in fp32 as bitsandbytes computes them."""
+    """Return the values of the 16 codes, and the 15 bounds between them: fp32 midpoints, as bitsandbytes computes them."""
     code = F.get_4bit_type("nf4", device="cpu")
     return code, (code[1:] + code[:-1]) / 2

@@ -1,4 +1,4 @@
-"""Golden scores of models that may not fit into memory: loaded whole, or layer by layer from the disk."""
+"""Compute golden scores of models that may not fit into memory: loaded in full, or layer by layer from disk."""
 
 import tempfile
 import warnings
@@ -28,21 +28,21 @@ from qlora_rm.backbone.scoring import score_sequences
 from qlora_rm.console import say
 
 SHARE = 0.8
-"""Of the free memory, what a model under proof may take."""
+"""The share of free memory that a model may take while it is verified."""
 
 
 @dataclass(frozen=True)
 class ReadBack:
-    """Scores of the golden items' token ids, and the name of the dtype they were computed in."""
+    """Scores of the golden items' token ids, and the name of the dtype in which they were computed."""
 
     scores: list[list[float]]
     computed_in: DtypeName
 
 
 def read_back(folder: str, items: Sequence[GoldenItem], pad: int, trust_remote_code: bool = False) -> ReadBack:
-    """Load the written model in `folder` by transformers' Auto class alone, and score `items` with it.
+    """Load the written model in `folder` with transformers' Auto class alone, and score `items` with it.
 
-    What does not fit into memory is read from the disk for each batch, one layer at a time (accelerate's offloading).
+    Layers that do not fit into memory are read from disk for each batch, one at a time (accelerate's offloading).
     """
     if fits(folder):
         return _scored(load_stock(folder, trust_remote_code)[0], items, pad)
@@ -60,11 +60,11 @@ def read_adapter(
     trust_remote_code: bool = False,
     rotary_length: int | None = None,
 ) -> ReadBack:
-    """Score `items` by the adapter in `folder` on its unquantized `base`, one layer at a time from the folder `beside`.
+    """Score `items` by the adapter in `folder` on its unquantized `base`, offloaded to the folder `beside` layer by layer.
 
-    The adapter is LoRA on linear layers and a head; DoRA and experts' adapters read weights that are not there.
-    On offloaded layers PEFT 0.21 makes factors without memory, and fails on an offloaded head; so the head is made anew,
-    and the factors are read after they have got memory. Goes when PEFT loads an adapter on offloaded layers.
+    The adapter must be LoRA on linear layers and a head. DoRA and adapters on experts read weights that are offloaded.
+    On offloaded layers PEFT 0.21 creates factors on the meta device, and it fails on an offloaded head. So the head is created
+    again, and the factors are allocated before they are read. Remove once PEFT loads an adapter on offloaded layers.
     """
     config = pinned(read_model_config(base, revision, trust_remote_code), rotary_length)
     config.num_labels = 1
@@ -76,7 +76,7 @@ def read_adapter(
             model.set_submodule(name, bones.get_submodule(name).to_empty(device="cpu"))
             compute_in_own_precision(model.get_submodule(name))
         model.config.pad_token_id = pad
-        with warnings.catch_warnings(action="ignore", category=UserWarning):  # that it could not fill the factors
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # it could not fill the factors
             peft = load_adapter(Backbone(model, head, has_new_head=True), folder, trainable=False)
         for layer in peft.modules():
             if isinstance(layer, LoraLayer):
@@ -87,7 +87,7 @@ def read_adapter(
 
 
 def fits(name_or_path: str, revision: str | None = None) -> bool:
-    """Whether a model takes no more than its share of the free memory; also where that cannot be told."""
+    """Return whether a model takes no more than its share of free memory, or its size is unknown."""
     stored = Checkpoint.of_model(name_or_path, revision)
     return stored is None or loaded_bytes(stored) <= _room()
 
@@ -112,7 +112,7 @@ def _offloaded(name: str, beside: Path, trust_remote_code: bool, **how: Any) -> 
 
 
 def loaded_bytes(stored: Checkpoint) -> int:
-    """Memory that the tensors take once they are loaded here."""
+    """Return the bytes that the tensors take once loaded on this machine."""
     width = 4 if lacks_16_bit_units() else 0
     return sum(
         torch.Size(place.shape).numel() * max(width, place.dtype.itemsize)

@@ -1,4 +1,4 @@
-"""The merge itself: weight by weight from the base's files, through what training made of it, to new files."""
+"""Merge weight by weight: read the base's files, quantize as training did, add the adapter, write new files."""
 
 import shutil
 from collections.abc import Iterator
@@ -32,11 +32,11 @@ class Source:
     """An adapter and the base it was trained on, as training loaded it.
 
     Attributes:
-        dequantized: whether each weight goes through the quantization of training, as it must for the same scores.
-        dtype: in which training computed, and from which it quantized.
+        dequantized: whether each weight goes through training's quantization, as the same scores require.
+        dtype: the dtype in which training computed, and from which it quantized.
         pad, tokens: the tokenizer's pad id and number of tokens.
-        trusted: whether code that the base brings may be run.
-        rotary_length: the length as one of which every sequence is rotated; None leaves rotation as it is.
+        trusted: whether the base's own code may run.
+        rotary_length: the sequence length for which rotation is pinned; None leaves rotation as it is.
     """
 
     adapter: str
@@ -52,7 +52,7 @@ class Source:
 
 
 def require_room(folder: Path, nbytes: int) -> None:
-    """Raise `UserError` where the disk under `folder` has no room for `nbytes`."""
+    """Raise `UserError` if the disk of `folder` has no room for `nbytes`."""
     free = shutil.disk_usage(folder).free
     if nbytes * 1.02 > free:
         raise UserError(f"The merged model takes {nbytes / 1e9:.1f} GB, {folder.parent} has {free / 1e9:.1f} GB free.")
@@ -65,7 +65,7 @@ class Stream:
         """Read headers and plan, for weights saved in `dtype`.
 
         Raises:
-            NotStreamable: the base has no safetensors, or an architecture or quantization for which this is not made.
+            NotStreamable: the base has no safetensors, or its architecture or quantization is not supported here.
             UserError: a file is broken, or the adapter belongs to another base.
         """
         try:
@@ -93,7 +93,7 @@ class Stream:
     def run(self, output: Path) -> dict[str, str]:
         """Write the merged model's weights and config into the folder `output`.
 
-        Returns: file name -> sha256 of the weights' files.
+        Returns: file name -> sha256 of each weight file.
 
         Raises:
             UserError: the disk is too full.
@@ -114,7 +114,7 @@ class Stream:
         return shards.sha256
 
     def _write(self, group: Group, shards: Shards, workers: Workers) -> None:
-        """Read, convert, merge and write one group; in pieces where nothing must be converted back."""
+        """Read, convert, merge and write one group, in pieces where nothing must be converted back."""
         values = {} if self.adapter.brought.issuperset(group.targets) else self._values(group)
         if group.straight:
             shards.write(group.saved[0].name, self._merged(group.targets[0], values, workers))
@@ -137,7 +137,7 @@ class Stream:
         return whole.view(shape)
 
     def _merged(self, name: str, values: dict[str, Tensor], workers: Workers) -> Iterator[Tensor]:
-        """The merged weight `name` in pieces, in the dtype it is saved in; its value is taken out of `values`."""
+        """Yield the merged weight `name` in pieces, in the dtype in which it is saved. Removes its value from `values`."""
         shape = self.shapes[name]
         base: Rounded | Packed | _Plain
         if name in self.adapter.brought:
@@ -151,11 +151,11 @@ class Stream:
             return piece.to(self.dtype) if piece.is_floating_point() else piece
 
         yield from workers.map(merged, adapter.spans(base.numel, base.block))
-        if base.numel < shape.numel():  # a grown embedding's pad token, which no sequence contains
+        if base.numel < shape.numel():  # a resized embedding's pad token, which no sequence contains
             yield torch.zeros(shape.numel() - base.numel, dtype=self.dtype)
 
     def _save_config(self, folder: Path) -> None:
-        """As a stock classifier of one label, which pipelines and vLLM do not squash to (0, 1)."""
+        """Save the config of a stock classifier with one label, whose score pipelines and vLLM do not squash to (0, 1)."""
         model = self.skeleton.model
         model.config.architectures = [type(model).__name__]
         model.config.dtype = self.dtype
@@ -164,7 +164,7 @@ class Stream:
 
 
 def as_scalar(config: PretrainedConfig, pad: int) -> None:
-    """Make a config that of a scalar model: one label named score, no activation on it, and the tokenizer's pad id."""
+    """Set up a config for a scalar model: one label named score, no activation on it, and the tokenizer's pad id."""
     for part in {id(c): c for c in (config, config.get_text_config())}.values():
         part.pad_token_id = pad
     config.problem_type = "regression"
@@ -173,7 +173,7 @@ def as_scalar(config: PretrainedConfig, pad: int) -> None:
 
 @dataclass(frozen=True)
 class _Plain:
-    """A weight that was not quantized; as `Rounded` and `Packed`, but in its own dtype."""
+    """A weight that was not quantized, with the interface of `Rounded` and `Packed`, in its own dtype."""
 
     weight: Tensor
     dtype: torch.dtype
@@ -188,7 +188,7 @@ class _Plain:
 
 
 def _as_trained(name: str, value: Tensor, skeleton: Skeleton, quantized: frozenset[str]) -> Rounded | Packed | _Plain:
-    """A weight of the base as training saw it."""
+    """Return a weight of the base with the values it had in training."""
     dtype = skeleton.dtypes[name] if value.is_floating_point() else value.dtype
     if isinstance(value, bnb.nn.Params4bit):
         return Packed.of(value, skeleton.dtypes[name])

@@ -1,4 +1,4 @@
-"""Which tensors on disk become which weights of the model, and under which names these are saved again."""
+"""Plan which tensors on disk become which weights of the model, and under which names these are saved."""
 
 from collections.abc import Callable
 from copy import deepcopy
@@ -25,18 +25,18 @@ from qlora_rm.errors import UserError
 
 
 class NotStreamable(Exception):
-    """This model cannot be merged tensor by tensor; the message says why."""
+    """Raised for a model that cannot be merged tensor by tensor. The message says why."""
 
 
 @dataclass
 class Group:
-    """Tensors on disk that are converted together, most often one.
+    """Tensors on disk that are converted together, usually just one.
 
     Attributes:
-        sources: their names, each with the pattern by which the conversion knows it; none for what the adapter brings.
+        sources: their names, each with its pattern in the conversion; empty for weights from the adapter.
         transform: transformers' conversion, without data.
-        targets: the model's names of what they become.
-        saved: what is written for them; one of the same layout where `straight`.
+        targets: names of the resulting weights in the model.
+        saved: the tensors to write for them; where `straight`, one of the same layout.
     """
 
     sources: list[tuple[str, str]]
@@ -46,31 +46,31 @@ class Group:
     straight: bool
 
     def convert(self, read: Callable[[str], Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
-        """Target -> its value, from the sources' values."""
+        """Convert the sources. Return target -> value."""
         if self.transform is None:
             return {}
         transform = deepcopy(self.transform)
         name = self.targets[0]
         for source, pattern in self.sources:
-            # synchronous loading hands over calls, whatever the annotation says
+            # synchronous loading passes callables, despite the annotation
             transform.add_tensor(name, source, pattern, partial(read, source))  # type: ignore[arg-type]
         realized = transform.convert(name, model=model, config=model.config)
         return {target: value[0] if isinstance(value, list) else value for target, value in realized.items()}
 
 
 def plan(skeleton: Skeleton, stored: Checkpoint, brought: set[str], dtype: torch.dtype) -> list[Group]:
-    """All groups, in the order in which the files hold them.
+    """Return all groups, in the order of their tensors in the files.
 
     Arguments:
-        brought: names of weights that the adapter replaces whole, the head's among them.
-        dtype: of the saved weights.
+        brought: names of weights that the adapter replaces in full, including the head's.
+        dtype: dtype of the saved weights.
 
     Raises:
-        NotStreamable: transformers' conversion of this architecture cannot be taken back tensor by tensor.
+        NotStreamable: transformers' conversion of this architecture cannot be reversed tensor by tensor.
         UserError: the checkpoint lacks a weight.
     """
     model, names = skeleton.model, skeleton.model.state_dict()
-    # as `save_pretrained` takes them for a model that was not loaded from files with a prefix
+    # the conversions that `save_pretrained` uses for a model not loaded from files with a prefix
     conversions = get_model_conversion_mapping(model, add_legacy=False)
     model._weight_conversions = [c for c in conversions if not isinstance(c, PrefixChange)]  # type: ignore[assignment]
     groups = _grouped(skeleton, stored, names)
@@ -96,7 +96,7 @@ def plan(skeleton: Skeleton, stored: Checkpoint, brought: set[str], dtype: torch
 
 
 def _grouped(skeleton: Skeleton, stored: Checkpoint, names: dict[str, Tensor]) -> list[Group]:
-    """As transformers' loader groups them; tensors the model has no place for, such as an `lm_head`, are left out."""
+    """Group tensors as transformers' loader does. Tensors that the model lacks, such as an `lm_head`, are left out."""
     renamings = [c for c in skeleton.conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in skeleton.conversions if isinstance(c, WeightConverter)]
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
@@ -115,7 +115,7 @@ def _grouped(skeleton: Skeleton, stored: Checkpoint, names: dict[str, Tensor]) -
 
 
 def _has_layout(group: Group) -> bool:
-    """Whether a conversion can be tried without data; a packed weight of a 4-bit checkpoint keeps its name anyhow."""
+    """Return whether a conversion can run without data. A packed weight of a 4-bit checkpoint keeps its name anyway."""
     return isinstance(group.transform, WeightConverter) and not any(
         "quant_state" in pattern for pattern in group.transform.source_patterns
     )

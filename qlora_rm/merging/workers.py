@@ -1,4 +1,4 @@
-"""Threads that work on the pieces of a weight at the same time."""
+"""Threads that work on pieces of a weight concurrently."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -13,18 +13,18 @@ from torch import Tensor
 class Workers:
     """As many threads as torch would use, each computing alone.
 
-    Left to OpenMP, several threads would share every small operation and wait for one another spinning, on cores that
-    others need for hashing and writing: a merge took twice as long.
+    OpenMP would split every small operation between threads, which spin while they wait, on cores that hashing and
+    writing need: a merge took twice as long.
     """
 
     def __enter__(self) -> Self:
         self._count = torch.get_num_threads()
-        torch.set_num_threads(1)  # of every thread started from now on too
+        torch.set_num_threads(1)  # also applies to every thread started from now on
         self._pool = ThreadPoolExecutor(self._count)
         return self
 
     def map(self, call: Callable[[int, int], Tensor], spans: Iterable[tuple[int, int]]) -> Iterator[Tensor]:
-        """What `call` gives for each (start, stop), in their order, a few of them ahead of what was asked for."""
+        """Yield the results of `call` for each (start, stop), in order. Computes a few spans ahead of the caller."""
         coming: deque[Future[Tensor]] = deque()
         for span in spans:
             coming.append(self._pool.submit(call, *span))

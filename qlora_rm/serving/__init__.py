@@ -1,1 +1,1 @@
-"""A reward model behind HTTP: requests that wait together are scored together, each shared prompt once."""
+"""Serve a reward model over HTTP: queued requests are scored together, and each shared prompt is computed once."""

@@ -1,4 +1,4 @@
-"""The HTTP application: paths, limits, the bearer token, and errors as JSON with a reason."""
+"""Build the HTTP application: paths, limits, the bearer token, and JSON errors with a reason."""
 
 import asyncio
 import math
@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 RETRY_AFTER = {"Retry-After": "1"}
 CLIENT_CLOSED_REQUEST = 499
-"""Nobody reads it; metrics count it, under the number nginx gave it."""
+"""Status of a request whose client disconnected, as in nginx. No client sees it; metrics count it."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ class Service:
     """One model behind HTTP.
 
     Attributes:
-        about: what `/health` tells of the model.
-        token: what requests must carry, None for none.
+        about: what `/health` reports of the model.
+        token: the token that requests must carry; None for none.
         lanes: the threads that parse and tokenize.
-        bodies: how much of large bodies is held in memory.
-        hosts: what Host and Origin may name; None where they are not looked at.
+        bodies: the count of bytes of large bodies in memory.
+        hosts: allowed names in Host and Origin; None where they are not checked.
     """
 
     reader: Reader
@@ -57,7 +57,7 @@ class Service:
     hosts: AllowedHosts | None = None
 
     def app(self) -> ASGIApp:
-        """The application, counting its answers."""
+        """Return the application, which counts its answers."""
         scored = {"/score": self.reader.score, "/get_reward": self.reader.get_reward, "/classify": self.reader.classify}
         routes = [Route(path, self._scoring(read), methods=["POST"]) for path, read in scored.items()]
         routes += [Route("/health", self._health), Route("/metrics", self._metrics_text)]
@@ -67,7 +67,7 @@ class Service:
         return Measured(guarded, self.metrics, {*scored, "/health", "/metrics"})
 
     async def _health(self, request: Request) -> Response:
-        """200 while requests are served. It needs no token, and is answered only after the golden scores were right."""
+        """Answer 200 while requests are served. Needs no token. Is reachable only after the golden scores matched."""
         if self.batcher.alive:
             return JSONResponse({"status": "ready", **self.about})
         return JSONResponse({"status": "failed" if self.batcher.death else "stopping"}, 503)
@@ -87,7 +87,7 @@ class Service:
             except ClientDisconnect:
                 self.metrics.abandoned.inc()
                 return Response(status_code=CLIENT_CLOSED_REQUEST)
-            except asyncio.CancelledError:  # the time to stop is over
+            except asyncio.CancelledError:  # `stop_timeout` is over
                 return _error(503, "the server stopped before there was an answer", {"Connection": "close"})
 
         return endpoint
@@ -114,7 +114,7 @@ class Service:
             scores = await _unless_gone(request, answer)
         except ScoringFailed as error:
             raise Refused(500, f"the model failed on this request: {error}") from error
-        except QueueFull:  # it made room for a client that waits for less
+        except QueueFull:  # displaced by a client with less queued work
             raise _queue_full() from None
         except Closed:
             raise Refused(503, "the model has failed and the server is stopping") from None
@@ -127,7 +127,7 @@ class Service:
     async def _read(
         self, request: Request, read: Callable[[bytes, int | None], Asked], body: bytes, client: str
     ) -> Asked:
-        """The sequences of a request. A short one is read at once; a long one in a lane of its own, by what it has to tokenize."""
+        """Read the sequences of a request. The body's size picks the lane; more than `SHORT` to tokenize moves it to the long one."""
         try:
             return await _unless_gone(request, self.lanes.submit(partial(read, body, SHORT), client, len(body)))
         except Long as long:
@@ -139,10 +139,10 @@ def _queue_full() -> Refused:
 
 
 async def _unless_gone(request: Request, answer: "Future[T]") -> T:
-    """The result of `answer`; work that is not begun is dropped when its client leaves, or waits too long.
+    """Return the result of `answer`. Work that has not begun is dropped when its client disconnects or waits too long.
 
     Raises:
-        ClientDisconnect: nobody waits any more.
+        ClientDisconnect: the client has disconnected.
     """
     result = asyncio.wrap_future(answer)
     left = asyncio.ensure_future(_departure(request))
@@ -154,7 +154,7 @@ async def _unless_gone(request: Request, answer: "Future[T]") -> T:
         return result.result()
     finally:
         left.cancel()
-        result.cancel()  # of a future that is done this changes nothing
+        result.cancel()  # no effect on a future that is done
 
 
 async def _departure(request: Request) -> None:
@@ -179,7 +179,7 @@ def _error(status: int, reason: str, headers: Any = None) -> JSONResponse:
 
 
 class Measured:
-    """Counts and times the answers of `app`; paths it does not have are counted as one."""
+    """Counts and times the answers of `app`. All unknown paths are counted as one."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, paths: set[str]) -> None:
         self.app, self.metrics, self.paths = app, metrics, paths

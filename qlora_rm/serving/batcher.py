@@ -1,4 +1,4 @@
-"""One thread owns the model. Requests queue for it, and those that wait together are scored together."""
+"""Run the model in one thread. Requests queue for it, and those in the queue are scored together."""
 
 import threading
 import time
@@ -14,11 +14,11 @@ from qlora_rm.serving.metrics import Metrics
 
 
 class QueueFull(Exception):
-    """There is no room now; there will be."""
+    """The queue has no room now. A later try may succeed."""
 
 
 class Closed(Exception):
-    """No more work is taken: the server stops, or the model thread has died."""
+    """No more work is accepted: the server is stopping, or the model thread has died."""
 
 
 class ScoringFailed(Exception):
@@ -26,16 +26,16 @@ class ScoringFailed(Exception):
 
 
 class Batcher:
-    """A bounded queue in front of `score`, which is only ever called from one thread.
+    """A bounded queue in front of `score`, which only one thread ever calls.
 
     Arguments:
-        score: from S token sequences to their S scores.
-        tokens_per_batch: sequences are taken from the queue up to this many tokens (one at least). A job of more tokens is
-            scored in parts, with the short jobs that arrive meanwhile between them.
-        max_sequences, max_tokens: bounds of what may wait. In a full queue a client that waits for less than another takes
-            the place of that other's last job.
-        max_wait: seconds a job may wait, with the model idle, for requests that are just being read; 0 for none.
-        on_death: called from the model thread when it ends by an error, after everything that waited was failed.
+        score: maps S token sequences to their S scores.
+        tokens_per_batch: the most tokens taken from the queue for one batch (but at least one sequence). A job of more
+            tokens is scored in parts, and short jobs that arrive meanwhile go between the parts.
+        max_sequences, max_tokens: limits of the queue. When it is full, a client with less queued work displaces the last
+            job of the client with the most.
+        max_wait: seconds a job may wait, with the model idle, for requests that are being read; 0 for none.
+        on_death: called from the model thread when an error ends it, after all queued jobs have failed.
     """
 
     def __init__(
@@ -64,12 +64,12 @@ class Batcher:
 
     @property
     def alive(self) -> bool:
-        """Whether work is taken."""
+        """Return whether work is accepted."""
         return not self._closed
 
     @contextmanager
     def expecting(self) -> Iterator[None]:
-        """While a request is being read: an idle model waits a moment for it (see `max_wait`)."""
+        """Mark that a request is being read, for which an idle model waits up to `max_wait`."""
         with self._changed:
             self._expected += 1
         try:
@@ -80,11 +80,11 @@ class Batcher:
                 self._changed.notify()
 
     def submit(self, sequences: list[Ids], client: str = "") -> "Future[list[float]]":
-        """Queue sequences to be scored. Once the answer is cancelled no further part of them is begun.
+        """Queue sequences to be scored. After the answer is cancelled, no further part of them begins.
 
         Raises:
-            QueueFull: they would exceed what may wait; the answer of a job that had to make room raises it too.
-            Closed: there is nobody to score them.
+            QueueFull: they exceed the limits of the queue. The answer of a displaced job raises it too.
+            Closed: no more work is accepted.
         """
         job = Job(sequences, client)
         with self._changed:
@@ -94,15 +94,15 @@ class Batcher:
             self._waiting.push(job, client, job.tokens)
             self._count(job, 1)
             self._changed.notify()
-        for other in removed:  # outside the lock: a future's callbacks run here
+        for other in removed:  # outside the lock, because a future's callbacks run here
             other.fail(QueueFull())
         return job.answer
 
     def _make_room(self, job: Job) -> list[Job]:
-        """Take the last jobs of the client with the most waiting tokens out of a full queue, while it has more than `job`'s.
+        """Remove the last jobs of the client with the most queued tokens, while it has more than the client of `job`.
 
         Raises:
-            QueueFull: there is no room even so.
+            QueueFull: this does not free enough room.
         """
         sequences_over = self._sequences + len(job.sequences) - self.max_sequences
         tokens_over = self._tokens + job.tokens - self.max_tokens
@@ -130,7 +130,7 @@ class Batcher:
         return removed
 
     def close(self, timeout: float) -> bool:
-        """Take no more work, finish what is waiting, and say whether that was done in `timeout` seconds."""
+        """Accept no more work and finish the queue. Return whether that took at most `timeout` seconds."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -144,11 +144,11 @@ class Batcher:
         try:
             while parts := self._next():
                 self._answer(parts)
-        except BaseException as error:  # nobody else sees what ends a thread
+        except BaseException as error:  # nothing else reports what ends a thread
             self._die(error, parts)
 
     def _die(self, error: BaseException, begun: list[Part]) -> None:
-        """Leave nobody waiting, then tell."""
+        """Fail all jobs, then call `on_death`."""
         with self._changed:
             self._closed, self.death = True, error
             waiting = list(self._waiting)
@@ -158,18 +158,18 @@ class Batcher:
         self.on_death()
 
     def _next(self) -> list[Part]:
-        """What to score together; nothing when the queue is closed and empty."""
+        """Wait for parts to score together. Return none when the queue is closed and empty."""
         with self._changed:
             while True:
                 self._changed.wait_for(lambda: self._waiting or self._closed)
                 if not self._waiting:
                     return []
                 self._let_others_come()
-                if parts := self._taken():  # none where all were cancelled
+                if parts := self._taken():  # empty where all were cancelled
                     return parts
 
     def _let_others_come(self) -> None:
-        end = self._waiting.peek().arrived + self._max_wait  # long past for what came while the model was busy
+        end = self._waiting.peek().arrived + self._max_wait  # already past for jobs that came while the model was busy
         while self._expected and not self._closed and self._tokens < self._tokens_per_batch:
             left = end - time.monotonic()
             if left <= 0:
@@ -196,7 +196,7 @@ class Batcher:
         return parts
 
     def _part_of(self, job: Job, room: int, alone: bool) -> Part | None:
-        """The job's next sequences for a batch with `room` for so many tokens; None where they must wait for another batch."""
+        """Return the job's next sequences for a batch with room for `room` tokens, or None if they must wait for another."""
         first = len(job.scores)
         rest = job.tokens if not first else sum(map(len, job.sequences[first:]))
         if rest > room and not alone:
@@ -215,10 +215,10 @@ class Batcher:
         self._metrics.queued_tokens.set(self._tokens)
 
     def _answer(self, parts: list[Part]) -> None:
-        """Score parts together; an error is looked for by halves, so that it is told to none but the request it is of."""
+        """Score parts together. After an error, retry in halves, so that only the request that caused it fails."""
         try:
             scores = self._scored(parts)
-        except torch.AcceleratorError:  # a CUDA context that has failed once fails for ever: the thread ends
+        except torch.AcceleratorError:  # a failed CUDA context never recovers, so the thread ends
             raise
         except Exception as error:
             failure = ScoringFailed(f"{type(error).__name__}: {error}")
@@ -245,7 +245,7 @@ class Batcher:
         return iter(scores)
 
     def _in_memory(self, sequences: Sequence[Ids]) -> list[float]:
-        """Scores; where memory runs out, of the halves one after the other."""
+        """Return scores. When memory runs out, score the two halves one after the other."""
         try:
             return list(self._score(sequences))
         except Exception as error:

@@ -1,4 +1,4 @@
-"""Reading a request's body: no more of it than is allowed, and not more of all bodies together than memory is meant for."""
+"""Read request bodies within two limits: the size of one body, and the memory of all bodies together."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from qlora_rm.serving.lanes import SHORT
 from qlora_rm.serving.sizes import Refused
 
 AT_ONCE = 64
-"""Bodies of the largest size that are held at once, by all clients together. One client may hold half of them."""
+"""Bodies of the largest size that may be in memory at once, over all clients. One client may hold half of them."""
 
 
 class Held:
@@ -21,10 +21,10 @@ class Held:
         self._bodies, self._client = bodies, client
 
     def grow(self, size: int) -> None:
-        """Hold `size` bytes; short bodies are not counted.
+        """Count `size` bytes for this request. Short bodies are not counted.
 
         Raises:
-            Refused: too much is held already.
+            Refused: too many bytes are held already.
         """
         if size > SHORT:
             self._bodies.add(self._client, size - self.bytes)
@@ -32,10 +32,10 @@ class Held:
 
 
 class Bodies:
-    """How many bytes of large bodies are in memory.
+    """The count of bytes of large bodies in memory.
 
     Arguments:
-        largest: bytes that one body may have.
+        largest: most bytes of one body.
     """
 
     def __init__(self, largest: int) -> None:
@@ -44,7 +44,7 @@ class Bodies:
 
     @contextmanager
     def of(self, client: str) -> Iterator[Held]:
-        """While one request of `client` is read."""
+        """Count one request of `client` while it is being read."""
         held = Held(self, client)
         try:
             yield held
@@ -60,10 +60,10 @@ class Bodies:
 
 
 async def read_body(request: Request, limit: int, held: Held) -> bytes:
-    """The body of `limit` bytes at most.
+    """Return a body of at most `limit` bytes.
 
     Raises:
-        Refused: it is larger, is not JSON by its Content-Type, or too many others are being read.
+        Refused: it is larger, its Content-Type is not JSON, or too many other bodies are being read.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":

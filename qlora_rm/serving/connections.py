@@ -1,7 +1,7 @@
-"""Connections that are idle, slow or malformed, so that they cannot keep others out.
+"""Limit idle, slow and malformed connections, so that they cannot block others.
 
-uvicorn waits without end for the first request of a connection, for the rest of one and for a client that does not read, and
-closes nobody to let others in. `Connection` adds what it lacks.
+uvicorn waits forever for the first request of a connection, for the rest of a request and for a client that does not read. It
+closes no connection to admit others. `Connection` adds these limits.
 """
 
 import asyncio
@@ -20,26 +20,26 @@ from qlora_rm.serving.fair import client_of
 from qlora_rm.serving.strict_parser import StrictParser
 
 Waits = Literal["idle", "head", "body", "answer", "end"]
-"""For what a connection waits: a request, the rest of its head, the rest of its body, its answer, the rest of a body that
-was answered already."""
+"""What a connection waits for: a request, the rest of its head, the rest of its body, its answer, or the rest of a body that
+is already answered."""
 
 HEAD_SECONDS = 10.0
-"""From the beginning of a connection, or the first byte of a later request, to the end of the request's head."""
+"""Limit from the start of a connection, or the first byte of a later request, to the end of the request's head."""
 IDLE_SECONDS = 30.0
 """How long a connection stays open after an answer."""
 BODY_SECONDS, BODY_RATE = 10.0, 16 * 1024
-"""A body must be complete this long after its head, and later by one second for each `BODY_RATE` bytes that have come."""
+"""A body must be complete this long after its head, plus one second for each `BODY_RATE` bytes received."""
 END_SECONDS = 5.0
-"""For what remains when a request is answered: an unread body, an answer that the client does not take."""
+"""Limit after an answer, for an unread body or a client that does not read."""
 WRITE_SECONDS = 30.0
 """How long a client may leave an answer unread."""
 HEAD_BYTES = 32 * 1024
-"""Size of a request's head."""
+"""Largest size of a request's head."""
 
 CONNECTIONS = 2048
-"""Open at once; half of them from one address."""
+"""Most open connections; half of them from one address."""
 FILES, OWN_FILES = 65_536, 256
-"""Open files to ask the system for, and those of them that are not connections."""
+"""Open files to request from the system, and how many of them are not connections."""
 
 
 @dataclass(eq=False)
@@ -47,8 +47,8 @@ class Crowd:
     """All connections of a server.
 
     Attributes:
-        limit, of_client: how many may be open, and from one address. Beyond it the one that has waited longest for its client
-            is closed to let a new one in.
+        limit, of_client: most open connections, in total and from one address. Above it, the connection that has waited longest
+            for its client is closed to admit a new one.
     """
 
     limit: int
@@ -56,10 +56,10 @@ class Crowd:
     count: int = 0
     by_client: Counter[str] = field(default_factory=Counter)
     waiting: "OrderedDict[Connection, None]" = field(default_factory=OrderedDict)
-    """Those that wait for their clients, the longest first."""
+    """Connections that wait for their clients, longest wait first."""
 
     def enter(self, connection: "Connection") -> bool:
-        """Count a new connection; False where there is no room for it."""
+        """Count a new connection. Return False if there is no room for it."""
         client = connection.address
         self.count += 1
         self.by_client[client] += 1
@@ -83,10 +83,10 @@ class Crowd:
 
 
 class Connection(H11Protocol):
-    """uvicorn's protocol with time limits for everything that a client does, and errors as JSON.
+    """uvicorn's protocol with time limits on everything a client does, and errors as JSON.
 
     Arguments:
-        crowd: what it is one of; others as uvicorn gives them.
+        crowd: all connections of the server; the other arguments come from uvicorn.
     """
 
     def __init__(self, config: Any, server_state: Any, app_state: dict[str, Any], _loop: Any, *, crowd: Crowd) -> None:
@@ -126,7 +126,7 @@ class Connection(H11Protocol):
         self._received += len(data)
         try:
             super().data_received(data)
-        except h11.ProtocolError:  # the parser is in no state for what came
+        except h11.ProtocolError:  # the parser's state does not allow this data
             self.transport.abort()
         if self.waits == "body":
             self.crowd.waiting.move_to_end(self)
@@ -158,10 +158,10 @@ class Connection(H11Protocol):
         self._refuse(status if 400 <= status < 500 else 400, f"no valid HTTP request: {str(refusal or msg)[:200]}")
 
     def timeout_keep_alive_handler(self) -> None:
-        """Nothing: `waits` has its own time for this."""
+        """Do nothing: `waits` has its own limit for this."""
 
     def shutdown(self) -> None:
-        """The server stops: end at once what is not yet a whole request, and the rest once it is answered."""
+        """Stop: end incomplete requests at once, and the others once they are answered."""
         if self.waits == "body":
             self._refuse(503, "the server is stopping")
         if self.waits != "answer":
@@ -172,7 +172,7 @@ class Connection(H11Protocol):
                 self.loop.call_later(END_SECONDS, self.transport.abort)
 
     def give_way(self) -> None:
-        """Close, for a new connection to take the place."""
+        """Close to make room for a new connection."""
         self._leave_application()
         self._stop_waiting()
         self.transport.abort()
@@ -180,7 +180,7 @@ class Connection(H11Protocol):
     # ---- time --------------------------------------------------------------------------------------------------------------
 
     def _follow(self) -> None:
-        """Begin to wait for what comes next."""
+        """Start to wait for the next event."""
         if self._ended or self.transport.is_closing():
             return
         theirs = self.conn.their_state
@@ -226,9 +226,9 @@ class Connection(H11Protocol):
     # ---- ends ----------------------------------------------------------------------------------------------------------------
 
     def _refuse(self, status: int, reason: str) -> None:
-        """Answer for the application, if it has not begun to, and end the connection.
+        """Answer in place of the application, unless it has begun to answer, and end the connection.
 
-        What the client still sends is read and dropped for a while: closing at once would reset the connection, and the
+        For a while, further data from the client is read and dropped. Closing at once would reset the connection, and the
         answer could be lost.
         """
         if self._ended or self.transport.is_closing():
@@ -249,13 +249,13 @@ class Connection(H11Protocol):
         self._wait("end")
 
     def _close(self) -> None:
-        """Close when what was written is sent."""
+        """Close once all written data is sent."""
         self._leave_application()
         self.transport.close()
         self._wait("end")
 
     def _leave_application(self) -> None:
-        """Let the application know that nobody waits for it."""
+        """Signal to the application that its client is gone."""
         self._ended = True
         if self.cycle is not None and not self.cycle.response_complete:
             self.cycle.disconnected = True
@@ -263,12 +263,12 @@ class Connection(H11Protocol):
 
 
 def protocol_for(limit: int) -> Any:
-    """What uvicorn makes each connection of, for a server that may have `limit` of them; half of it from one address."""
+    """Return uvicorn's connection class for a server of at most `limit` connections, half of them from one address."""
     return partial(Connection, crowd=Crowd(limit, max(1, limit // 2)))
 
 
 def connections_possible() -> int:
-    """How many connections this process can have, once it may open as many files as the system lets it."""
+    """Raise this process's limit of open files as far as allowed. Return how many connections it can then have."""
     try:
         import resource
     except ImportError:  # not on Windows

@@ -1,4 +1,4 @@
-"""A queue that shares the work fairly between clients, and in which short requests pass long ones."""
+"""A queue that shares work fairly between clients and lets short requests overtake long ones."""
 
 import heapq
 import ipaddress
@@ -13,11 +13,11 @@ T = TypeVar("T")
 
 @lru_cache(4096)
 def client_of(address: str) -> str:
-    """Whom an address counts for: itself, or its /64 network in IPv6, all of which one client may have."""
+    """Return the client of an address: the address itself or, in IPv6, its /64 network, all of which one client may own."""
     try:
         known = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
-        return address  # of a test client, say
+        return address  # such as a test client's
     if known.version == 4:
         return str(known)
     return str(known.ipv4_mapped or ipaddress.ip_network((known, 64), strict=False))
@@ -25,7 +25,7 @@ def client_of(address: str) -> str:
 
 @dataclass
 class _Client(Generic[T]):
-    """One client's waiting entries.
+    """One client's queued entries.
 
     Attributes:
         served: work that the client has received, in the unit of the costs.
@@ -40,12 +40,12 @@ class _Client(Generic[T]):
 class FairQueue(Generic[T]):
     """Entries of several clients, each with a cost.
 
-    The client that received the least work is next; one that comes back counts from the least of those that wait, so that
-    nobody saves up turns. Within a client the order is that of weighted fair queueing: an entry waits for no more work of
-    later entries than its own cost, so short entries pass long ones and none waits for ever. Not safe between threads.
+    The client that received the least work is next. A returning client starts at the least work of the waiting clients, so that
+    no client accumulates turns. Within a client the order is weighted fair queueing: an entry waits for no more work of
+    later entries than its own cost. Short entries overtake long ones, and no entry waits forever. Not thread-safe.
 
     Arguments:
-        quantum: costs are rounded up to multiples of it; entries of equal cost keep the order of their arrival.
+        quantum: costs are rounded up to multiples of it. Entries of equal cost keep their order of arrival.
     """
 
     def __init__(self, quantum: float) -> None:
@@ -58,11 +58,11 @@ class FairQueue(Generic[T]):
         return self._length
 
     def __iter__(self) -> Iterator[T]:
-        """All entries, in no particular order."""
+        """Iterate over all entries, in no particular order."""
         return (entry[-1] for client in self._clients.values() for entry in client.entries)
 
     def push(self, item: T, client: str, cost: float) -> None:
-        """Add an entry of `cost` (at least 1 quantum counts)."""
+        """Add an entry of `cost`, which counts as at least one quantum."""
         known = self._clients.get(client)
         if known is None:
             least = min((other.served for other in self._clients.values()), default=0.0)
@@ -72,17 +72,17 @@ class FairQueue(Generic[T]):
         self._length += 1
 
     def peek(self) -> T:
-        """The next entry, which stays."""
+        """Return the next entry without removing it."""
         return self._clients[self._next()].entries[0][-1]
 
     def pop(self) -> T:
-        """The next entry, which is counted as served."""
+        """Remove and return the next entry, and count it as served."""
         item = self.peek()
         self.serve()
         return item
 
     def serve(self, part: float | None = None, stays: bool = False) -> None:
-        """Count `part` of the next entry's cost (unset: all of it) as served, and remove it unless it `stays`."""
+        """Count `part` of the next entry's cost (default: all of it) as served, and remove the entry unless it `stays`."""
         name = self._next()
         client = self._clients[name]
         cost = client.entries[0][2] if part is None else part
@@ -96,7 +96,7 @@ class FairQueue(Generic[T]):
             del self._clients[name]
 
     def remove(self, item: T) -> None:
-        """Take an entry out that was not served.
+        """Remove an entry that was not served.
 
         Raises:
             ValueError: it is not in the queue.

@@ -1,7 +1,7 @@
-"""Which Host and Origin a request may name.
+"""Check the Host and Origin of a request.
 
-A page of a stranger can give its own name the address of this machine (DNS rebinding) and so ask a server on loopback with
-the user's browser. Its requests name the page's host, which is therefore looked at.
+A foreign web page can make its own name resolve to this machine's address (DNS rebinding), and so reach a server on loopback
+through the user's browser. Such requests name the page's host, so Host and Origin are checked.
 """
 
 import ipaddress
@@ -19,10 +19,10 @@ LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 @dataclass(frozen=True)
 class AllowedHosts:
-    """Names and addresses that Host and Origin may have, with any port.
+    """Names and addresses allowed in Host and Origin, with any port.
 
     Attributes:
-        addresses: whether every IP address is allowed; a page of a stranger needs a name.
+        addresses: whether every IP address is allowed. DNS rebinding needs a name.
     """
 
     names: frozenset[str]
@@ -30,10 +30,10 @@ class AllowedHosts:
 
     @classmethod
     def of(cls, host: str, named: Collection[str], has_token: bool) -> "AllowedHosts | None":
-        """What a server that listens on `host` allows; None where Host and Origin are not looked at.
+        """Return what a server listening on `host` allows, or None if Host and Origin are not checked.
 
-        With a token, which pages of strangers do not have, only `named` hosts matter. Without one the server's own names
-        are allowed too: of loopback, or every IP address and this machine's names.
+        With a token, which foreign pages do not have, they are checked only if hosts are `named`. Without one, the server's own
+        names are allowed too: those of loopback or, elsewhere, also every IP address and this machine's names.
         """
         if ANY in named or (has_token and not named):
             return None
@@ -43,7 +43,7 @@ class AllowedHosts:
         return cls(frozenset(names | {socket.gethostname().lower(), socket.getfqdn().lower()}), addresses=True)
 
     def allows(self, host: str) -> bool:
-        """Whether a host, with a port or without, is one of them."""
+        """Return whether a host, with or without a port, is allowed."""
         try:
             name = urlsplit(f"//{host}").hostname or ""
             port = urlsplit(f"//{host}").port
@@ -51,16 +51,16 @@ class AllowedHosts:
             return False
         bare = f"[{name}]" if ":" in name else name
         if host.lower() not in (bare, f"{bare}:{'' if port is None else port}"):
-            return False  # something beside host and port
+            return False  # more than host and port
         return name in self.names or (self.addresses and _is_address(name))
 
     def allows_origin(self, origin: str) -> bool:
-        """Whether `scheme://host[:port]` is of a page from one of them."""
+        """Return whether the origin `scheme://host[:port]` is a web page from an allowed host."""
         scheme, separator, host = origin.partition("://")
         return scheme.lower() in ("http", "https") and bool(separator) and self.allows(host)
 
     def guard(self, app: ASGIApp) -> ASGIApp:
-        """`app`, which answers 403 to other hosts and origins."""
+        """Wrap `app` to answer 403 to other hosts and origins."""
 
         async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
             if scope["type"] == "http" and (reason := self._refusal(scope)):
@@ -78,7 +78,7 @@ class AllowedHosts:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address to listen on."""
+    """Return whether only this machine can reach a listening address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -1,4 +1,4 @@
-"""What waits for the model: a request's sequences, and the part of them that one batch scores."""
+"""Jobs for the model: a request's sequences, and the part of them that one batch scores."""
 
 import time
 from concurrent.futures import Future
@@ -9,12 +9,12 @@ Ids = list[int]
 
 @dataclass
 class Job:
-    """A request's sequences, who sent them, and where their scores go.
+    """A request's sequences, their client, and the future for their scores.
 
     Attributes:
         client: requests of one client share that client's part of the model's time.
-        begun: whether a part of it was taken to be scored.
-        scores: of the sequences that are scored.
+        begun: whether a part was taken for scoring.
+        scores: scores so far, in the order of the sequences.
     """
 
     sequences: list[Ids]
@@ -28,7 +28,7 @@ class Job:
         self.tokens = sum(map(len, self.sequences))
 
     def fail(self, error: Exception) -> None:
-        """Tell whoever waits, unless the client has left or was told already."""
+        """Set the error as the result, unless the answer is done or cancelled."""
         if not self.answer.done() and self.answer.set_running_or_notify_cancel():
             self.answer.set_exception(error)
 
@@ -42,7 +42,7 @@ class Part:
     tokens: int
 
     def scored(self, scores: list[float]) -> None:
-        """Keep the scores, and answer the request with those of its last part."""
+        """Keep the scores. After the last part, answer the request."""
         job = self.job
         job.scores += scores
         complete = len(job.scores) == len(job.sequences)

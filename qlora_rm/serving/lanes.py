@@ -1,6 +1,6 @@
-"""Threads that parse and tokenize requests, off the event loop and off the thread that scores.
+"""Threads that parse and tokenize requests, apart from the event loop and from the thread that scores.
 
-Short requests have threads of their own, so that they never wait for long ones. Tokenizers release the interpreter's lock.
+Short requests have their own threads, so they never wait for long ones. Tokenizers release the interpreter's lock.
 """
 
 import os
@@ -13,7 +13,7 @@ from typing import Any
 from qlora_rm.serving.fair import FairQueue
 
 SHORT = 64 * 1024
-"""Bytes of a body, or characters to tokenize, up to which a request is short."""
+"""A request of at most this many bytes of body, or characters to tokenize, is short."""
 
 
 @dataclass
@@ -23,7 +23,7 @@ class _Work:
 
 
 class _Lane:
-    """Some threads and the queue they work through."""
+    """Some threads and their queue."""
 
     def __init__(self, name: str, threads: int) -> None:
         self._waiting = FairQueue[_Work](SHORT)
@@ -56,11 +56,11 @@ class _Lane:
                 continue  # its client has left
             try:
                 result = work.run()
-            except BaseException as error:  # whoever waits for the result is told
+            except BaseException as error:  # raised again where the result is awaited
                 work.result.set_exception(error)
             else:
                 work.result.set_result(result)
-            del work  # not kept until the next one comes
+            del work  # free it before the next one arrives
 
     def _next(self) -> _Work | None:
         with self._changed:
@@ -72,7 +72,7 @@ class Lanes:
     """A lane for short requests and one for long ones.
 
     Arguments:
-        parallel: whether the tokenizer may be used by several threads at once; otherwise a lock admits one after the other.
+        parallel: whether several threads may use the tokenizer at once; otherwise a lock serializes them.
     """
 
     def __init__(self, parallel: bool = True) -> None:
@@ -82,17 +82,17 @@ class Lanes:
         self._lock = None if parallel else threading.Lock()
 
     def submit(self, run: Callable[[], Any], client: str, cost: int) -> "Future[Any]":
-        """The future result of `run`, which can be cancelled until it begins.
+        """Return the future result of `run`, which can be cancelled until it begins.
 
         Arguments:
-            client: whom the work is for; clients get equal shares of a lane.
+            client: the client of the work; clients get equal shares of a lane.
             cost: bytes to parse or characters to tokenize; more than `SHORT` is long.
         """
         lane = self._short if cost <= SHORT else self._long
         return lane.submit(run if self._lock is None else lambda: self._alone(run), client, cost)
 
     def close(self, timeout: float = 5) -> None:
-        """End the threads when they have done what waits; each is given `timeout` seconds."""
+        """End the threads once their queues are empty. Wait up to `timeout` seconds for each."""
         self._short.close(timeout)
         self._long.close(timeout)
 

@@ -1,4 +1,4 @@
-"""What the server tells Prometheus."""
+"""The server's Prometheus metrics."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ SCORES = (-10, -5, -2, -1, -0.5, 0, 0.5, 1, 2, 5, 10)
 
 
 class Metrics:
-    """A registry of its own, so that several servers may live in one process."""
+    """Metrics in their own registry, so that several servers can run in one process."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -31,7 +31,7 @@ class Metrics:
         self.failures = Counter("failures", "Errors of the model.", ["kind"], **here)
 
     def count_tokens_of(self, model: nn.Module) -> None:
-        """Count what passes through the model from now on; less than what was asked where prompts are shared."""
+        """Count the tokens that the model computes from now on: fewer than requested where prompts are shared."""
 
         def count(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             self.computed.inc(kwargs["input_ids"].numel())
@@ -39,5 +39,5 @@ class Metrics:
         model.register_forward_pre_hook(count, with_kwargs=True)
 
     def text(self) -> bytes:
-        """The exposition format, as `GET /metrics` answers it."""
+        """Return the metrics in the exposition format, the answer to `GET /metrics`."""
         return generate_latest(self.registry)

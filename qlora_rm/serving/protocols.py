@@ -1,6 +1,6 @@
-"""What each path is asked and how it answers: bodies checked, texts tokenized, every fault with its place.
+"""The protocol of each path: check bodies, tokenize texts, and report every error with its place.
 
-A path's reader turns a body into token sequences and a function that shapes their scores into the answer.
+A path's reader turns a body into token sequences, and a function that turns their scores into the answer.
 """
 
 import inspect
@@ -24,7 +24,7 @@ Ids = list[int]
 T = TypeVar("T", bound=BaseModel)
 
 OF_THE_LIBRARY = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
-"""Names that `chat_template_kwargs` may not hold: among them is another template, which is a program."""
+"""Names that `chat_template_kwargs` may not hold. One of them is another template, which is a program."""
 
 
 ONLY_WITH_TURNS = {"system", "tools", "chat_template_kwargs"}
@@ -40,16 +40,16 @@ class Asked:
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads bodies for one model.
+    """Reads request bodies for one model.
 
     Attributes:
         text: how the model reads the text of `/score`, and decoded text.
         vocabulary: rows of the model's embedding.
-        longest: tokens the model has positions for, None where it has no limit.
-        max_sequences, max_tokens: bounds of one request.
-        sizes: bounds of what is tokenized for one request.
+        longest: number of positions of the model; None where it has no limit.
+        max_sequences, max_tokens: limits of one request.
+        sizes: limits of the text to tokenize for one request.
 
-    Each reader takes `short`, characters to tokenize at most, None for no such bound, and raises `Long` beyond it.
+    Each method for a path takes `short`, the most characters to tokenize, and raises `Long` above it; None for no limit.
     """
 
     name: str
@@ -67,7 +67,7 @@ class Reader:
     # ---- POST /score -----------------------------------------------------------------------------------------------------
 
     def score(self, body: bytes, short: int | None = None) -> Asked:
-        """One prompt with N responses, or a list of such: `{"prompt": ..., "responses": [...]}`."""
+        """Read one prompt with N responses, `{"prompt": ..., "responses": [...]}`, or a list of such objects."""
         several = body.lstrip()[:1] == b"["
         items = _each_of(ScoreBody, body) if several else [_one(ScoreBody, body)]
         self._check_count(sum(len(item.responses) for item in items))
@@ -92,7 +92,7 @@ class Reader:
         return self._asked([ids for sequences, _ in tokenized for ids in sequences], answer)
 
     def _candidates(self, item: "ScoreBody", place: str) -> Candidates:
-        """As rows are read, but that an answer may be empty: a policy may give one, and it has a score."""
+        """Read an item like a row, except that a response may be empty: a policy may produce one, and it has a score."""
         kwargs, given = item.chat_template_kwargs or {}, item.model_fields_set
         if taken := OF_THE_LIBRARY & kwargs.keys():
             raise Refused(422, f"{place}chat_template_kwargs: {min(taken)} is not the template's")
@@ -113,13 +113,13 @@ class Reader:
         return Candidates(prompt, tuple(responses))
 
     def _check_ids(self, *contents: Content) -> None:
-        """An id that is no token's would be an error of the model, and on CUDA the end of the server."""
+        """Refuse unknown token ids. They would fail in the model, and on CUDA end the server."""
         for token in (token for found in contents if kind_of(found) == "ids" for token in found):
             if not 0 <= token < self.vocabulary:  # type: ignore[operator]
                 raise RowFault("unknown_token", f"token id {token} is none of the model's {self.vocabulary}")
 
     def _tokenized(self, candidates: Candidates, place: str) -> tuple[list[Ids], int]:
-        """The sequences of one prompt, and how many tokens of it were cut; a fault names the response it is of."""
+        """Return the sequences of one prompt, and how many of its tokens were cut. An error names its response."""
         [result] = self._tokenize([candidates])
         if not isinstance(result, RowFault):
             return result.tokens.sequences, result.cut
@@ -134,9 +134,9 @@ class Reader:
     # ---- POST /get_reward: OpenRLHF's protocol -------------------------------------------------------------------------
 
     def get_reward(self, body: bytes, short: int | None = None) -> Asked:
-        """`query` holds decoded texts; `prompts` and `labels`, which rule-based rewards need, are not looked at.
+        """Read decoded texts from `query`. `prompts` and `labels`, which rule-based rewards need, are ignored.
 
-        OpenRLHF 0.11 sends one query a request from up to 128 tasks at once, waits 180 s and tries 5 times.
+        OpenRLHF 0.11 sends one query per request from up to 128 concurrent tasks, waits 180 s and tries 5 times.
         """
         texts = _one(RewardBody, body).query
         return self._asked(
@@ -146,7 +146,7 @@ class Reader:
     # ---- POST /classify: vLLM's protocol, as verl reads it -----------------------------------------------------------
 
     def classify(self, body: bytes, short: int | None = None) -> Asked:
-        """`input` holds decoded texts. Scores are given as they are, which vLLM calls `use_activation: false`."""
+        """Read decoded texts from `input`. Scores are raw, which vLLM calls `use_activation: false`."""
         asked = _one(ClassifyBody, body)
         if asked.use_activation:
             raise Refused(422, "use_activation: this server gives raw scores only; send false")
@@ -169,7 +169,7 @@ class Reader:
 
         return self._asked(sequences, answer)
 
-    # ---- of all ----------------------------------------------------------------------------------------------------------
+    # ---- shared by all paths ---------------------------------------------------------------------------------------------
 
     def _decoded(self, texts: list[str], field: str, short: int | None) -> list[Ids]:
         self._check_count(len(texts))
@@ -216,13 +216,13 @@ class ScoreBody(BaseModel):
 
 
 def _sizes_of(item: ScoreBody) -> list[int]:
-    """Characters of each response with all that is rendered before it."""
+    """Return the characters of each response, with everything rendered before it."""
     before = size_of([item.prompt, item.system, item.tools, item.chat_template_kwargs])
     return [before + size_of(response) for response in item.responses]
 
 
 class RewardBody(BaseModel):
-    """OpenRLHF's."""
+    """The body that OpenRLHF sends."""
 
     model_config = ConfigDict(strict=True)
 
@@ -232,7 +232,7 @@ class RewardBody(BaseModel):
 
 
 class ClassifyBody(BaseModel):
-    """vLLM's, as far as it concerns one score; its other keys (priority, truncation, ...) are not looked at."""
+    """The keys of vLLM's body that concern one score. Its other keys (priority, truncation, ...) are ignored."""
 
     model_config = ConfigDict(strict=True)
 
@@ -250,10 +250,10 @@ def _each_of(kind: type[T], body: bytes) -> list[T]:
 
 
 def _read(parse: Callable[[], Any]) -> Any:
-    """What `parse` returns.
+    """Return the result of `parse`.
 
     Raises:
-        Refused: 400 for what is no JSON, 422 naming the key for JSON of another shape.
+        Refused: 400 if the body is not JSON, 422 with the key if the JSON has another shape.
     """
     try:
         return parse()

@@ -1,4 +1,4 @@
-"""Start a server: the model loaded and proved, then requests, until a signal ends it in order."""
+"""Run a server: load and verify the model, then serve requests until a signal stops it in order."""
 
 import math
 import os
@@ -39,11 +39,11 @@ from qlora_rm.verification.golden_proof import prove, prove_decoded
 def serve(folder: str, config: ServeConfig, scoring: ScoringConfig) -> int:
     """Serve the model of `folder` until SIGTERM or SIGINT.
 
-    Returns: 0 when everything that was asked before the signal is answered, 1 when `stop_timeout` was too short for
-    that or the model thread died.
+    Returns: 0 if every request from before the signal was answered, 1 if `stop_timeout` was too short for that or the model
+    thread died.
 
     Raises:
-        UserError: the address cannot be had or needs a token, there is no such model, or its golden scores have moved.
+        UserError: the address is not available or needs a token, there is no such model, or its golden scores have moved.
     """
     token = read_token(config.token_file)
     check_address(config, token)
@@ -52,7 +52,7 @@ def serve(folder: str, config: ServeConfig, scoring: ScoringConfig) -> int:
     service = make_service(model, folder, config, token)
     server = _Server(service.app(), config)
     service.batcher.on_death = server.stop
-    for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them anew when it has stopped: that is no failure
+    for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again after it has stopped; that is no failure
         signal.signal(number, lambda *_: None)
     server.run(sockets=[listener])
     finished = service.batcher.close(timeout=0 if server.cut_off else config.stop_timeout)
@@ -62,20 +62,18 @@ def serve(folder: str, config: ServeConfig, scoring: ScoringConfig) -> int:
     elif server.cut_off or not finished:
         say(f"warning: stopped with work unfinished after {config.stop_timeout:g} s")
         sys.stderr.flush()
-        os._exit(
-            1
-        )  # the model thread is deep in a forward pass, which leaving in the usual way would wait for or crash in
+        os._exit(1)  # the model thread is in a forward pass; a normal exit would wait for it or crash in it
     else:
         say("stopped: every request is answered")
     return 1 if service.batcher.death is not None else 0
 
 
 def make_service(model: RewardModel, folder: str, config: ServeConfig, token: str | None = None) -> Service:
-    """The application around a loaded model, proved first unless `skip_golden`."""
+    """Build the application around a loaded model. Verifies its golden scores first, unless `skip_golden`."""
     decoded = model.text.decoded
     about: dict[str, Any] = {
         "server": f"qlora_rm {__version__}",
-        "model": Path(folder).name,  # whoever asks need not know where it lies
+        "model": Path(folder).name,  # clients need not see the full path
         "computes_in": model.computes_in,
         "shares_prompts": sharing_model(model.model) is not None,
     }
@@ -122,8 +120,10 @@ def make_service(model: RewardModel, folder: str, config: ServeConfig, token: st
 
 
 def _longest(model: RewardModel, inner: PreTrainedModel) -> int | None:
-    """Tokens of the longest sequence that the model was made for; None where the contract's limit keeps to it, or a table of
-    positions does, against which sequences are held as they are tokenized."""
+    """Return the length of the longest sequence that the model supports, in tokens.
+
+    None where the contract or a table of positions limits the length, since tokenization checks those.
+    """
     if model.tokenization.max_length is not None or model.tokenization.positions is not None:
         return None
     told = getattr(inner.config.get_text_config(), "max_position_embeddings", None)  # few architectures have none
@@ -131,10 +131,10 @@ def _longest(model: RewardModel, inner: PreTrainedModel) -> int | None:
 
 
 def check_address(config: ServeConfig, token: str | None) -> None:
-    """Whoever reaches the server may use it: beyond this machine, only with a token.
+    """Require a token for a server that other machines can reach.
 
     Raises:
-        UserError: the address is not a loopback one, and there is no token.
+        UserError: the address is not loopback, there is no token, and anonymous access is not allowed.
     """
     if token or config.allow_anonymous or is_loopback(config.host):
         return
@@ -145,7 +145,7 @@ def check_address(config: ServeConfig, token: str | None) -> None:
 
 
 def _bound(config: ServeConfig) -> socket.socket:
-    """A socket with the address, on which nothing is accepted yet."""
+    """Bind a socket to the address without accepting connections yet."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     try:
         listener = socket.socket(family)
@@ -163,10 +163,10 @@ def _bound(config: ServeConfig) -> socket.socket:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, quiet but for errors, which tells when it listens."""
+    """uvicorn, silent except for errors, which reports when it listens."""
 
     cut_off = False
-    """Whether requests were still open when the time to stop was over."""
+    """Whether requests were still open at the end of `stop_timeout`."""
 
     def __init__(self, app: ASGIApp, config: ServeConfig) -> None:
         self.given = config
@@ -196,5 +196,5 @@ class _Server(uvicorn.Server):
         self.cut_off = bool(self.server_state.tasks)
 
     def stop(self) -> None:
-        """From any thread."""
+        """Stop the server. Safe from any thread."""
         self.should_exit = True

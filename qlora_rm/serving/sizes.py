@@ -1,7 +1,7 @@
-"""How much text one request may hold, checked before anything is tokenized.
+"""Limit the text of one request, before anything is tokenized.
 
-A text is never shortened before it is tokenized: tokens do not stand for fixed pieces of text, so that the cut of training
-(`Tokenization`) could fall elsewhere. It is tokenized whole or refused.
+A text is never shortened before tokenization. Tokens do not correspond to fixed pieces of text, so the cut of training
+(`Tokenization`) could fall elsewhere. A text is tokenized in full or refused.
 """
 
 from collections.abc import Iterable
@@ -12,13 +12,13 @@ from qlora_rm.preferences import Tokenization
 from qlora_rm.preferences.tokenization import CHARACTERS_PER_TOKEN
 
 PER_TOKEN_OF_REQUEST = 16
-"""Characters for each token that a whole request may have. Text has about four."""
+"""Most characters per token of a full request. Text has about four."""
 PER_VALUE = 8
-"""Characters that a value of JSON counts beside its text: a turn costs time even when it is empty."""
+"""Characters counted for each JSON value in addition to its text, because even an empty turn costs time."""
 
 
 class Refused(Exception):
-    """A request that is not scored: its status, and why, for whoever sent it."""
+    """A request that is not scored, with the status and the reason for its client."""
 
     def __init__(self, status: int, reason: str, headers: dict[str, str] | None = None) -> None:
         super().__init__(reason)
@@ -26,7 +26,7 @@ class Refused(Exception):
 
 
 class Long(Exception):
-    """A request has more to tokenize than a short one may; `cost`: so many characters."""
+    """A request has more to tokenize than a short one may: `cost` characters."""
 
     def __init__(self, cost: int) -> None:
         super().__init__(cost)
@@ -35,10 +35,10 @@ class Long(Exception):
 
 @dataclass(frozen=True)
 class Sizes:
-    """Characters that one sequence and one request may hold; a token id counts as one, None is no bound.
+    """The most characters of one sequence and of one request. A token id counts as one; None is no limit.
 
     Attributes:
-        why: where the bound of a sequence comes from, in words.
+        why: the origin of the limit of a sequence, in words.
     """
 
     sequence: int | None
@@ -47,7 +47,7 @@ class Sizes:
 
     @classmethod
     def of(cls, tokenization: Tokenization, longest: int | None, max_tokens: int) -> Self:
-        """The bounds for a model that takes sequences of `longest` tokens, and for requests of `max_tokens`."""
+        """Return the limits for a model that takes sequences of `longest` tokens and requests of `max_tokens`."""
         token = max(CHARACTERS_PER_TOKEN, max(map(len, tokenization.tokenizer.get_vocab()), default=0))
         request = PER_TOKEN_OF_REQUEST * max_tokens
         if longest is None:
@@ -58,11 +58,11 @@ class Sizes:
         """Check the name and the characters of each sequence.
 
         Arguments:
-            short: characters of all sequences together, beyond which `Long` is raised; None for no such bound.
+            short: characters of all sequences together above which `Long` is raised; None for no limit.
 
         Raises:
-            Refused: a sequence is too long, or all are together.
-            Long: as above.
+            Refused: one sequence is too long, or all of them together are.
+            Long: see `short`.
         """
         total = 0
         for place, size in sequences:
@@ -77,7 +77,7 @@ class Sizes:
 
 
 def size_of(value: Any) -> int:
-    """Characters of all text in a value of JSON, and some for each value itself; a list of token ids counts one for each."""
+    """Count the characters of all text in a JSON value, plus `PER_VALUE` for each value. Token ids in a list count one each."""
     if isinstance(value, str):
         return len(value)
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""h11 with the strictness that a server needs where others read its requests too."""
+"""A stricter h11, for a server behind proxies that read the same requests."""
 
 import re
 from typing import Any
@@ -10,11 +10,11 @@ END_OF_HEAD = re.compile(rb"\n\r?\n")
 
 
 class StrictParser(h11.Connection):
-    """h11, which also refuses what proxies and servers read differently: folded lines, and two lengths of one body."""
+    """h11 that also refuses what proxies and servers read differently: folded lines, and two lengths of one body."""
 
     refusal: h11.RemoteProtocolError | None = None
     begun: bool = False
-    """Whether a part of the next request's head has come."""
+    """Whether part of the next request's head has arrived."""
 
     def next_event(self) -> Any:
         before = self.their_state

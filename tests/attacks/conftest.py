@@ -1,6 +1,6 @@
-"""Counts the attacks of this folder for docs/reliability.md.
+"""Count the attacks of this folder for docs/reliability.md.
 
-Each module names its `CATEGORY`. Each test case is one attack; a test that tries many inputs calls `tries(number)`.
+Each module names its `CATEGORY`. Each test case is one attack. A test that tries many inputs calls `tries(number)`.
 `python -m tests.attacks.page > docs/reliability.md` runs them all and writes the page.
 """
 
@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 COUNTS = "QLORA_RM_ATTACK_COUNTS"
-"""Name of the environment variable that holds the file to write counts to, if any."""
+"""Environment variable with the file to which counts are written, if any."""
 
 
 @pytest.fixture
 def tries(record_property: Callable[[str, object], None]) -> Callable[[int], None]:
-    """Report how many inputs this test tried; without a call it is one."""
+    """Report how many inputs this test tried. Without a call, it counts as one."""
     return lambda number: record_property("tries", number)
 
 
@@ -57,7 +57,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def contents_of(folder: Path) -> dict[str, bytes | str]:
-    """Every file and link below a folder with what it holds, to compare before and after an attack."""
+    """Return the content of every file and link below a folder, to compare before and after an attack."""
     found: dict[str, bytes | str] = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))

@@ -1,4 +1,4 @@
-"""docs/reliability.md: how many attacks of each category were tried, and how many the project survived.
+"""Make docs/reliability.md: how many attacks of each category were tried, and how many the project survived.
 
 python -m tests.attacks.page > docs/reliability.md
 """
@@ -25,7 +25,7 @@ poisoned rows. An attack is survived where its test passes: the input is refused
 
 
 def run(arguments: list[str]) -> list[dict]:
-    """Run the attacks with pytest; return one row for each.
+    """Run the attacks with pytest. Return one row for each.
 
     Arguments:
         arguments: for pytest, in addition to the folder.
@@ -38,7 +38,7 @@ def run(arguments: list[str]) -> list[dict]:
 
 
 def page(rows: list[dict]) -> str:
-    """The Markdown page for the rows that `run` returns."""
+    """Return the Markdown page for the rows that `run` returns."""
     by_category: dict[str, list[dict]] = defaultdict(list)
     for row in rows:
         by_category[row["category"]].append(row)

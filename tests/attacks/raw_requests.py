@@ -1,4 +1,4 @@
-"""Raw requests over sockets, and what comes back."""
+"""Send raw requests over sockets, and read the answers."""
 
 import json
 import socket
@@ -13,7 +13,7 @@ JSON = "Content-Type: application/json"
 
 @contextmanager
 def connected(url: str, sent: bytes = b"") -> Iterator[socket.socket]:
-    """A raw connection to a server that has `sent` something."""
+    """Open a raw connection to a server and send `sent`."""
     parts = urlsplit(url)
     with socket.create_connection((parts.hostname, parts.port), timeout=PATIENCE) as connection:
         connection.sendall(sent)
@@ -21,7 +21,7 @@ def connected(url: str, sent: bytes = b"") -> Iterator[socket.socket]:
 
 
 def until_closed(connection: socket.socket) -> bytes:
-    """All that the server sends before it closes."""
+    """Return everything that the server sends before it closes."""
     received = b""
     try:
         while part := connection.recv(65_536):
@@ -32,7 +32,7 @@ def until_closed(connection: socket.socket) -> bytes:
 
 
 def exchanged(url: str, sent: bytes) -> bytes:
-    """What the server answers to raw bytes, until it closes."""
+    """Send raw bytes and return the server's answer, until it closes."""
     with connected(url) as connection:
         with suppress(BrokenPipeError, ConnectionResetError):
             connection.sendall(sent)
@@ -47,7 +47,7 @@ def request_of(
     host: str = "localhost",
     end: bool = True,
 ) -> bytes:
-    """A request as bytes; without `end` the last byte of its body is missing."""
+    """Return a request as bytes. Without `end`, the last byte of its body is missing."""
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     lines = [f"{method} {path} HTTP/1.1", f"Host: {host}", JSON, f"Content-Length: {len(content)}", *headers, "", ""]
     return "\r\n".join(lines).encode("latin-1") + (content if end else content[:-1])
@@ -58,5 +58,5 @@ def status_of(answer: bytes) -> int:
 
 
 def reason_of(answer: bytes) -> str:
-    """The `error` of an answer's JSON."""
+    """Return the `error` of an answer's JSON."""
     return json.loads(answer.partition(b"\r\n\r\n")[2])["error"]

@@ -1,4 +1,4 @@
-"""Model folders that were changed by accident or on purpose: refused by every command, and never rendered, run or believed."""
+"""Every command refuses a model folder that was changed, by accident or on purpose, and never renders, runs or trusts it."""
 
 import copy
 import json
@@ -57,7 +57,7 @@ def dtype(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(params=["adapter", "whole"])
 def folder(request: pytest.FixtureRequest, dtype: str, tmp_path: Path, wholes: dict[str, Path]) -> Path:
-    """A copy of an artefact to change."""
+    """A copy of an artifact to change."""
     return copy_of(llama_adapter(dtype) if request.param == "adapter" else wholes[dtype], tmp_path / "model")
 
 
@@ -85,7 +85,7 @@ def negate_head(folder: Path) -> None:
     save_file(tensors | {name: -tensors[name]}, path, {"format": "pt"})
 
 
-# 1. numbers that prove anything
+# 1. numbers that would let anything pass
 
 
 @pytest.mark.parametrize("word", ["Infinity", "-Infinity", "NaN", "1e999", "1e10", "true", '"7"', "1" + "0" * 400])
@@ -153,7 +153,7 @@ def test_drift_of_what_is_no_number_fails(golden: float, now: float) -> None:
 def test_no_field_takes_a_word_or_number_that_it_does_not_know(
     adapter: Path, path: tuple[Any, ...], value: Any
 ) -> None:
-    """The message names file and field, also where the manifest's own hash was updated."""
+    """The message names file and field, even if the manifest's own hash was updated."""
     content = content_of(adapter)
     inner: Any = content
     for key in path[:-1]:
@@ -174,7 +174,7 @@ def test_an_unknown_word_never_widens_the_tolerance() -> None:
 
 
 def mutated(content: Any, chance: random.Random) -> Any:
-    """A copy with one value anywhere in it changed, removed, added or replaced by one of another type."""
+    """Return a copy in which one value is changed, removed, added, or replaced by one of another type."""
     whole = copy.deepcopy(content)
     places = []
 
@@ -223,7 +223,7 @@ def test_a_manifest_with_any_one_change_is_refused_or_allows_no_more(
     tries(number)
 
 
-# 3. every command, before it scores
+# 3. every command checks before it scores
 
 
 ROW = '{"prompt": "a ", "chosen": "b", "rejected": "c"}\n'
@@ -305,7 +305,7 @@ def test_a_second_start_does_not_hash_again(adapter: Path, monkeypatch: pytest.M
     assert hash_cache.cached_hash(path) == whole(path)
 
 
-# 4. what readers use
+# 4. files that consumers use
 
 
 def verify_files(folder: Path) -> list[Check]:
@@ -448,7 +448,7 @@ def test_without_the_library_a_signature_is_refused_with_a_message(
 
 
 def test_a_configuration_of_others_may_hold_infinity(tmp_path: Path) -> None:
-    """As those of Mamba 2 do: {"time_step_limit": [0.0, Infinity]}."""
+    """Mamba 2's configurations do: {"time_step_limit": [0.0, Infinity]}."""
     from qlora_rm.backbone.load import read_model_config
 
     base = copy_of(llama_adapter().parent / "base", tmp_path / "base")
@@ -457,7 +457,7 @@ def test_a_configuration_of_others_may_hold_infinity(tmp_path: Path) -> None:
     assert read_model_config(str(base)).time_step_limit == [0.0, math.inf]
 
 
-# 6. templates and configurations that take all time or memory
+# 6. templates and configurations that would use all time or memory
 
 BOMBS = {
     "two loops": "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}",
@@ -495,7 +495,7 @@ BOMBS = {
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_template_is_rendered_within_bounds(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where it is new, as in a model of others; one whose hash differs from the manifest's is not rendered at all."""
+    """Applies to a new template, such as in a foreign model. One whose hash differs from the manifest's is never rendered."""
     from qlora_rm.preferences import Candidates, Tokenization, bounded_templates
     from qlora_rm.preferences.row_errors import RowFault
     from tests.tokenizers_for_tests import small_tokenizer
@@ -537,7 +537,7 @@ def test_a_changed_template_is_not_rendered(adapter: Path, name: str) -> None:
         assert "not tried" in found["golden texts give the golden token ids"]
         assert "chat template is the trained one" in found
         assert time.thread_time() - began < 30
-        seal_again(adapter)  # the second time with the file's hash updated: the contract's hash remains
+        seal_again(adapter)  # update the file's hash for the second round; the contract's hash stays
 
 
 def test_checks_are_told_as_they_come(adapter: Path) -> None:
@@ -546,7 +546,7 @@ def test_checks_are_told_as_they_come(adapter: Path) -> None:
     assert told == [check.name for check in checks]
 
 
-# 7. messages instead of traces
+# 7. messages, not tracebacks
 
 
 def lying_headers() -> dict[str, bytes]:
@@ -649,7 +649,7 @@ def test_an_output_that_is_full_is_said(tmp_path: Path) -> None:
 
 
 def damaged(path: Path, chance: random.Random) -> str:
-    """Damage one file; returns how."""
+    """Damage one file, and return how."""
     content = bytearray(path.read_bytes())
     how = chance.choice(["flip", "flip", "cut", "add", "zero"])
     if how == "flip":
@@ -669,8 +669,10 @@ def damaged(path: Path, chance: random.Random) -> str:
 def test_random_damage_is_found_and_never_raises(
     tmp_path: Path, wholes: dict[str, Path], tries: Callable[[int], None]
 ) -> None:
-    """The hashes are updated in half of the tries, so that what is behind them is tried too; scores must then still fail, or
-    the damage must be to what no check can see, and nothing raises."""
+    """Half of the tries update the hashes, to test the checks after them too.
+
+    Then a check must still fail, or no check can see the damage. Nothing raises.
+    """
     chance, number = random.Random(7), 30
     for attempt in range(number):
         source = llama_adapter() if attempt % 2 else wholes["fp32"]
@@ -698,7 +700,7 @@ def _parsed(text: bytes) -> Any:
 
 
 def test_torch_is_not_asked_to_unpickle(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where the safetensors file is gone and a pickle stands in its place."""
+    """Holds even if a pickle replaces the safetensors file."""
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("a pickle was read"))
     path = weights_of(folder)
     torch.save({}, path.with_name("adapter_model.bin" if "adapter" in path.name else "pytorch_model.bin"))

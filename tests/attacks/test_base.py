@@ -1,4 +1,4 @@
-"""A base that was altered where samples do not look."""
+"""A base that was changed in bytes that the samples do not cover."""
 
 import json
 import shutil
@@ -24,12 +24,12 @@ CATEGORY = "Training: the base"
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """A base, and one that differs in a single weight between two samples."""
+    """A base, and a copy that differs in a single weight between two samples."""
     folder = tmp_path_factory.mktemp("bases")
     one = save_backbone(folder / "one", "llama", small_tokenizer())
     two = shutil.copytree(one, folder / "two")
     tensors = load_file(two / "model.safetensors")
-    tensors["padding"] = torch.zeros(SAMPLES * SAMPLE_BYTES)  # so that samples leave gaps
+    tensors["padding"] = torch.zeros(SAMPLES * SAMPLE_BYTES)  # large enough that samples leave gaps
     save_file(tensors, Path(one) / "model.safetensors", metadata={"format": "pt"})
     data = bytearray((Path(one) / "model.safetensors").read_bytes())
     place = len(data) * 40 // SAMPLES + SAMPLE_BYTES + 100

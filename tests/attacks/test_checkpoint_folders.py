@@ -1,4 +1,4 @@
-"""Damaged, foreign and linked checkpoints, judged by their files: what is used, what is refused and why, what is removed."""
+"""Damaged, foreign and linked checkpoints: which are used, which are refused and why, and which are removed."""
 
 import json
 import os
@@ -17,7 +17,7 @@ CATEGORY = "Checkpoints: folders and files"
 
 
 def save(output_dir: Path, step: int) -> Path:
-    """A checkpoint of this project, as far as folders are concerned."""
+    """Write a checkpoint folder of this project, with placeholder contents."""
     folder = output_dir / f"checkpoint-{step}"
     begin(folder)
     for name in ("adapter_model.safetensors", "optimizer.pt", "trainer_state.json", "progress.json"):
@@ -109,7 +109,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     assert "goes on from" in capsys.readouterr().err
     with pytest.raises(UserError, match=reason):
         choose(str(out), str(out / "checkpoint-8"))
-    assert choose(str(out), str(out / "checkpoint-4")).folder == out / "checkpoint-4"  # the later one cannot be meant
+    assert (
+        choose(str(out), str(out / "checkpoint-4")).folder == out / "checkpoint-4"
+    )  # the damaged later one is ignored
 
 
 def test_files_that_decide_nothing_may_change(out: Path) -> None:
@@ -139,7 +141,7 @@ def test_sizes_alone_are_still_read(out: Path, capsys: pytest.CaptureFixture[str
 def test_auto_stops_where_nothing_is_usable_and_restart_deletes_nothing(
     out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As in checkpoints of TRL, which have no COMPLETE."""
+    """Checkpoints of TRL have no COMPLETE file either."""
     for step in (4, 8):
         (out / f"checkpoint-{step}/COMPLETE").unlink()
     (out / "checkpoint-4/progress.json").unlink()
@@ -158,7 +160,7 @@ def test_auto_stops_where_nothing_is_usable_and_restart_deletes_nothing(
 
 
 def test_a_checkpoint_with_flipped_bytes_takes_no_sound_ones_place(out: Path) -> None:
-    """Sizes alone look whole: neither is a sound one deleted for it, nor is it deleted by another step's save."""
+    """Its sizes alone look complete. No sound checkpoint is deleted because of it, and no later save deletes it."""
     (out / "checkpoint-8/adapter_model.safetensors").write_bytes(FLIPPED)
     chosen = choose(str(out), "auto")
     assert chosen == (out / "checkpoint-4", {out / "checkpoint-8"})
@@ -208,7 +210,7 @@ def test_what_only_has_a_checkpoints_name_is_left_alone(
     assert choose(str(out), "auto").folder == out / "checkpoint-8"
     with pytest.raises(UserError, match=r"checkpoint-12 is .*Move it"):
         require_free_names(str(out), 8, 16)
-    require_free_names(str(out), 8, 11)  # the run does not get there
+    require_free_names(str(out), 8, 11)  # the run ends before that step
     with pytest.raises(UserError, match="checkpoint-12"):
         discard(name)
     prune(str(out), None, None, upto=16)

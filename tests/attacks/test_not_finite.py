@@ -1,4 +1,4 @@
-"""Numbers that are not finite, at every place where a run meets them."""
+"""Values that are not finite, at every point where a run checks for them."""
 
 import math
 from pathlib import Path
@@ -37,7 +37,7 @@ def test_a_loss_names_its_step_and_rows(watch: FiniteWatch, bad: float) -> None:
 
 @pytest.mark.parametrize("bad", [*BAD, torch.tensor(math.nan)])
 def test_a_gradient_names_the_step_it_belongs_to(watch: FiniteWatch, bad: float) -> None:
-    """It is looked at where the trainer waits for the device: at the next step's losses, or before something is saved."""
+    """It is checked where the trainer waits for the device: at the next step's losses, or before a save."""
     watch.note(torch.tensor([0.7]), ["rows.jsonl, row 3"])
     watch.note_norm(1.0, 4)
     watch.require_norm()
@@ -74,7 +74,7 @@ def test_evaluations_weights_and_golden_scores(watch: FiniteWatch, bad: float) -
     with torch.no_grad():
         model.weight[1, 1] = bad
     assert not weights_are_finite(model)
-    model.weight.requires_grad = False  # the base is not this run's doing
+    model.weight.requires_grad = False  # frozen base weights are not checked
     assert weights_are_finite(model)
     watch.require_weights(True, 4)
     with pytest.raises(UserError, match="weights after step 4"):

@@ -1,4 +1,4 @@
-"""Two runs for one output folder, readers that go away, and folders that are not for output."""
+"""Two runs with one output folder, log readers that disconnect, and folders unfit for output."""
 
 import errno
 import json
@@ -36,7 +36,7 @@ def options(out: Path, **of_backbone: Any) -> Any:
 
 
 def write(folder: Path, **changes: Any) -> Holder:
-    """The lock of another process."""
+    """Write the lock of another process."""
     holder = replace(Holder.of_this_process(), **changes)
     (folder / ".lock").write_text(json.dumps(asdict(holder)), encoding="utf-8")
     return holder
@@ -44,7 +44,7 @@ def write(folder: Path, **changes: Any) -> Holder:
 
 @pytest.fixture
 def ended() -> int:
-    """The number of a process that has ended."""
+    """The pid of a process that has ended."""
     process = subprocess.Popen(["true"])
     process.wait()
     return process.pid
@@ -72,7 +72,7 @@ def test_the_lock_goes_whatever_ends_the_run(tmp_path: Path, error: type[BaseExc
 def test_a_process_that_has_ended_gives_way_at_once(
     tmp_path: Path, ended: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Killed; killed and its number given to another process; killed and not yet waited for by its parent."""
+    """Covers a killed process, one whose pid was reused, and one whose parent has not yet waited for it."""
     zombie = subprocess.Popen(["true"])
     time.sleep(0.2)
     cases: tuple[dict[str, Any], ...] = ({"pid": ended}, {"started": "1"}, {"pid": zombie.pid, "started": "1"})
@@ -97,7 +97,7 @@ def test_a_lock_of_another_machine_is_stale_after_its_silence(tmp_path: Path, mo
 def test_a_lock_of_another_machine_that_gives_a_sign_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It is waited for, not refused at once: it might be that of a machine that has just gone."""
+    """The run waits for it before it refuses, because the other machine may have just gone down."""
     write(tmp_path, host="elsewhere", machine="other", pid=7, token="another")
     monkeypatch.setattr(output_lock, "LOOK_EVERY", 0.01)
     looks = iter(range(100))
@@ -111,7 +111,7 @@ def test_a_lock_of_another_machine_that_gives_a_sign_is_kept(
 
 
 def test_a_clock_that_is_wrong_by_a_day_makes_no_lock_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ages are those of the file system's clock."""
+    """Ages are measured by the file system's clock."""
     lock = OutputLock(tmp_path)
     holder = write(tmp_path, host="elsewhere", machine="other", token="another")
     monkeypatch.setattr(time, "time", lambda: 4e9)
@@ -122,7 +122,7 @@ def test_a_clock_that_is_wrong_by_a_day_makes_no_lock_stale(tmp_path: Path, monk
 def test_a_requeued_job_takes_over_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restarts: str, taken: bool
 ) -> None:
-    """Not another step of the same job, which may live beside it."""
+    """Another step of the same job does not, because both may run at the same time."""
     monkeypatch.setenv("SLURM_JOB_ID", "123")
     monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
     holder = write(tmp_path, host="elsewhere", machine="other", job="123", restart=0, token="another")
@@ -140,7 +140,7 @@ def test_a_lock_that_says_nothing_is_waited_for(tmp_path: Path, content: str) ->
 
 
 def test_of_two_that_take_over_one_wins(tmp_path: Path, ended: int) -> None:
-    """The slower one finds the new lock where it expected the stale one, and puts it back."""
+    """The slower run finds the new lock in place of the stale one, and puts it back."""
     stale = write(tmp_path, pid=ended, token="stale")
     slow, quick = OutputLock(tmp_path), OutputLock(tmp_path)
     quick.take()
@@ -157,7 +157,7 @@ def test_a_run_that_lost_its_lock_saves_nothing_more(tmp_path: Path, monkeypatch
     lock.take()
     (tmp_path / ".lock").unlink()
     time.sleep(0.2)
-    assert (tmp_path / ".lock").exists() and lock.lost is None  # somebody tidied up
+    assert (tmp_path / ".lock").exists() and lock.lost is None  # a deleted lock is written again
     write(tmp_path, pid=7, token="another")
     time.sleep(0.2)
     assert lock.lost and "process 7" in lock.lost
@@ -217,7 +217,7 @@ Path(sys.argv[1]).with_name("finished").touch()
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("reader", ["2>&1 | head -1", "2>&1 | true", "> /dev/full 2>&1", "2>&1 | head -c 5"])
 def test_a_reader_that_goes_away_does_not_end_the_run(tmp_path: Path, reader: str, unbuffered: str) -> None:
-    """Every line is with the reader or in the file, but for what was on its way."""
+    """Every line reaches the reader or the file, except for lines in transit."""
     command = f"{sys.executable} -c '{SAYS}' {tmp_path / 'train.log'} {reader}"
     told = subprocess.run(
         ["bash", "-c", command],
@@ -242,7 +242,7 @@ def test_a_full_disk_at_the_final_save_counts_the_checkpoints_there_are(tmp_path
 
 
 def test_a_disk_that_holds_a_small_checkpoint_is_not_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """1.9 MB where 6 MB are free: what a large vocabulary might take beside is a reason to warn only."""
+    """The checkpoint needs 1.9 MB and 6 MB are free. The extra space that a large vocabulary might need only warns."""
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=6_000_000))
     need = DiskNeed(checkpoint_bytes(158_000, "single"), 40_000_000)
     assert need.checkpoint == 1_896_000

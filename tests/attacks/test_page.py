@@ -1,4 +1,4 @@
-"""docs/reliability.md lists the attacks that there are, all survived."""
+"""docs/reliability.md lists all existing attacks, and all were survived."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ PAGE = FOLDER.parents[1] / "docs" / "reliability.md"
 
 
 def table() -> dict[str, list[int]]:
-    """By category: attacks, inputs tried, inputs survived."""
+    """Return, by category: attacks, inputs tried, inputs survived."""
     rows = [
         line.strip("| \n").split(" | ") for line in PAGE.read_text(encoding="utf-8").splitlines() if line[:1] == "|"
     ]

@@ -1,4 +1,4 @@
-"""Checkpoints from strangers: no file of theirs runs code, whichever library reads it."""
+"""Foreign checkpoints: none of their files runs code, whichever library reads it."""
 
 import json
 import os
@@ -26,7 +26,7 @@ CATEGORY = "Checkpoints: pickles"
 
 
 class Runs:
-    """A value that runs a command when it is unpickled without care."""
+    """A value that runs a command when it is unpickled unsafely."""
 
     def __init__(self, proof: Path):
         self.proof = proof
@@ -46,7 +46,7 @@ class RunsThroughEval(Runs):
 
 
 class RunsWhenBuilt(Runs):
-    """Through a class that is allowed, with a state that is not."""
+    """Runs through an allowed class with a forbidden state."""
 
     def __reduce__(self) -> Any:
         return LossScaler, (), {"scale": Runs(self.proof)}
@@ -123,7 +123,7 @@ def test_a_strange_progress_is_named(tmp_path: Path, content: str) -> None:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
-    """A run of two ZeRO-2 ranks with a checkpoint, and the flags of runs like it."""
+    """A run of two ZeRO-2 ranks with a checkpoint, and a function for the flags of similar runs."""
     folder = tmp_path_factory.mktemp("zero2")
     base = save_backbone(folder / "base", "llama", small_tokenizer())
     rows = write_rows(folder / "pairs.jsonl", preference_rows(96))
@@ -139,7 +139,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
 
 @pytest.mark.slow
 def test_no_file_of_a_deepspeed_checkpoint_runs_code(run: tuple[Any, Path], tmp_path: Path, tries: Any) -> None:
-    """Each pickle in turn for the conversion to another number of ranks, and all for a resume by as many."""
+    """Tries each pickle for the conversion to another number of ranks, and all of them for a resume with the same number."""
     flags, made = run
     proof = tmp_path / "proof"
     names = [str(p.relative_to(made / "checkpoint-2")) for p in made.glob("checkpoint-2/global_step2/*.pt")]
@@ -147,7 +147,7 @@ def test_no_file_of_a_deepspeed_checkpoint_runs_code(run: tuple[Any, Path], tmp_
     for i, name in enumerate(names):
         checkpoint = shutil.copytree(made / "checkpoint-2", tmp_path / str(i) / "checkpoint-2")
         torch.save({"module": Runs(proof), "optimizer_state_dict": Runs(proof)}, checkpoint / name)
-        mark_whole(checkpoint)  # the stranger's hashes agree
+        mark_whole(checkpoint)  # the forged hashes match
         with pytest.raises(UserError, match=r"asks for posix.system"):
             convert(checkpoint)
         assert not proof.exists()

@@ -1,4 +1,4 @@
-"""Real runs that are killed, damaged, or led astray: what they go on from, what they leave, and with which status they end."""
+"""Real runs that are killed, damaged or misled: where they resume, what they leave, and their exit status."""
 
 import json
 import os
@@ -53,7 +53,7 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
 
 @pytest.fixture(scope="module")
 def through(forks: Forks, flags: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An uninterrupted run; its last two checkpoints are those of steps 6 and 8."""
+    """An uninterrupted run. Its last two checkpoints are those of steps 6 and 8."""
     out = tmp_path_factory.mktemp("through") / "out"
     ended = forks.run(flags(out))
     assert ended.status == 0, ended.said
@@ -62,7 +62,7 @@ def through(forks: Forks, flags: Callable[..., list[str]], tmp_path_factory: pyt
 
 @pytest.fixture
 def cut_off(through: Path, tmp_path: Path) -> Path:
-    """The same run, killed after step 8 was saved and before the model was."""
+    """The same run, killed after step 8 was saved and before the model was saved."""
     out = shutil.copytree(through, tmp_path / "out")
     (out / "rm_manifest.json").unlink()
     return out
@@ -77,7 +77,7 @@ def names(out: Path) -> list[str]:
     return [path.name for path in checkpoints(str(out))]
 
 
-# ---- what is not finite
+# ---- values that are not finite
 
 
 @pytest.mark.parametrize(
@@ -100,11 +100,11 @@ def test_an_absurd_learning_rate_ends_the_run_and_keeps_what_was_sound(
     assert forks.run(flags(cut_off)).status == 0
     anew = forks.run(flags(tmp_path / "new", learning_rate=1e30, **changes))
     assert anew.status == 2 and "finite" in anew.said and not (tmp_path / "new/rm_manifest.json").exists()
-    assert names(tmp_path / "new") == (["checkpoint-1"] if changes else [])  # a warm-up begins with a rate of 0
+    assert names(tmp_path / "new") == (["checkpoint-1"] if changes else [])  # the warm-up begins at a rate of 0
 
 
 def test_one_row_of_an_absurd_weight_is_named(forks: Forks, flags: Callable[..., list[str]], tmp_path: Path) -> None:
-    """Whichever door lets it through, no model comes of it."""
+    """Whichever check stops it, no model is saved."""
     rows = preference_rows(64)
     rows[17]["weight"] = 1e308
     file = write_rows(tmp_path / "poisoned.jsonl", rows)
@@ -127,7 +127,7 @@ def weights_are_finite(weights: dict[str, torch.Tensor]) -> bool:
 def test_any_damage_leads_to_the_checkpoint_before(
     forks: Forks, flags: Callable[..., list[str]], through: Path, cut_off: Path
 ) -> None:
-    """64 bytes flipped; the end is the uninterrupted run's to the bit, the average loss too."""
+    """After 64 flipped bytes, the result equals the uninterrupted run's bit for bit, including the average loss."""
     file = cut_off / "checkpoint-8/optimizer.pt"
     data = bytearray(file.read_bytes())
     data[2000:2064] = bytes(byte ^ 0xFF for byte in data[2000:2064])
@@ -147,7 +147,7 @@ def test_any_damage_leads_to_the_checkpoint_before(
 def test_the_average_loss_after_a_kill(
     forks: Forks, flags: Callable[..., list[str]], through: Path, tmp_path: Path, at: int
 ) -> None:
-    """Between log lines, at one, and at a save; steps 0.7 on average, so 671 would be seen."""
+    """Kills between log lines, at one, and at a save. Steps lose about 0.7, so a wrong average such as 671 would be seen."""
     out = tmp_path / "out"
     ended = forks.run(flags(out), end_at=["training_step", at])
     assert ended.status == 143, ended.said
@@ -156,7 +156,7 @@ def test_the_average_loss_after_a_kill(
 
 
 def test_no_checkpoint_is_usable(forks: Forks, flags: Callable[..., list[str]], cut_off: Path) -> None:
-    """As in a folder of TRL: stop and say so; with restart begin, and replace a step only when it is saved again."""
+    """As in a folder of TRL, the run stops with a message. With restart it begins, and replaces a step only at its next save."""
     for step in (6, 8):
         for name in ("COMPLETE", "progress.json", "run_terms.json"):
             (cut_off / f"checkpoint-{step}" / name).unlink()
@@ -202,13 +202,13 @@ def test_a_linked_checkpoint_is_gone_on_from_and_kept(
     assert (out / "adapter_model.safetensors").read_bytes() == there["adapter_model.safetensors"]
 
 
-# ---- two runs, and a reader that goes away
+# ---- two runs, and a log reader that disconnects
 
 
 def test_a_second_run_in_the_same_folder_changes_nothing(
     forks: Forks, flags: Callable[..., list[str]], through: Path, tmp_path: Path
 ) -> None:
-    """It starts while the first one trains, as another process on this machine."""
+    """It starts while the first run trains, as another process on the same machine."""
     out = tmp_path / "out"
     command = [sys.executable, "-c", PAUSES, *flags(out)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "GO_ON": str(tmp_path / "go")}

@@ -1,4 +1,4 @@
-"""Poisoned rows: each is a fault of its row in every command and kind of file, and the rows around it are read."""
+"""Poisoned rows: each is reported for its row, in every command and file format, and the rows around it are read."""
 
 import csv
 import gzip
@@ -40,11 +40,11 @@ CATEGORY = "Rows"
 TOKENIZATION = Tokenization(small_tokenizer(), 512)
 KNOWN = len(TOKENIZATION.tokenizer)
 DEEP = "[" * 100_000 + "]" * 100_000
-DEEP_ENOUGH = "[" * 150 + "]" * 150  # json.loads reads it, and later code may fail on it
+DEEP_ENOUGH = "[" * 150 + "]" * 150  # json.loads accepts it, but later code may fail on it
 
 
 def text(**more: str) -> str:
-    """An explicit text row, and more values as they are to be written."""
+    """Return an explicit text row. `more` adds values verbatim."""
     values = {name: json.dumps(value) for name, value in TEXT_EXPLICIT.items()} | more
     return "{" + ", ".join(f'"{name}": {value}' for name, value in values.items()) + "}"
 
@@ -82,7 +82,7 @@ ROWS["weight 5,000 digits"] = (ROWS["weight 5,000 digits"][0], "broken_json")
 
 
 def poisoned(path: Path, bad: str, good: Any = None) -> str:
-    """A file of two good rows, a bad one and a good one."""
+    """Write a file of two good rows, a bad one and a good one."""
     before = [json.dumps(good or TEXT_EXPLICIT)] * 2
     lines = [*before, bad, before[0]]
     words = "[" + ",\n".join(lines) + "]" if ".json" in path.suffixes else "\n".join(lines)
@@ -92,7 +92,7 @@ def poisoned(path: Path, bad: str, good: Any = None) -> str:
 
 
 def skipped_of(path: str, **options: Any) -> dict[str, int]:
-    """Faults by kind; three good rows must be kept."""
+    """Return faults by kind. Three good rows must be kept."""
     comparisons, report = load_comparisons([path], config(on_bad_row="skip", **options), TOKENIZATION)
     assert len(comparisons) == 3
     return {kind: seen.count for kind, seen in report.ledgers["data"].skipped.items()}
@@ -219,7 +219,7 @@ def test_text_of_parquet_that_is_not_utf_8(tmp_path: Path) -> None:
 
 
 def _as_text(values: list[bytes]) -> pa.Array:
-    """A column of text out of any bytes, unchecked."""
+    """Make a text column from arbitrary bytes, unchecked."""
     stored = pa.array(values, pa.binary())
     return pa.Array.from_buffers(pa.string(), len(values), stored.buffers())
 
@@ -228,7 +228,7 @@ LIMIT = 10_000
 
 
 def too_long(folder: Path) -> dict[str, str]:
-    """Files of four rows each, the third of which has more than LIMIT bytes."""
+    """Write files of four rows each, of which the third has more than LIMIT bytes."""
     rows = [TEXT_EXPLICIT, TEXT_EXPLICIT, {**TEXT_EXPLICIT, "chosen": "long " * 5000}, TEXT_EXPLICIT]
     turns = (
         [TURNS_EXPLICIT] * 2
@@ -268,7 +268,9 @@ def test_a_row_over_the_limit_is_a_fault_in_every_kind_of_file(tmp_path: Path, t
 def test_the_limit_itself_is_within_it(tmp_path: Path) -> None:
     line = json.dumps(TEXT_EXPLICIT)
     path = write(tmp_path / "rows.jsonl", [line])
-    comparisons, _ = load_comparisons([path], config(max_row_bytes=len(line) + 1), TOKENIZATION)  # and its line break
+    comparisons, _ = load_comparisons(
+        [path], config(max_row_bytes=len(line) + 1), TOKENIZATION
+    )  # + 1 for the line break
     assert len(comparisons) == 1
     for wrong in (0, -1, 2**31):
         with pytest.raises(UserError, match="--max_row_bytes"):
@@ -364,7 +366,7 @@ def test_a_file_name_that_is_not_utf_8(tmp_path: Path) -> None:
 
 
 class Memory:
-    """A model that scores by length, and runs out of memory for sequences over a length."""
+    """A model that scores by length, and runs out of memory for long sequences."""
 
     def __init__(self, error: type[Exception] | None = None, template: bool = True) -> None:
         self.tokenization = TOKENIZATION if template else Tokenization(small_tokenizer(chat_template=None), 512)
@@ -457,7 +459,7 @@ def test_long_rows_are_scored_a_few_at_a_time() -> None:
     assert len(rows) == 6
 
 
-# ---- laws ----------------------------------------------------------------------------------------------------------------
+# ---- properties ----------------------------------------------------------------------------------------------------------
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["\n\nHuman: a\n\nAssistant: b"]),
@@ -471,7 +473,7 @@ COLUMNS = sorted(
 
 @st.composite
 def mutated(draw: st.DrawFn) -> bytes:
-    """A good row with some of its values, or some bytes of its text, replaced."""
+    """Draw a good row with some of its values, or some bytes of its text, replaced."""
     row = dict(draw(st.sampled_from(list(FORMATS.values()))))
     row |= draw(st.dictionaries(st.sampled_from(COLUMNS), VALUES, max_size=2))
     line = json.dumps(row).encode()
@@ -485,7 +487,7 @@ LINES = st.binary(max_size=60) | VALUES.map(lambda value: json.dumps(value).enco
 
 
 def outcome(line: bytes) -> None:
-    """Read, tokenize and store a line: a comparison or a fault, in every format whose columns it has."""
+    """Read, tokenize and store a line in every format whose columns it has. Each gives a comparison or a fault."""
     row = row_of(line)
     if isinstance(row, RowFault):
         return

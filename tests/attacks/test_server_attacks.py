@@ -1,4 +1,4 @@
-"""Hostile clients: connections that are held, texts that are too large, other hosts, malformed requests."""
+"""Hostile clients: held connections, texts that are too large, foreign hosts, malformed requests."""
 
 import json
 import random
@@ -58,7 +58,7 @@ def right(url: str) -> list[float]:
 
 
 def flood(connection: socket.socket, sent: bytes) -> None:
-    """Send and never read."""
+    """Send forever and never read."""
     while True:
         connection.sendall(sent)
 
@@ -144,7 +144,7 @@ class TestHeldConnections:
         assert (connections.connections_possible(), limits) == (2048, [65_536, 1_000_000])
 
     def test_one_address_does_not_take_the_place_of_others(self, service: Service) -> None:
-        """Connections that are being answered are never closed; beyond the bound of its address a client is told so."""
+        """Connections that wait for an answer are never closed. Above the limit of its address, a client gets 503."""
         hold, begun, inner = threading.Event(), list[Any](), service.batcher._score
 
         def slow(sequences: Any) -> Any:
@@ -307,7 +307,7 @@ class TestLargeTexts:
                 return 1000
 
             assert (fill("a"), fill("b"), fill("c")) == (32, 32, 0)
-            stack.enter_context(held.of("c")).grow(1000)  # short ones are always read
+            stack.enter_context(held.of("c")).grow(1000)  # short bodies are always read
         assert not held._of_clients
 
 
@@ -395,7 +395,7 @@ SMUGGLED = {
 
 @pytest.fixture
 def quiet(capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """Nothing of an error is printed or logged meanwhile."""
+    """Require that the test prints and logs no error."""
     yield
     said = capfd.readouterr()
     assert "Traceback" not in said.err + said.out
@@ -415,7 +415,7 @@ class TestMalformed:
         answer = exchanged(url, SMUGGLED[name].encode("latin-1"))
         assert 400 <= status_of(answer) < 500
         assert reason_of(answer)
-        assert answer.count(b"HTTP/1.1 ") == 1  # nothing that follows is taken for a request
+        assert answer.count(b"HTTP/1.1 ") == 1  # the rest is not read as a second request
 
     def test_bytes_changed_at_random(self, url: str, right: list[float], tries: Any) -> None:
         draw = random.Random(12)
@@ -444,7 +444,7 @@ class TestMalformed:
 
 
 def mutated(valid: bytes, draw: random.Random) -> bytes:
-    """A request with some bytes changed, left out, doubled or put in."""
+    """Return a request with some bytes changed, removed, doubled or inserted."""
     data = bytearray(valid)
     for _ in range(draw.randint(1, 6)):
         place, size = draw.randrange(len(data)), draw.randint(1, 8)
@@ -476,7 +476,7 @@ RAW: list[bytes] = [
 
 
 def json_mutants(draw: random.Random, count: int) -> list[Any]:
-    """Bodies near right ones, and raw ones."""
+    """Make bodies close to valid ones, and raw ones."""
     bodies: list[Any] = list(RAW)
     while len(bodies) < count:
         body: Any = {"prompt": "What?", "responses": ["a", "b"], "query": ["a"], "input": "a"}

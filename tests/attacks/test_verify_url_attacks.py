@@ -1,4 +1,4 @@
-"""Hostile servers: answers without end, bombs, redirects, numbers that are none, words for the terminal."""
+"""Hostile servers: endless answers, decompression bombs, redirects, invalid numbers, terminal escape codes."""
 
 import gzip
 import json
@@ -29,7 +29,7 @@ Serve = Callable[[socket.socket, bytes], None]
 
 @contextmanager
 def answering(serve: Serve) -> Iterator[str]:
-    """The URL of a server that answers each connection by `serve`, which is given the request's head."""
+    """Run a server that answers each connection with `serve`, which gets the request's head. Yields its URL."""
     listener = socket.create_server(("127.0.0.1", 0))
 
     def one(connection: socket.socket) -> None:
@@ -76,7 +76,7 @@ def checked(serve: Serve, protocol: Any = "get_reward") -> list[Check]:
 
 
 def reason(serve: Serve, protocol: Any = "get_reward") -> str:
-    """Why the server has no scores."""
+    """Return the reason why the server gives no scores."""
     return next(check.detail for check in checked(serve, protocol) if check.name == "server answers" and not check.ok)
 
 
@@ -143,7 +143,7 @@ def test_what_is_no_answer_is_told(body: bytes) -> None:
 
 @pytest.mark.slow
 def test_answers_of_any_json(tries: Any) -> None:
-    """Of every path and protocol: checks fail, and nothing is raised."""
+    """For every path and protocol, checks fail and nothing is raised."""
     draw = random.Random(14)
     leaves = [None, True, 0, -1.5, "", "qlora_rm 1", [], {}, [1.0], ["a"], {"id": 5}, [{"id": []}], COMMANDS, "banana", {"probs": [1], "index": "x"}, {"probs": {}, "index": 0}]  # fmt: skip
     keys = ["server", "computes_in", "data", "rewards", "scores", "model", "status", "error"]

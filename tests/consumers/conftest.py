@@ -1,4 +1,4 @@
-"""A small world for readers: a policy, a reward model trained on preferences in 4 bit, and its exports."""
+"""Fixtures for consumers: a policy, a reward model trained on preferences in 4 bit, and its exports."""
 
 import json
 import random
@@ -34,7 +34,7 @@ BACKBONES = (
     "gpt2",
 )
 """Every architecture of the allow-lists, and rotary parameters that are not the default ones."""
-ROWS = 512  # of the embedding: some models' tokenizer classes have tokens of their own
+ROWS = 512  # embedding rows; some models' tokenizer classes add their own tokens
 READERS = ["transformers", "trl", "trl-ppo", "openrlhf", "verl-critic", "vllm", "rewardbench"]
 SETTINGS = {
     "eval_fraction": 0.1, "max_steps": 40, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "learning_rate": 3e-3,
@@ -45,7 +45,7 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class World:
-    """Folders: the policy (the reward model's backbone, too), the adapter, the merged model, and an export of it."""
+    """Folders: the policy (also the reward model's backbone), the adapter, the merged model, and an export of it."""
 
     policy: Path
     rows: Path
@@ -59,7 +59,7 @@ class World:
 
 
 def polite_rows(count: int, seed: int = 0) -> list[dict]:
-    """Rows whose better answer is the willing one; a language model of both answers is willing half the time."""
+    """Make rows whose better answer is the willing one. A language model trained on both answers is willing half the time."""
     draw = random.Random(seed)
     rows = []
     for _ in range(count):
@@ -90,13 +90,13 @@ def world(tmp_path_factory) -> World:
 
 @pytest.fixture(scope="session")
 def ours(world) -> RewardModel:
-    """The exported folder as this project scores with it."""
+    """The exported folder, loaded by this project."""
     return RewardModel.load(str(world.exported))
 
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory) -> Callable[[str], Path]:
-    """The export of an untrained reward model of one architecture, for every reader here that takes it; made once."""
+    """The export of an untrained reward model of one architecture, for every consumer that accepts it. Made once."""
     made: dict[str, Path] = {}
 
     def export_of(backbone: str) -> Path:

@@ -1,5 +1,7 @@
-"""Run under transformers 4: loads each folder named on the command line as RewardBench would, and prints its golden
-texts' ids and scores as JSON, by folder."""
+"""Run under transformers 4: load each folder of the command line as RewardBench would.
+
+Prints the ids and scores of its golden texts as JSON, by folder.
+"""
 
 import json
 import sys

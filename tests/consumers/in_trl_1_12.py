@@ -1,6 +1,6 @@
-"""Run under trl 1.12: the reward that PPO reads for each golden sequence of the folders on the command line, as JSON.
+"""Run under trl 1.12: print, as JSON, PPO's reward for each golden sequence of the folders on the command line.
 
-Prompts are padded on the left and answers on the right, as PPO pads them; what stands behind the padding is not read.
+Prompts are padded on the left and answers on the right, as in PPO. The reward is read before the padding on the right.
 """
 
 import json

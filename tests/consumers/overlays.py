@@ -1,7 +1,7 @@
-"""Environments for readers that want other versions: packages in a folder of their own, put first on the path.
+"""Make environments for consumers that need other versions: packages in a separate folder, first on the path.
 
-torch and all else come from the project's environment. The folders lie under build/, are named by what is in them, and
-are made once.
+torch and everything else come from the project's environment. The folders are under build/, are named by a hash of their pins,
+and are made once.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ FOLDER = HERE.parents[1] / "build" / "readers"
 
 
 def overlay(name: str) -> Path:
-    """The folder with the packages that `<name>.txt` pins; skips the test where pip cannot get them."""
+    """Return the folder with the packages that `<name>.txt` pins. Skips the test if pip cannot install them."""
     pins = HERE / f"{name}.txt"
     folder = FOLDER / f"{name}-{hashlib.sha256(pins.read_bytes()).hexdigest()[:12]}"
     if folder.exists():
@@ -35,7 +35,7 @@ def overlay(name: str) -> Path:
 
 
 def run_in(packages: Path, script: Path, *words: str, timeout: int = 600) -> str:
-    """Standard output of `script`, run under the packages of an overlay."""
+    """Run `script` with the packages of an overlay, and return its standard output."""
     environment = os.environ | {
         "PYTHONPATH": str(packages),
         "TRL_EXPERIMENTAL_SILENCE": "1",

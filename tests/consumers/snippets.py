@@ -1,4 +1,4 @@
-"""The code of a model card, run as it stands there."""
+"""Run the code of a model card, unchanged."""
 
 import re
 from pathlib import Path
@@ -6,10 +6,10 @@ from typing import Any
 
 
 def run_snippet(folder: Path, reader: str, **given: Any) -> dict[str, Any]:
-    """Execute the Python that the card of `folder` has for `reader`; returns its names.
+    """Execute the card's Python for the consumer `reader` in `folder`, and return its names.
 
     Arguments:
-        given: what the snippet takes as the user's own.
+        given: names that the snippet expects from the user.
     """
     card = (folder / "README.md").read_text(encoding="utf-8")
     code = re.search(rf"### {re.escape(reader)}: .*?```python\n(.*?)```", card, re.DOTALL)

@@ -1,4 +1,4 @@
-"""PPO of trl 1.12 in its own environment: it reads our scores, and a policy learns from them."""
+"""PPO of trl 1.12, in its own environment, reads our scores, and a policy learns from them."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ SETTINGS = {
 
 @pytest.mark.slow
 def test_ppo_reads_the_golden_scores(world, toy):
-    """Of the trained model and of every architecture that is exported for it."""
+    """Holds for the trained model and for every architecture that is exported for PPO."""
     folders = [world.exported, *map(toy, BACKBONES)]
     read = json.loads(run_in(overlay("trl-1.12"), HERE / "in_trl_1_12.py", *map(str, folders)).splitlines()[-1])
     for folder in folders:
@@ -34,7 +34,7 @@ def test_ppo_reads_the_golden_scores(world, toy):
 
 @pytest.mark.slow
 def test_a_policy_learns_from_our_rewards(world, tmp_path):
-    """The policy is willing half the time, the reward model wants it willing: both its score and its words change."""
+    """The policy starts out willing half the time, and the reward model prefers willing. Its score and its words change."""
     given = {
         "reward_model": world.exported,
         "policy": world.policy,
@@ -55,8 +55,10 @@ def test_a_policy_learns_from_our_rewards(world, tmp_path):
 
 
 def willing(policy: Path) -> float:
-    """How often the policy begins its answer as the reward model likes it. A small reward model has been seen to be
-    gamed where little holds the policy back (kl_coef 0.02): the score rose, and the words were others."""
+    """Return the probability that the policy begins its answer as the reward model prefers.
+
+    With a small KL penalty (kl_coef 0.02), a policy was seen to exploit a small reward model: the score rose, with other words.
+    """
     tokenizer, model = AutoTokenizer.from_pretrained(policy), AutoModelForCausalLM.from_pretrained(policy).eval()
     asked = [[{"role": "user", "content": f"Name the {animal}, number 7."}] for animal in ANIMALS]
     texts = [tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) for turns in asked]

@@ -1,4 +1,4 @@
-"""OpenRLHF's and verl's ways of loading and reading, done again from their sources: neither runs without a GPU."""
+"""Load and score as OpenRLHF and verl do, reproduced from their sources, since neither runs without a GPU."""
 
 import json
 
@@ -15,8 +15,10 @@ from tests.consumers.conftest import BACKBONES
 
 
 def openrlhf_reward_model(folder: str) -> PreTrainedModel:
-    """A class made for the occasion: the family's backbone under its prefix, and a bias-free linear head under the
-    name the config gives; loaded by `from_pretrained`, so that what the files lack is random."""
+    """Load the model as OpenRLHF does: the family's backbone under its prefix, and a bias-free linear head named by the config.
+
+    `from_pretrained` initializes weights that the files lack at random.
+    """
     config = AutoConfig.from_pretrained(folder)
     backbone = AutoModel._model_mapping[type(config)]
 
@@ -45,7 +47,7 @@ def openrlhf_reward_model(folder: str) -> PreTrainedModel:
 
 
 def both_sides(pad: int, score):
-    """Scores of right- and of left-padded batches, which both readers build."""
+    """Yield scorers of right- and of left-padded batches, which both consumers build."""
     for side in ("right", "left"):
         with torch.no_grad():
             yield lambda sequences, side=side: score(pad_batch(sequences, pad, side))
@@ -59,7 +61,7 @@ def check_openrlhf(folder: str) -> None:
 
 
 def check_critic(folder: str) -> None:
-    """verl: num_labels 1, the head's dropout off, values of every token; the last one is the score."""
+    """Check verl's critic: num_labels 1, no dropout in the head, a value for every token. The last value is the score."""
     golden = Manifest.load(folder).golden
     model, info = AutoModelForTokenClassification.from_pretrained(
         f"{folder}/value", num_labels=1, output_loading_info=True

@@ -1,4 +1,4 @@
-"""transformers' Auto class and pipeline, and PEFT's Auto class, read what was exported for them."""
+"""transformers' Auto class and pipeline, and PEFT's Auto class, load their exports."""
 
 from pathlib import Path
 
@@ -39,8 +39,10 @@ def test_card_s_code_for_auto_class_and_pipeline_gives_our_scores(world, ours):
 
 @pytest.mark.parametrize("repacks", [True, False], ids=["as it comes", "kept to fp32"])
 def test_card_s_code_for_peft_gives_the_golden_scores(world, tmp_path: Path, repacks: bool):
-    """On a CPU with AVX512-BF16 bitsandbytes 0.50 computes 4-bit layers in bf16 unless it is kept from it; the rest of
-    the difference would be the reader's."""
+    """On a CPU with AVX512-BF16, bitsandbytes 0.50 computes 4-bit layers in bf16 unless this is turned off.
+
+    Any remaining difference would be the consumer's.
+    """
     folder = tmp_path / "for_peft"
     exported = export(str(world.adapter), ["peft"], str(folder))
     assert exported.ok, exported.checks

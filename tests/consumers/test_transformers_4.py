@@ -1,4 +1,4 @@
-"""transformers 4.57 reads what 5 has written: rotary parameters, tokenizers, scores."""
+"""transformers 4.57 reads the files that 5 wrote: rotary parameters, tokenizers, scores."""
 
 import json
 
@@ -15,8 +15,10 @@ from tests.reward_models_for_tests import copy_of
 
 @pytest.mark.slow
 def test_golden_ids_and_scores_come_out_of_transformers_4(toy, tmp_path, monkeypatch):
-    """Of every architecture; of one whose files for 4 stand apart; and not of one without the keys that 4 looks for,
-    which it scores otherwise without a word."""
+    """Holds for every architecture, and for one with a separate folder for transformers 4.
+
+    Without the keys for transformers 4, scores silently differ.
+    """
     folders = [toy(backbone) for backbone in BACKBONES]
     configs = [json.loads((folder / "config.json").read_text(encoding="utf-8")) for folder in folders]
     assert {config["architectures"][0] for config in configs} == IN_V4, "the allow-list names what is read here"

@@ -1,4 +1,4 @@
-"""TRL's online trainers take an exported folder as `reward_funcs`, one step each, and pay what we would."""
+"""TRL's online trainers take an exported folder as `reward_funcs`, and in one step give the same rewards as this project."""
 
 import json
 
@@ -44,7 +44,7 @@ def prompts_of(world, form: str) -> Dataset:
 
 
 def one_step(name: str, form: str, world, folder, monkeypatch) -> tuple[list, list, torch.Tensor]:
-    """Prompts, completions and the rewards TRL computed for them in one real step."""
+    """Run one real step. Return prompts, completions and the rewards that TRL computed."""
     seen: list = []
     trainer_class, method = PAYS[name]
     pay = getattr(trainer_class, method)

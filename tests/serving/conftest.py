@@ -1,4 +1,4 @@
-"""One small 4-bit reward model for the whole room, and a service and a server around it."""
+"""Fixtures for serving: one small 4-bit reward model, and a service and a server around it."""
 
 from collections.abc import Iterator
 
@@ -24,13 +24,13 @@ def service(model: RewardModel) -> Iterator[Service]:
 
 @pytest.fixture(scope="session")
 def client(service: Service) -> Iterator[TestClient]:
-    """In process; what would be a defect is an answer with status 500, as for a real client."""
+    """A client in this process. An unexpected exception becomes status 500, as for a real client."""
     with TestClient(service.app(), base_url=LOCAL, raise_server_exceptions=False) as client:
         yield client
 
 
 @pytest.fixture(scope="session")
 def url(service: Service) -> Iterator[str]:
-    """The same over a real socket."""
+    """The URL of the same service over a real socket."""
     with running(service.app()) as url:
         yield url

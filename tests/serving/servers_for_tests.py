@@ -1,4 +1,4 @@
-"""Servers on loopback, in a thread of the test process or as a user starts them."""
+"""Run servers on loopback, in a thread of the test process or as a user starts them."""
 
 import faulthandler
 import re
@@ -24,12 +24,12 @@ from qlora_rm.serving.run import make_service
 ROOT = Path(__file__).resolve().parents[2]
 LOCAL = "http://localhost"
 PATIENCE = 60
-"""Seconds for what takes a moment on an idle machine."""
+"""Timeout in seconds for steps that take a moment on an idle machine."""
 
 
 @contextmanager
 def running(app: ASGIApp, connections: int = 1000) -> Iterator[str]:
-    """The URL of `app` on a free port, by the protocol of `qlora-rm serve` for so many connections."""
+    """Serve `app` on a free port with the protocol class of `qlora-rm serve`, and yield its URL."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     config = uvicorn.Config(
@@ -49,7 +49,7 @@ def running(app: ASGIApp, connections: int = 1000) -> Iterator[str]:
 
 @contextmanager
 def served(model: RewardModel, folder: Path, token: str | None = None, **settings: Any) -> Iterator[Service]:
-    """A service around `model`, its thread ended afterwards."""
+    """Yield a service around `model`, and end its threads afterwards."""
     service = make_service(model, str(folder), ServeConfig(**settings), token)
     try:
         yield service
@@ -60,17 +60,17 @@ def served(model: RewardModel, folder: Path, token: str | None = None, **setting
 
 
 def require_ended(thread: threading.Thread) -> None:
-    """Fail where a thread has not ended in time, with what every thread was doing."""
+    """Fail if a thread has not ended in time, and dump the stack of every thread."""
     if thread.is_alive():
         faulthandler.dump_traceback(all_threads=True)
         raise AssertionError(f"thread {thread.name} has not ended")
 
 
 class Door:
-    """`qlora-rm serve` as a process of its own, on a free port.
+    """`qlora-rm serve` in its own process, on a free port.
 
     Arguments:
-        code: a program to run instead of the door's, with the door's arguments.
+        code: a program to run in place of the command, with the same arguments.
     """
 
     def __init__(self, folder: Path, *words: str, log: Path, code: str | None = None) -> None:
@@ -81,7 +81,7 @@ class Door:
             self.process = subprocess.Popen(command, cwd=ROOT, stderr=file)
 
     def url(self) -> str:
-        """Once it listens."""
+        """Wait until it listens, and return its URL."""
         wait_until(lambda: "listening on" in self.said() or self.process.poll() is not None)
         found = re.search(r"listening on (\S+)", self.said())
         assert found, self.said()
@@ -91,7 +91,7 @@ class Door:
         return self.log.read_text()
 
     def ends(self) -> int:
-        """Its exit status, once it has one."""
+        """Wait for its end, and return its exit status."""
         return self.process.wait(PATIENCE)
 
 

@@ -1,4 +1,4 @@
-"""What each path answers: the offline scorer's scores, or a status with a reason."""
+"""Each path answers with the offline scorer's scores, or with a status and a reason."""
 
 import json
 import socket
@@ -133,7 +133,7 @@ BAD: list[tuple[str, Any, int, str]] = [
     ("/score", {"prompt": "text", "responses": [[7]]}, 422, "the row mixes ids and text"),
     ("/score", {"prompt": None, "responses": ["a"]}, 422, "prompt is null"),
     ("/score", {"prompt": [{"role": "user"}], "responses": ["a"]}, 422, "turn 1 of prompt has no content"),
-    ("/score", {"prompt": PROMPT, "responses": ["word " * 900]}, 200, ""),  # alone, the whole text may be cut
+    ("/score", {"prompt": PROMPT, "responses": ["word " * 900]}, 200, ""),  # a single response may be cut too
     ("/score", {"prompt": PROMPT, "responses": ["a", "word " * 900]}, 422, "the longest sequence has"),
     ("/score", [{"responses": ["a"]}, {"responses": ["a", 5]}], 422, "[1].responses[1] is a number"),
     ("/score", [{"responses": ["a"]}, {}], 422, "[1].responses: Field required"),
@@ -247,7 +247,7 @@ class TestHealthAndMetrics:
 
 
 class Slow:
-    """Holds the model up until it is told to go on."""
+    """Blocks the model until `go` is set."""
 
     def __init__(self, service: Service) -> None:
         self.inner, self.go, self.sequences = service.batcher._score, threading.Event(), 0
@@ -274,7 +274,9 @@ class TestUnderPressure:
                 slow.go.set()
                 assert [len(answer.result(PATIENCE).json()["scores"]) for answer in asked] == [1, 2]
                 assert httpx2.post(f"{url}/score", json={"responses": ["c"]}).status_code == 200
-            too_many = httpx2.post(f"{url}/score", json={"responses": ["a"] * 3})  # never fits: trying again is no use
+            too_many = httpx2.post(
+                f"{url}/score", json={"responses": ["a"] * 3}
+            )  # never fits, so a retry would not help
             assert too_many.status_code == 413
 
     def test_work_of_a_client_that_left_is_dropped(self, model: RewardModel) -> None:

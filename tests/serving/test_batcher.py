@@ -1,4 +1,4 @@
-"""The queue in front of the model: nothing lost, nothing crossed, whatever fails."""
+"""The queue in front of the model: no answer is lost or swapped, whatever fails."""
 
 import threading
 import time
@@ -20,7 +20,7 @@ POISON = 13
 
 
 class Model:
-    """Scores a sequence by the sum of its ids; remembers its batches, and can be held up."""
+    """Scores a sequence by the sum of its ids, records its batches, and can be blocked."""
 
     def __init__(self, fits: int = 10**9) -> None:
         self.batches: list[list[Ids]] = []
@@ -51,7 +51,7 @@ def model() -> Iterator[Model]:
 
 
 def held(model: Model, batcher: Batcher) -> "Future[list[float]]":
-    """The model is busy with this one until `model.open` is set."""
+    """Submit a job that keeps the model busy until `model.open` is set."""
     model.open.clear()
     first = batcher.submit([[1]])
     wait_until(lambda: len(model.batches) == 1)
@@ -118,7 +118,7 @@ def test_clients_get_equal_shares(model: Model) -> None:
 
 def test_an_idle_model_waits_for_what_is_being_read_and_not_else(model: Model) -> None:
     batcher = make(model, max_wait=PATIENCE)
-    assert batcher.submit([[1]]).result(PATIENCE / 2) == [1]  # nobody is expected
+    assert batcher.submit([[1]]).result(PATIENCE / 2) == [1]  # no request is being read
     with batcher.expecting():
         one = batcher.submit([[1]])
         time.sleep(0.05)
@@ -128,7 +128,7 @@ def test_an_idle_model_waits_for_what_is_being_read_and_not_else(model: Model) -
     assert len(model.batches) == 2
     batcher = make(model, max_wait=0.05)
     with batcher.expecting():
-        assert batcher.submit([[3]]).result(PATIENCE) == [3]  # the wait has an end
+        assert batcher.submit([[3]]).result(PATIENCE) == [3]  # `max_wait` is over
 
 
 def test_the_queue_is_bounded_by_sequences_and_tokens(model: Model) -> None:
@@ -153,7 +153,7 @@ def test_cancelled_work_is_not_begun(model: Model) -> None:
     assert stays.result(PATIENCE) == [8]
     assert [7] not in [ids for batch in model.batches for ids in batch]
     last = held(model, batcher) if model.batches.clear() is None else None
-    assert batcher.submit([[9]]).cancel()  # a queue of cancelled work alone is not the end
+    assert batcher.submit([[9]]).cancel()  # a queue with only cancelled work does not end the thread
     model.open.set()
     assert last.result(PATIENCE) == [1]
     assert batcher.submit([[2]]).result(PATIENCE) == [2]
@@ -244,7 +244,7 @@ def test_a_dead_model_thread_fails_everything_and_says_so(error: BaseException) 
     wait=st.sampled_from([0.0, 0.002]),
 )
 def test_no_answer_is_lost_or_crossed(jobs: list[list[Ids]], budget: int, fits: int, wait: float) -> None:
-    """From many threads at once, with memory running out and sequences that the model cannot take."""
+    """Many threads submit at once, memory runs out, and the model fails on some sequences."""
     batcher = make(Model(fits), tokens_per_batch=budget, max_wait=wait, max_sequences=1000, max_tokens=10_000)
 
     def ask(sequences: list[Ids]) -> Any:

@@ -25,7 +25,7 @@ from tests.serving.servers_for_tests import PATIENCE, Door, running, wait_until
 
 @pytest.mark.slow
 def test_from_start_to_an_orderly_end(model: RewardModel, tmp_path: Path) -> None:
-    """Served with a token; SIGTERM comes while requests wait: all are answered, and the status is 0."""
+    """With a token, SIGTERM arrives while requests wait. All are answered, and the status is 0."""
     token = tmp_path / "token"
     token.write_text("secret\nnot read\n")
     words = ("--token_file", str(token), "--tokens_per_batch", "600")  # many batches
@@ -53,7 +53,7 @@ def test_from_start_to_an_orderly_end(model: RewardModel, tmp_path: Path) -> Non
 
 
 def program(score: str) -> str:
-    """The door, its model replaced once it is proved by a function with the body `score`."""
+    """Return a program that runs the command, but replaces its model after the golden check by a function with body `score`."""
     return (
         "import sys, time, torch, qlora_rm.serving.run as run\n"
         "from qlora_rm.cli import main\n"
@@ -82,7 +82,7 @@ def test_a_dead_model_ends_the_process(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_time_to_stop_has_an_end(tmp_path: Path) -> None:
-    """Ctrl-C while the model is stuck."""
+    """Ctrl-C arrives while the model is stuck."""
     code = program(f"print('begun', file=sys.stderr, flush=True); time.sleep({10 * PATIENCE})")
     door = Door(llama_adapter(), "--stop_timeout", "1", log=tmp_path / "log", code=code)
     url = door.url()
@@ -125,7 +125,7 @@ class TestWhatIsNotServed:
 
 
 class TestWhatTextIs:
-    """A model trained on text, on conversations or on both has its golden items come back as one text each."""
+    """Text is read as in training, for a model trained on text, on conversations or on both."""
 
     @pytest.mark.parametrize("kinds", ["text", "turns", "both", "ids"])
     def test_by_its_golden_items(self, model: RewardModel, kinds: str) -> None:
@@ -184,6 +184,6 @@ def test_mistakes_are_told_before_the_model_is_loaded(tmp_path: Path, capsys: An
 def test_the_packages_it_needs_are_named(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.startswith("qlora_rm.serving.")]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "uvicorn", None)  # as if it were not installed
+    monkeypatch.setitem(sys.modules, "uvicorn", None)  # as if not installed
     assert main(["serve", "./no_model"]) == 2
     assert "Serving needs uvicorn: pip install 'qlora_rm[serve]'" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Running servers under test: ours in its three protocols, and others re-enacted, right and wrong in the ways they are."""
+"""Verify running servers: ours in its three protocols, and imitations of others, correct and with their typical errors."""
 
 import json
 import math
@@ -24,7 +24,7 @@ from tests.reward_models_for_tests import copy_of, edit_json, llama_adapter
 from tests.serving.servers_for_tests import running, served
 
 Scores = Callable[[list[str], bool], list[float]]
-"""From texts, and whether special tokens are added to them, to scores."""
+"""Maps texts, and whether special tokens are added to them, to scores."""
 
 
 def failed(checks: Sequence[Check]) -> dict[str, str]:
@@ -33,7 +33,7 @@ def failed(checks: Sequence[Check]) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def scores_of(model: RewardModel) -> Scores:
-    """What a reader computes that tokenizes text itself."""
+    """Scores of a consumer that tokenizes text itself."""
 
     def score(texts: list[str], add_special_tokens: bool) -> list[float]:
         ids = model.tokenizer(texts, add_special_tokens=add_special_tokens)["input_ids"]
@@ -43,7 +43,7 @@ def scores_of(model: RewardModel) -> Scores:
 
 
 def vllm(scores: Scores, name: str = "org/rm") -> Starlette:
-    """vLLM 0.33's `/classify`, as far as it is documented: its body, its defaults, its answer and its refusals."""
+    """vLLM 0.33's `/classify`, as documented: body, defaults, answer and refusals."""
 
     async def classify(request: Request) -> Response:
         body = await request.json()
@@ -132,7 +132,7 @@ class TestOurs:
 
 class TestVllm:
     def test_a_right_one(self, scores_of: Scores) -> None:
-        """With a template that writes no bos and a tokenizer that adds one, only text sent as verl does is scored wrongly."""
+        """The template writes no bos and the tokenizer adds one, so only text sent as verl does gets wrong scores."""
         with running(vllm(scores_of)) as url:
             found = failed(verify_endpoint(str(llama_adapter()), url))
         assert list(found) == ["text as verl sends it gets the golden scores"]
