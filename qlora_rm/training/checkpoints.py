@@ -1,8 +1,8 @@
 """Checkpoints on disk: how a complete one is recognized, and when older ones are deleted.
 
-A checkpoint is complete when its `COMPLETE` file exists and agrees with the other files (`wholeness.py`). Writing under another
-name and renaming would not work: several processes and libraries write to the folder's final name, and DeepSpeed stores it
-inside. A file list also detects a folder that a copy or a removal left incomplete.
+A checkpoint is complete when its `COMPLETE` file exists and agrees with the other files (`wholeness.py`). Renaming a
+finished folder would prove the same, but several processes and libraries write to its final name, and DeepSpeed stores that
+name inside. A file list also detects a folder that a copy or a removal left incomplete.
 
 Only real folders that this project wrote are removed: never a link, its target, or a file.
 """

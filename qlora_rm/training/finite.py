@@ -60,7 +60,7 @@ class FiniteWatch:
             self._stop(f"The loss of step {step:,} is not finite", self._rows(only_faulty=True))
 
     def note_norm(self, norm: Any, step: int) -> None:
-        """Keep the gradient norm for `require_norm`; reading it here could wait for the device, so only fp16 does."""
+        """Keep the gradient norm, a number or a tensor that may not be computed yet, until `require_norm` reads it."""
         self._norm = (norm, step)
         if self.fp16:
             self.require_norm()
