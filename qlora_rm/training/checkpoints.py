@@ -100,7 +100,7 @@ def size_of(folder: Path) -> int | None:
 
 
 def discard(folder: Path, *, foreign: bool = False) -> None:
-    """Remove a checkpoint. An interrupted removal leaves a folder marked `INCOMPLETE`, never one that looks complete.
+    """Remove a checkpoint. An interrupted removal leaves a folder that is empty or marked `INCOMPLETE`.
 
     Arguments:
         foreign: remove it even if another program wrote it.

@@ -100,7 +100,7 @@ def _noise(trainer: PreferenceTrainer, golden: list[GoldenItem], trained_in: tor
     with Phase("noise of the golden scores"):
         noise = measure_noise(model, golden, trainer.pad_token_id, trained_in)
     for name in [name for name, one in noise.items() if not all(map(math.isfinite, astuple(one)))]:
-        del noise[name]  # JSON has no such number
+        del noise[name]  # JSON has no infinite numbers
         say(f"{WARNING}scores in {name} overflow: no noise is noted for it, and fixed tolerances apply")
     if noise:
         spread = ", ".join(f"{one.largest:.2g} in {name}" for name, one in noise.items())

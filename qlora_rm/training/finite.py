@@ -92,7 +92,7 @@ class FiniteWatch:
         self.evaluated_at = step
 
     def require_weights(self, fine: bool, step: int) -> None:
-        """Stop unless the weights after a step are `fine`, that is, give finite scores on all ranks.
+        """Stop unless the weights after a step give finite scores on all ranks (`fine`).
 
         Raises:
             UserError: with the step.

@@ -1,4 +1,4 @@
-"""Push of a finished run to the model hub: checked before anything is loaded, done after everything is written.
+"""Uploads a finished run to the model hub, after checking before any weights are loaded that this can succeed.
 
 transformers' trainer pushes with every checkpoint, and after saving the model. At that time golden scores and manifest do not
 exist, and files are still being written. Here the finished folder is pushed once.

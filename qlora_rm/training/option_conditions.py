@@ -162,7 +162,7 @@ def no_tpu(value: Any, _: Values) -> str | None:
 
 
 def timeout_is_handed_on(value: Any, values: Values) -> str | None:
-    """Refuse it for CPU ranks under DDP: transformers 5.23 passes it only to GPU ranks and DeepSpeed.
+    """Refuse a timeout for CPU ranks under DDP: transformers 5.23 passes it only to GPU ranks and DeepSpeed.
 
     Remove once CPU ranks get it too.
     """

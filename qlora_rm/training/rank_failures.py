@@ -45,7 +45,7 @@ class Failure:
     host: str
     message: str
     is_mistake: bool
-    """Whether it is a `UserError`, whose message suffices; otherwise that rank's own output holds a traceback."""
+    """Whether it is a `UserError`, whose message is sufficient; otherwise that rank's own output holds a traceback."""
 
     def __str__(self) -> str:
         return f"rank {self.rank} on {self.host}"
@@ -53,7 +53,7 @@ class Failure:
 
 @contextmanager
 def ending_together() -> Iterator[None]:
-    """Run all of a rank's work inside this block: an error ends this process with its exit status, and the other ranks.
+    """Wrap all of a rank's work: an error inside the block ends this process with its exit status, and all other ranks.
 
     A process that is alone in its job raises as usual. Interrupts pass through: the launcher sends them to every rank.
     """
@@ -111,7 +111,7 @@ class Board:
         return Failure(**json.loads(standing))
 
     def first(self, within: float = 0.0) -> Failure | None:
-        """Return the job's first failure, if one is recorded `within` so many seconds; keep it in `known`."""
+        """Return the job's first failure, waiting up to `within` seconds for one; keep it in `known`."""
         until = time.monotonic() + within
         while self.known is None:
             if self._store.check([self._key]):

@@ -18,7 +18,7 @@ class ReadingTrainer(RewardTrainer):
     """`RewardTrainer` that reads checkpoints through `safe_loading`."""
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
-        """Prepare for training; during this call DeepSpeed's engine reads its checkpoint."""
+        """Prepare for training, with safe loading: DeepSpeed's engine reads its checkpoint during this call."""
         load_by_engine = transformers.trainer.deepspeed_load_checkpoint
 
         def load(engine: Any, path: str, **how: Any) -> None:

@@ -53,7 +53,7 @@ class ResumableTrainer(ReadingTrainer):
         replaces_foreign: replace a checkpoint of the same step that another program wrote (`--resume restart`).
         spared: earlier checkpoints that are not usable; they are kept until their step is saved again, and not counted.
         before_save: called on the main process before anything is written or deleted; a reason it returns ends the run.
-        termination: whether the run was asked to end; needs `watch` to notice.
+        termination: whether the run was asked to end; it only notices SIGTERM inside its `watch`.
         order: the training data's sampler, once created.
     """
 
@@ -106,7 +106,7 @@ class ResumableTrainer(ReadingTrainer):
             if self.state.best_global_step == self.state.global_step:
                 self.state.best_model_checkpoint = str(self._resumed)
         if self._saved_step is not None and self.args.should_save:
-            self._prune()  # in case the save was interrupted before it did this
+            self._prune()  # the save may have been interrupted before it pruned
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         """Return a loader whose workers survive a SIGTERM to the entire job; see `outlive_sigterm`."""
@@ -187,7 +187,7 @@ class ResumableTrainer(ReadingTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Remove interrupted checkpoints, save, let the caller add files, mark as complete, then delete older checkpoints.
 
-        A step that is already saved is left alone: while it is written again, no complete one of it would exist.
+        A step that is already saved is not saved again: meanwhile there would be no complete checkpoint of it.
         """
         step, writes = self.state.global_step, self.args.should_save
         output_dir = Path(str(self.args.output_dir))
@@ -262,7 +262,7 @@ class ResumableTrainer(ReadingTrainer):
     def _nothing_deleted(self) -> Iterator[None]:
         """Keep transformers from deleting checkpoints inside the block; only `prune` checks which are complete.
 
-        The limit is hidden no longer than that, since loggers and model files record the settings.
+        The limit is hidden only inside the block, since loggers and model files record the settings.
         """
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
@@ -302,7 +302,7 @@ class ResumableTrainer(ReadingTrainer):
             super().save_model(output_dir, _internal_call)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Create it, and keep the command's optimizer settings, which a checkpoint's values will overwrite."""
+        """Create the scheduler, and keep the command's optimizer settings, which a checkpoint's values will overwrite."""
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         self._told = [
             {key: value for key, value in group.items() if key != "params"}
@@ -311,7 +311,7 @@ class ResumableTrainer(ReadingTrainer):
         return scheduler
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load moments and step of the checkpoint; keep the command's learning rate, schedule, weight decay and clipping."""
+        """Load the checkpoint's moments and step; keep the command's learning rate, schedule, weight decay and clipping."""
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return

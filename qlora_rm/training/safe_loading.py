@@ -31,7 +31,7 @@ NEEDED = [
 ]
 """The classes, besides torch's own, that a checkpoint of this project holds."""
 NAMED = re.compile(r"(?:GLOBAL|[Uu]nsupported class|[Uu]nsupported function) ([\w.]+\.\w+)")
-"""Finds the class or function that torch's error names."""
+"""Pattern of the class or function that torch's error names."""
 
 
 @contextmanager

@@ -28,9 +28,9 @@ COLUMNS = ["prompt_ids", "response_ids", "wins", "ties", "margins", "weight", "l
 class PreferenceTrainer(ResumableTrainer):
     """RewardTrainer over tokenized comparisons (the columns of `preferences.load_preferences`).
 
-    It overrides the loss (K responses, weights, ties, rankings), the preparation of the data (done before), the order (full
-    steps, even micro-batches) and the evaluation step (exact over uneven batches and ranks). `ResumableTrainer` provides
-    complete checkpoints and exact resume.
+    It overrides the loss (K responses, weights, ties, rankings) and the preparation of the data (done before). It also
+    overrides the order (full steps, even micro-batches) and the evaluation step (exact over uneven batches and ranks).
+    `ResumableTrainer` provides complete checkpoints and exact resume.
 
     Arguments:
         objective: the loss.

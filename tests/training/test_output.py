@@ -27,7 +27,7 @@ progress.Display.open = open
 from qlora_rm.cli import main
 sys.exit(main(["train", *sys.argv[1:]]))
 """
-"""The train command, with phases shown that end within two seconds too."""
+"""Runs the train command, and shows even phases that end within two seconds."""
 PHASES = ["starting", "reading", "tokenizing", "loading and quantizing", "training", "evaluating", "golden scores"]
 
 pytestmark = pytest.mark.slow
