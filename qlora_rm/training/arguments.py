@@ -28,8 +28,8 @@ from qlora_rm.training.project_options import PROJECT, require_shape_of_adapter
 class TrainingConfig(RewardConfig):
     """`trl.RewardConfig` (and so `transformers.TrainingArguments`) with defaults for a LoRA reward model.
 
-    The defaults follow published recipes: ten times the learning rate of full fine-tuning, one epoch, an effective batch of
-    64 comparisons per GPU, cosine decay after 3 % warm-up, centring 0.01.
+    The defaults follow published recipes: ten times the learning rate of full fine-tuning, one epoch, an effective
+    batch of 64 comparisons per GPU, cosine decay after 3 % warm-up, centring 0.01.
     """
 
     output_dir: str | None = field(
@@ -123,8 +123,8 @@ class TrainingConfig(RewardConfig):
     def _settle_on_cpu(self) -> None:
         """Set what transformers needs to train on CPUs.
 
-        Ranks communicate over gloo. Outside DeepSpeed, `use_cpu` is set: without it transformers refuses bf16, and each rank
-        would train alone. With DeepSpeed, `use_cpu` would turn the engine off.
+        Ranks communicate over gloo. Outside DeepSpeed, `use_cpu` is set: without it transformers refuses bf16, and each
+        rank would train alone. With DeepSpeed, `use_cpu` would turn the engine off.
         """
         self.dataloader_pin_memory = False  # there is no device memory to copy to
         self.use_cpu = self.use_cpu or not asks_for_deepspeed(self)
@@ -259,8 +259,8 @@ def parse(argv: list[str]) -> Options:
     Reports which of the given options have no effect.
 
     Raises:
-        UserError: an unknown option or key, an invalid value, or an option that would do nothing or something other than
-            it says.
+        UserError: an unknown option or key, an invalid value, or an option that would do nothing or something other
+            than it says.
     """
     argv = [word for item in argv for word in (item.split("=", 1) if item.startswith("--config=") else [item])]
     parser = Parser(KINDS, prog="qlora-rm train", allow_abbrev=False)

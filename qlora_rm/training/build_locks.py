@@ -1,7 +1,7 @@
 """Removal of build locks that a killed process left behind: torch waits for them forever.
 
-torch 2.13 creates a file named `lock` while it compiles an extension, such as DeepSpeed's, and removes it afterwards. If the
-process is killed in between, every later run waits for that file. Remove once torch includes pytorch #190543
+torch 2.13 creates a file named `lock` while it compiles an extension, such as DeepSpeed's, and removes it afterwards.
+If the process is killed in between, every later run waits for that file. Remove once torch includes pytorch #190543
 (issue #189245).
 """
 
@@ -50,7 +50,7 @@ def build_root() -> Path:
 
 
 def stale_locks(root: Path) -> list[Path]:
-    """Return build locks below `root` that are older than `STALE_AFTER` and that no process of this machine has open."""
+    """Return build locks below `root` that are older than `STALE_AFTER` and that no local process has open."""
     old = []
     for lock in [*root.glob("*/lock"), *root.glob("*/*/lock")]:
         with suppress(OSError):

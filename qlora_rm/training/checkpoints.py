@@ -1,8 +1,8 @@
 """Checkpoints on disk: how a complete one is recognized, and when older ones are deleted.
 
 A checkpoint is complete when its `COMPLETE` file exists and agrees with the other files (`wholeness.py`). Renaming a
-finished folder would prove the same, but several processes and libraries write to its final name, and DeepSpeed stores that
-name inside. A file list also detects a folder that a copy or a removal left incomplete.
+finished folder would prove the same, but several processes and libraries write to its final name, and DeepSpeed stores
+that name inside. A file list also detects a folder that a copy or a removal left incomplete.
 
 Only real folders that this project wrote are removed: never a link, its target, or a file.
 """
@@ -135,7 +135,7 @@ def in_the_way(folder: Path) -> str:
 
 
 def require_free_names(output_dir: str, after: int, until: int, *, foreign: bool = False) -> None:
-    """Refuse paths named like a checkpoint that a run from step `after` to `until` may save, if they must not be removed.
+    """Refuse paths that must not be removed and have the name of a checkpoint that steps `after` to `until` may save.
 
     Raises:
         UserError: such a path is a file, a link, or (unless `foreign`) a folder that this project did not write.
@@ -150,8 +150,8 @@ def prune(
 ) -> None:
     """Keep the `limit` latest complete checkpoints and the `best`; remove other complete ones and interrupted ones.
 
-    Call this only after a new checkpoint is complete. A path that is damaged, later than step `upto`, in `spared`, or not a
-    real folder of this project is kept and not counted.
+    Call this only after a new checkpoint is complete. A path that is damaged, later than step `upto`, in `spared`, or
+    not a real folder of this project is kept and not counted.
     """
     known = [path for path in checkpoints(output_dir) if (step_of(path) or 0) <= upto and path not in spared]
     whole = [path for path in known if is_own(path) and is_whole(path)]

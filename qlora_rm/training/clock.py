@@ -51,7 +51,7 @@ def _take_from(resume: Path, tokenizer: PreTrainedTokenizerBase, args: TrainingC
 
 
 def _of_first_rank(moment: datetime, args: TrainingConfig) -> datetime:
-    """Return the first rank's time: hosts may be in different time zones, and ranks may start on both sides of midnight."""
+    """Return the first rank's time: hosts may be in different time zones, and ranks may start around midnight."""
     if args.world_size == 1:
         return moment
     everyones: list[datetime | None] = [None] * args.world_size

@@ -51,8 +51,8 @@ def trained_weights(options: Options, config: PretrainedConfig) -> int:
 def checkpoint_bytes(trained: int, engine: str, states: int = ADAMW_STATES, *, with_optimizer: bool = True) -> int:
     """Return the bytes in one checkpoint that grow with the model, over all ranks.
 
-    They are an fp32 copy of the trained weights, the optimizer states and, under DeepSpeed, fp32 master weights. ZeRO-1 and
-    ZeRO-2 save the trained weights once more in their engine's state.
+    They are an fp32 copy of the trained weights, the optimizer states and, under DeepSpeed, fp32 master weights. ZeRO-1
+    and ZeRO-2 save the trained weights once more in their engine's state.
 
     Arguments:
         states: bytes that the optimizer keeps per trained weight.

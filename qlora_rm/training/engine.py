@@ -81,8 +81,8 @@ def _engine(name: str, world_size: int, device: torch.device) -> Engine:
 def require_engine(args: TrainingConfig, engine: Engine) -> None:
     """Raise a `UserError` unless `engine` is the one asked for; launchers fall back silently.
 
-    `accelerate launch --cpu` with a DeepSpeed configuration starts one plain process. Two CPU ranks without `use_cpu` each
-    train alone.
+    `accelerate launch --cpu` with a DeepSpeed configuration starts one plain process. Two CPU ranks without `use_cpu`
+    each train alone.
     """
     asked = asked_engine(args)
     if engine.name != asked:

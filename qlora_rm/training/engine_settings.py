@@ -52,7 +52,7 @@ def unsound_settings(
     zero = engine.get("zero_optimization", {})
     found = []
     if quantization == "8bit" and zero.get("stage") == 3:
-        # bitsandbytes 0.50 keeps the weight in `Linear8bitLt.state.CB`, not a parameter, and restores it after each forward
+        # bitsandbytes 0.50 keeps the weight in `Linear8bitLt.state.CB`, not a parameter; each forward restores it
         found.append(
             "stage 3 shards no 8-bit weights, of which bitsandbytes keeps a whole copy in every process: use --quantization "
             "4bit, or stage 2"
@@ -106,7 +106,7 @@ def unsound_settings(
 
 
 def loaded_in(config: PretrainedConfig, asked: Quantization) -> Quantization:
-    """Return the quantization of the loaded weights; a checkpoint saved quantized keeps its own, whatever is asked for."""
+    """Return the quantization of the loaded weights; a checkpoint saved quantized always keeps its own."""
     saved = saved_quantization(config)
     return saved if saved in ("4bit", "8bit") else asked  # type: ignore[return-value]
 

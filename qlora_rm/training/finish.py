@@ -35,11 +35,11 @@ def finish(
 ) -> dict[str, float]:
     """Evaluate once more, and save model, tokenizer, manifest and curves.
 
-    The manifest is written last: if it exists, so does everything else. Without it the run is not complete, and resuming
-    from its last checkpoint calls this function again.
+    The manifest is written last: if it exists, so does everything else. Without it the run is not complete, and
+    resuming from its last checkpoint calls this function again.
 
-    Every rank computes the golden scores, since a forward pass under ZeRO-3 needs all ranks. If they are not finite, nothing
-    is saved, and an earlier model in the folder stays as it is.
+    Every rank computes the golden scores, since a forward pass under ZeRO-3 needs all ranks. If they are not finite,
+    nothing is saved, and an earlier model in the folder stays as it is.
     """
     output = Path(str(trainer.args.output_dir))
     metrics = trainer.evaluate() if data.held_out is not None else {}

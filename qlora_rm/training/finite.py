@@ -1,8 +1,8 @@
 """Checks that stop a run at the first loss, gradient or score that is not finite, before anything is saved or deleted.
 
-Such a run does not recover, and each later checkpoint would replace a sound one. All checks use values that are the same on
-every rank, so that all ranks stop in the same step. On a GPU they read numbers only where the trainer waits for the device
-anyway.
+Such a run does not recover, and each later checkpoint would replace a sound one. All checks use values that are the
+same on every rank, so that all ranks stop in the same step. On a GPU they read numbers only where the trainer waits for
+the device anyway.
 """
 
 import math

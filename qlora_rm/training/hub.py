@@ -1,7 +1,7 @@
 """Uploads a finished run to the model hub, after checking before any weights are loaded that this can succeed.
 
-transformers' trainer pushes with every checkpoint, and after saving the model. At that time golden scores and manifest do not
-exist, and files are still being written. Here the finished folder is pushed once.
+transformers' trainer pushes with every checkpoint, and after saving the model. At that time golden scores and manifest
+do not exist, and files are still being written. Here the finished folder is pushed once.
 """
 
 import shlex

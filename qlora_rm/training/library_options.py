@@ -1,8 +1,8 @@
 """Rules for every option of TRL's `RewardConfig` and transformers' `TrainingArguments` in this project.
 
 A rule names the code that obeys an option: this project's, or code of TRL or transformers that nothing here overrides.
-For an option that would do nothing or something else, it names a replacement. For a meaningless one, it gives the reason.
-If a new version of a library adds an option, the tests fail until the option has a rule.
+For an option that would do nothing or something else, it names a replacement. For a meaningless one, it gives the
+reason. If a new version of a library adds an option, the tests fail until the option has a rule.
 """
 
 from qlora_rm.training.option_conditions import (

@@ -27,7 +27,7 @@ class Live(TrainerCallback):
 
     @classmethod
     def of(cls, trainer: Trainer) -> Self:
-        """Attach one to `trainer` in place of transformers' callbacks, which print from the first process of every host."""
+        """Attach one to `trainer` in place of transformers' callbacks, which print from one process of every host."""
         live = cls()
         for printer in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(printer)

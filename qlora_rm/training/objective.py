@@ -66,8 +66,8 @@ class Objective:
 def win_loss(difference: Tensor, margin: Tensor, threshold: float = 0.0, label_smoothing: float = 0.0) -> Tensor:
     """-log P(winner beats loser), [P]: Bradley-Terry, -log sigmoid(d - margin).
 
-    With a tie `threshold` eta it is Rao-Kupper's win, sigmoid(d - eta). With `label_smoothing` e the label is right with
-    probability 1 - e. The reversed label has no margin, because the data gives none for it.
+    With a tie `threshold` eta it is Rao-Kupper's win, sigmoid(d - eta). With `label_smoothing` e the label is right
+    with probability 1 - e. The reversed label has no margin, because the data gives none for it.
     """
     loss = -logsigmoid(difference - margin - threshold)
     if label_smoothing:
@@ -128,7 +128,7 @@ ROUNDING = 1e-12
 
 
 def evaluate_batch(scores: Tensor, losses: Tensor, batch: Batch) -> Tensor:
-    """Return sums per comparison, float64 [B, 7] with the columns of `EVALUATION`; they give exact means for any batches.
+    """Return sums per comparison, float64 [B, 7] with columns `EVALUATION`; they give exact means for any batches.
 
     In float32 the squares would lose the deviation of scores around 1000.
     """
@@ -154,7 +154,7 @@ def evaluate_batch(scores: Tensor, losses: Tensor, batch: Batch) -> Tensor:
 
 
 def summarize(sums: Tensor) -> dict[str, float]:
-    """Return loss per comparison, accuracy and margin per win, mean and deviation of scores; `sums` is float64 [B, 7]."""
+    """Return loss per comparison, accuracy and margin per win, mean and deviation of scores; `sums`: float64 [B, 7]."""
     total = dict(zip(EVALUATION, sums.double().sum(0).tolist(), strict=True))
     wins, responses = max(total["wins"], 1), max(total["responses"], 1)
     mean, square = total["score"] / responses, total["score_squared"] / responses

@@ -1,4 +1,4 @@
-"""The output folder of a run: separate from its inputs, writable, locked, and cleared of files that killed runs left."""
+"""The output folder of a run: separate from its inputs, writable, locked, and cleared of leftovers of killed runs."""
 
 import os
 import re

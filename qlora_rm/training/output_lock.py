@@ -1,7 +1,8 @@
 """A lock that allows only one run at a time in an output folder: `.lock` names the process that writes there.
 
 Kernel locks do not work across every shared file system; a file created with O_EXCL does. The holder touches it every
-`HEARTBEAT` seconds. On the same machine an ended process is detected at once; on another one, only by missing heartbeats.
+`HEARTBEAT` seconds. On the same machine an ended process is detected at once; on another one, only by missing
+heartbeats.
 """
 
 import json

@@ -12,8 +12,8 @@ from torch import nn
 def without_quantization_state(model: nn.Module) -> Iterator[None]:
     """Leave the quantization constants of 4-bit layers out of the state dicts made inside the block.
 
-    DeepSpeed saves no frozen parameters, but bitsandbytes adds their constants as extra keys (`weight.absmax`, ...), and
-    under ZeRO-3 every rank saves all of them: 72 GB in each checkpoint of a 70B backbone on 64 ranks. Nothing reads
+    DeepSpeed saves no frozen parameters, but bitsandbytes adds their constants as extra keys (`weight.absmax`, ...),
+    and under ZeRO-3 every rank saves all of them: 72 GB in each checkpoint of a 70B backbone on 64 ranks. Nothing reads
     them: a resumed run quantizes its base again. Remove once DeepSpeed's `exclude_frozen_parameters` covers them.
     """
     layers = [module for module in model.modules() if isinstance(module, Linear4bit)]

@@ -1,9 +1,10 @@
 """Ends all ranks of a job together after a failure, and shows the error of the rank that failed first.
 
-A rank that fails leaves the others waiting in a collective, and no backend reports the cause: gloo aborts with a message
-about sockets, NCCL may wait for `--ddp_timeout`. torch's launcher ends the ranks of its own host within a second, but not
-those of other hosts. So the first rank to fail writes its error to the job's own key-value store, through which the process
-group is set up. Every rank checks the store once a second, and ends with one line that names the failed rank.
+A rank that fails leaves the others waiting in a collective, and no backend reports the cause: gloo aborts with a
+message about sockets, NCCL may wait for `--ddp_timeout`. torch's launcher ends the ranks of its own host within a
+second, but not those of other hosts. So the first rank to fail writes its error to the job's own key-value store,
+through which the process group is set up. Every rank checks the store once a second, and ends with one line that names
+the failed rank.
 """
 
 import json
@@ -29,10 +30,10 @@ from qlora_rm.errors import Terminated, UserError, first_line
 LOOK_EVERY = 1.0
 """Seconds between two checks of the store."""
 COME_OUT = 5.0
-"""How long a rank may take to leave a blocking call after another rank fails, in seconds. A rank whose collective was aborted
-waits as long for the cause to appear in the store."""
+"""How long a rank may take to leave a blocking call after another rank fails, in seconds. A rank whose collective was
+aborted waits as long for the cause to appear in the store."""
 LINGER = 3.0
-"""Seconds that a rank waits before it ends because of another's failure, so that its launcher sees the other end first."""
+"""Seconds that a rank waits before it ends after another's failure, so that its launcher sees the other end first."""
 JOIN = timedelta(minutes=10)
 """How long to wait for rank 0's store: hosts that load an uncached environment over a network start minutes apart."""
 
@@ -192,7 +193,7 @@ def _because(board: Board, first: Failure) -> str:
 
 
 def _leave(status: int, line: str, record: str = "") -> NoReturn:
-    """End after another rank's failure, with one line, and later than that rank, so that the launcher reports that one."""
+    """End after another rank's failure, with one line, and later than that rank, which the launcher then reports."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # this host's launcher may end this process meanwhile
     if line:
@@ -203,7 +204,7 @@ def _leave(status: int, line: str, record: str = "") -> NoReturn:
 
 
 def _exit(status: int) -> NoReturn:
-    """Exit without the interpreter's shutdown, in which process groups and engines would wait for ranks that are gone."""
+    """Exit without the interpreter's shutdown, in which process groups and engines would wait for ended ranks."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -225,6 +226,6 @@ def _record(message: str) -> None:
 
 
 def leave_process_group() -> None:
-    """Destroy the process group; a rank that exits while others still communicate aborts (seen in 1 of 5 two-rank runs)."""
+    """Destroy the process group; a rank that exits while others communicate aborts (seen in 1 of 5 two-rank runs)."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -1,8 +1,8 @@
 """A trainer that can be interrupted at any moment and resumes as if it had not been.
 
-Beyond transformers' trainer: a checkpoint is complete or does not count; an optimizer step is saved once; sums since the
-last log line, a due evaluation and the order within an epoch survive; evaluation draws no random numbers; the command's
-learning rate is obeyed; SIGTERM saves first.
+Beyond transformers' trainer: a checkpoint is complete or does not count; an optimizer step is saved once; sums since
+the last log line, a due evaluation and the order within an epoch survive; evaluation draws no random numbers; the
+command's learning rate is obeyed; SIGTERM saves first.
 """
 
 import time
@@ -119,8 +119,9 @@ class ResumableTrainer(ReadingTrainer):
     def _run_epoch(self, **of: Any) -> None:  # type: ignore[override]
         """Run an epoch, or what is left of it.
 
-        After skipping batches, accelerate 1.15 does not pass the epoch to the sampler: every resumed epoch would have the
-        first one's order. A run resumed at its last step has nothing left to do; transformers 5.23 would take another step.
+        After skipping batches, accelerate 1.15 does not pass the epoch to the sampler: every resumed epoch would have
+        the first one's order. A run resumed at its last step has nothing left to do; transformers 5.23 would take
+        another step.
         """
         if self.order is not None:
             self.order.set_epoch(of["epoch"])
@@ -185,7 +186,7 @@ class ResumableTrainer(ReadingTrainer):
             raise
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Remove interrupted checkpoints, save, let the caller add files, mark as complete, then delete older checkpoints.
+        """Remove interrupted checkpoints, save, let the caller add files, mark as complete, then delete older ones.
 
         A step that is already saved is not saved again: meanwhile there would be no complete checkpoint of it.
         """
@@ -226,7 +227,7 @@ class ResumableTrainer(ReadingTrainer):
         self.accelerator.wait_for_everyone()
 
     def _load_best_model(self) -> None:
-        """Load the best checkpoint's weights, whatever number of processes wrote it; never save them as the last step's.
+        """Load the best checkpoint's weights, for any number of processes that wrote it; never save them as the last step.
 
         Raises:
             UserError: the checkpoint has changed since it was saved.
@@ -242,8 +243,8 @@ class ResumableTrainer(ReadingTrainer):
     def _finalize_training(self, *args: Any) -> Any:
         """End training without deleting checkpoints.
 
-        With `save_total_limit` 1, transformers 5.23 would delete all checkpoints but the best here. The finished model is
-        not saved yet, and a longer run resumes from the last checkpoint.
+        With `save_total_limit` 1, transformers 5.23 would delete all checkpoints but the best here. The finished model
+        is not saved yet, and a longer run resumes from the last checkpoint.
         """
         self._tr_loss = self.accelerator.gather(self._tr_loss.detach().reshape(1)).mean()
         with self._nothing_deleted():
@@ -252,7 +253,8 @@ class ResumableTrainer(ReadingTrainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log, with `train_loss` as the mean over all steps of the run.
 
-        transformers 5.23 divides the losses since the last log line before the checkpoint by the steps since the checkpoint.
+        transformers 5.23 divides the losses since the last log line before the checkpoint by the steps since the
+        checkpoint.
         """
         if "train_loss" in logs:
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step - self._total_since, 1)
@@ -302,7 +304,7 @@ class ResumableTrainer(ReadingTrainer):
             super().save_model(output_dir, _internal_call)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Create the scheduler, and keep the command's optimizer settings, which a checkpoint's values will overwrite."""
+        """Create the scheduler, and keep the command's optimizer settings, which a checkpoint will overwrite."""
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         self._told = [
             {key: value for key, value in group.items() if key != "params"}
@@ -311,7 +313,7 @@ class ResumableTrainer(ReadingTrainer):
         return scheduler
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load the checkpoint's moments and step; keep the command's learning rate, schedule, weight decay and clipping."""
+        """Load the checkpoint's moments and step; keep the command's rate, schedule, weight decay and clipping."""
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return

@@ -17,7 +17,8 @@ class Choice(NamedTuple):
 
     Attributes:
         folder: the checkpoint to resume from; None: begin at step 0.
-        unusable: checkpoints found but not used. They do not count as the run's; only a save of the same step replaces one.
+        unusable: checkpoints found but not used. They do not count as the run's; only a save of the same step replaces
+            one.
     """
 
     folder: Path | None
@@ -35,11 +36,12 @@ def choose(output_dir: str, resume: str | None, world_size: int = 1) -> Choice:
     Rank 0 compares contents with their hashes, each rank compares sizes. Collective.
 
     Arguments:
-        resume: None (begin), "auto" (the last usable one, if any), "restart" (begin despite unusable ones), or a folder.
+        resume: None (begin), "auto" (the last usable one, if any), "restart" (begin despite unusable ones), or a
+            folder.
 
     Raises:
-        UserError: the named folder is not usable, or a later one is usable; checkpoints exist but none is usable ("auto");
-            one is usable ("restart"); any checkpoint exists (None).
+        UserError: the named folder is not usable, or a later one is usable; checkpoints exist but none is usable
+            ("auto"); one is usable ("restart"); any checkpoint exists (None).
     """
     if resume is None:
         if checkpoints(output_dir):

@@ -218,8 +218,8 @@ def _way_out(name: str, was: Any) -> str:
 def identity(name_or_path: str, revision: str | None) -> dict[str, str | None]:
     """Return what identifies a base, wherever it is stored: its configuration and its weights.
 
-    A commit identifies the weights of a hub id, and samples of every weight file those of a folder. Two fine-tunes of one
-    model differ in nothing else, and a hash of every byte would read the model twice.
+    A commit identifies the weights of a hub id, and samples of every weight file those of a folder. Two fine-tunes of
+    one model differ in nothing else, and a hash of every byte would read the model twice.
     """
     if not is_local(name_or_path):
         try:

@@ -1,8 +1,8 @@
 """Loading of checkpoints without running code in them.
 
-A pickle may name any function to call. torch's `weights_only` builds tensors, plain containers and allow-listed classes, and
-refuses everything else. transformers uses it. DeepSpeed 0.19 loads every file of its checkpoints with `weights_only=False`,
-which is overridden here while a checkpoint is read.
+A pickle may name any function to call. torch's `weights_only` builds tensors, plain containers and allow-listed
+classes, and refuses everything else. transformers uses it. DeepSpeed 0.19 loads every file of its checkpoints with
+`weights_only=False`, which is overridden here while a checkpoint is read.
 """
 
 import os

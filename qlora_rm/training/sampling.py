@@ -42,9 +42,9 @@ def comparisons_kept(count: int, batch_size: int, drop_last: bool) -> int:
 class StepSampler(Sampler[int]):
     """An order of the comparisons, cut into optimizer steps of full micro-batches.
 
-    A step holds the same comparisons for any number of processes. The last step of an epoch is padded with `filler`, the
-    index after the last comparison: a row of weight zero. accelerate would pad it with comparisons from the beginning of
-    the epoch, which would be seen twice.
+    A step holds the same comparisons for any number of processes. The last step of an epoch is padded with `filler`,
+    the index after the last comparison: a row of weight zero. accelerate would pad it with comparisons from the
+    beginning of the epoch, which would be seen twice.
 
     Arguments:
         count: number of comparisons.

@@ -54,7 +54,7 @@ def next_commands(options: Options, output: str) -> list[list[str]]:
 
 
 def _held_out_rows(data: DataConfig) -> list[str]:
-    """Return the options of `eval` that name the run's held-out rows; a placeholder if a share of all rows was held out."""
+    """Return `eval`'s options that name the run's held-out rows; a placeholder if a share of all rows was held out."""
     if data.eval_dataset:
         named: list[Any] = data.eval_dataset
     elif data.eval_split:

@@ -19,12 +19,12 @@ from qlora_rm.errors import Terminated
 from qlora_rm.training.engine import any_process
 
 SAME_SIGNAL = 5.0
-"""Seconds within which a repeated SIGTERM counts as the same one: a scheduler may send it to every process of the job, and
-the launcher then forwards its own."""
+"""Seconds within which a repeated SIGTERM counts as the same one: a scheduler may send it to every process of the job,
+and the launcher then forwards its own."""
 
 
 class Termination:
-    """Whether this process was asked to end. A second SIGTERM, `SAME_SIGNAL` or more after the first, ends it at once."""
+    """Whether this process was asked to end. A second SIGTERM, `SAME_SIGNAL` or more later, ends it at once."""
 
     def __init__(self) -> None:
         self.asked_at: float | None = None
@@ -66,9 +66,9 @@ class Termination:
 def outlive_sigterm(then: Callable[[int], None] | None, worker: int) -> None:
     """Start a data loader's worker so that SIGTERM ends it only if its main process sent it.
 
-    A scheduler sends SIGTERM to every process of a job. If a worker dies from it, torch 2 raises in the main process, in the
-    middle of the last step or save. If workers ignored SIGTERM, a failed run would hang: at exit, multiprocessing ends
-    workers by SIGTERM and waits for them.
+    A scheduler sends SIGTERM to every process of a job. If a worker dies from it, torch 2 raises in the main process,
+    in the middle of the last step or save. If workers ignored SIGTERM, a failed run would hang: at exit,
+    multiprocessing ends workers by SIGTERM and waits for them.
 
     Arguments:
         then: the worker's original init function.

@@ -37,7 +37,7 @@ class PreferenceTrainer(ResumableTrainer):
     """
 
     objective: Objective
-    loss_is_scaled_for_ga = True  # type: ignore[assignment]  # `compute_loss` divides by the comparisons of the full step
+    loss_is_scaled_for_ga = True  # type: ignore[assignment]  # `compute_loss` divides by the step's comparisons
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class PreferenceTrainer(ResumableTrainer):
         self._signature_columns = COLUMNS  # type: ignore[assignment]
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        """Return transformers' loader without its `drop_last`: the sampler obeys it, and evaluation reads everything."""
+        """Return transformers' loader without `drop_last`: the sampler obeys it, and evaluation reads everything."""
         self.args.dataloader_drop_last = False
         try:
             return super()._get_dataloader(*args, **kwargs)

@@ -20,7 +20,8 @@ class Progress:
         metrics: TRL's running metrics since then.
         tokens: number of tokens trained on so far.
         evaluation_due: this step's evaluation has not been done.
-        total_loss: sum of the loss of all steps up to that line, averaged over processes; None: saved by an earlier version.
+        total_loss: sum of the loss of all steps up to that line, averaged over processes; None: saved by an earlier
+            version.
         total_since: the step after which that sum begins.
     """
 

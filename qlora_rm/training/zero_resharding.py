@@ -102,7 +102,8 @@ def tag_of(checkpoint: Path) -> str:
 def _arguments(source: Path, target: Path) -> Namespace:
     """Return the converter's arguments.
 
-    One process is enough for the trained weights, and forking next to a process group is not safe. ZeRO-1 and 2 save no `universal_checkpoint_info`; for one tensor-parallel rank its default is right.
+    One process is enough for the trained weights, and forking next to a process group is not safe. ZeRO-1 and 2 save no
+    `universal_checkpoint_info`; for one tensor-parallel rank its default is right.
     """
     return Namespace(
         input_folder=str(source),

@@ -1,7 +1,7 @@
 """Script for torch's launcher: two ranks inside `ending_together`, as in `qlora-rm train`, one or both of which fail.
 
-failing_ranks.py HOW: `same mistake` on both ranks, or `mistake` or `defect` on rank 1 alone. Rank 0 then waits in a call that
-no broken connection ends.
+failing_ranks.py HOW: `same mistake` on both ranks, or `mistake` or `defect` on rank 1 alone. Rank 0 then waits in a
+call that no broken connection ends.
 """
 
 import os

@@ -1,7 +1,7 @@
 """A process that has imported everything and forks a training run for each request, which saves seconds per run.
 
-It must not train itself: autograd does not work in the fork of a process that has used it. Requests and replies are JSON
-lines on standard input and output; `Forks` is the client.
+It must not train itself: autograd does not work in the fork of a process that has used it. Requests and replies are
+JSON lines on standard input and output; `Forks` is the client.
 """
 
 import json

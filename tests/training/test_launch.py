@@ -1,4 +1,4 @@
-"""Two real ranks on the CPU: DDP, DeepSpeed ZeRO-2 and ZeRO-3 with real NF4 give one process's result, on forests too."""
+"""Two real CPU ranks: DDP, DeepSpeed ZeRO-2 and ZeRO-3 with real NF4 give one process's result, on forests too."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ STEPS = {"max_steps": 20, "eval_steps": 10, "save_steps": 10}
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory, backbone_folder, rows_file):
-    """Runs of one process with the global batch of two ranks, by accumulating two micro-batches; padded, and as forests."""
+    """Runs of one process with two ranks' global batch, by accumulating two micro-batches; padded, and as forests."""
     folders = {}
     for share in ("false", "true"):
         folders[share] = tmp_path_factory.mktemp(f"share_{share}") / "out"
@@ -79,7 +79,7 @@ def test_two_ranks_end_where_one_process_ends(one_process, backbone_folder, rows
 
 
 def test_a_model_fine_tuned_whole_under_zero3_is_saved_whole(backbone_folder, rows_file, tmp_path):
-    """In fp32: the weights that gave the golden scores, close to those of one process, and the same in its checkpoints."""
+    """In fp32: the weights that gave the golden scores, close to one process's, and the same in its checkpoints."""
     whole = {"quantization": "none", "use_lora": False, "max_steps": 4}
     one, two = tmp_path / "one", tmp_path / "two"
     main(short_run(backbone_folder, rows_file, one, gradient_accumulation_steps=2, **whole))

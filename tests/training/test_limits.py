@@ -101,7 +101,7 @@ def test_a_rotary_backbone_beyond_what_it_was_made_for_is_said_once(
 
 
 def edges(folder: Path) -> tuple[Path, str]:
-    """Return a BERT whose contract allows more than its positions, as an earlier version wrote it, and rows with one too long."""
+    """Return a BERT whose contract exceeds its positions, as an earlier version wrote it, and rows with one too long."""
     model = make_reward_model(folder, "bert", quantization="none", max_length=1024)
     rows = [*preference_rows(6), {"prompt": "word " * 600, "chosen": "a", "rejected": "b"}]
     return model, write_rows(folder / "rows.jsonl", rows)
@@ -182,7 +182,7 @@ def reward_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Reward
 def test_one_rotation_from_training_to_the_last_reader(
     architecture: str, flags: Any, backbone: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Chosen and rejected are on both sides of the switch: trained, served, merged, exported, and loaded by stock code."""
+    """Chosen and rejected on both sides of the switch: trained, served, merged, exported, loaded by stock code."""
     rows = [row | {"rejected": row["rejected"] + " and no more of it" * 4} for row in preference_rows(40)]
     given = {"model_name_or_path": backbone(architecture), "dataset": write_rows(tmp_path / "rows.jsonl", rows)}
     main(flags(**given, max_length=128, max_steps=6, share_prefix="true", quantization="none"))

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 BIN = Path(sys.executable).parent
 SCRIPT = str(ROOT / "recipes" / "train.slurm")
 BOUND = 30.0
-"""Seconds from a rank's death to the end of the last launcher: `LOOK_EVERY` 1, `COME_OUT` 5, `LINGER` 3, and machine load."""
+"""Seconds from a rank's death to the last launcher's end: `LOOK_EVERY` 1, `COME_OUT` 5, `LINGER` 3, and machine load."""
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -222,7 +222,7 @@ def test_what_differs_on_one_node_is_told_on_all_before_weights_are_loaded(
 
 @pytest.fixture
 def torchrun(tmp_path):
-    """Run both ranks of `failing_ranks.py` under one launcher or two; return each launcher's output before and in its summary."""
+    """Run `failing_ranks.py` under one launcher or two; return each launcher's output before and in its summary."""
 
     def run(how: str, nodes: int) -> list[tuple[str, str]]:
         port = free_port()

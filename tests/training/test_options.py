@@ -1,4 +1,4 @@
-"""Every option of the train command has a rule, and the command is checked against the rules before anything is loaded."""
+"""Every option of the train command has a rule, and commands are checked against them before anything is loaded."""
 
 import json
 from dataclasses import dataclass, fields, make_dataclass

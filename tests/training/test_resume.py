@@ -27,7 +27,7 @@ SWEEP = bool(SEED)
 """Whether to kill before every change to a file, not only before some; takes ten minutes."""
 MOMENTS = 200 if SWEEP else 20
 
-# 72 comparisons in steps of 10: eight steps per epoch, the last of them padded; log lines between saves, dropout, a best step
+# 72 comparisons in steps of 10: eight steps per epoch, the last one padded; logs between saves, dropout, a best step
 RUN = {
     "per_device_train_batch_size": 5, "gradient_accumulation_steps": 2, "max_steps": 12, "save_steps": 2, "eval_steps": 2,
     "logging_steps": 3, "lora_dropout": 0.1, "save_total_limit": 1, "metric_for_best_model": "loss", "resume": "auto",

@@ -1,4 +1,4 @@
-"""How `recipes/train.slurm` handles the end of a step, with a launcher that trains nothing; `test_nodes.py` uses a real one."""
+"""How `recipes/train.slurm` handles the end of a step, with a fake launcher; `test_nodes.py` uses a real one."""
 
 import signal
 import subprocess
