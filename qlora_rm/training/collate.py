@@ -14,7 +14,7 @@ from qlora_rm.preferences.forest import grow, pays
 
 @dataclass(frozen=True)
 class Collator:
-    """Build batches of B comparisons with S sequences; keys are those of `training/objective.py` and the model's inputs.
+    """Build batches of B comparisons with S sequences; keys: those of `training/objective.py` and the model's inputs.
 
     `weight` comes first: transformers and accelerate read the number of examples from a batch's first tensor. `origin`,
     the file and row of each comparison, is present if the rows have it.

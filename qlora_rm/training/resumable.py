@@ -227,7 +227,7 @@ class ResumableTrainer(ReadingTrainer):
         self.accelerator.wait_for_everyone()
 
     def _load_best_model(self) -> None:
-        """Load the best checkpoint's weights, for any number of processes that wrote it; never save them as the last step.
+        """Load the best checkpoint's weights, which any number of processes wrote; never save them as the last step.
 
         Raises:
             UserError: the checkpoint has changed since it was saved.

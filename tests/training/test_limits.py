@@ -101,7 +101,7 @@ def test_a_rotary_backbone_beyond_what_it_was_made_for_is_said_once(
 
 
 def edges(folder: Path) -> tuple[Path, str]:
-    """Return a BERT whose contract exceeds its positions, as an earlier version wrote it, and rows with one too long."""
+    """Return a BERT whose contract exceeds its positions (by an earlier version), and rows with one too long."""
     model = make_reward_model(folder, "bert", quantization="none", max_length=1024)
     rows = [*preference_rows(6), {"prompt": "word " * 600, "chosen": "a", "rejected": "b"}]
     return model, write_rows(folder / "rows.jsonl", rows)

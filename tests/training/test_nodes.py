@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 BIN = Path(sys.executable).parent
 SCRIPT = str(ROOT / "recipes" / "train.slurm")
 BOUND = 30.0
-"""Seconds from a rank's death to the last launcher's end: `LOOK_EVERY` 1, `COME_OUT` 5, `LINGER` 3, and machine load."""
+"""Seconds from a rank's death to the last launcher's end: `LOOK_EVERY` 1, `COME_OUT` 5, `LINGER` 3, and load."""
 
 
 def environment(**more: str) -> dict[str, str]:
