@@ -1,4 +1,4 @@
-"""The training loop's options: TRL's RewardConfig with this project's defaults, and the parser of the train door."""
+"""Options of the training loop: TRL's RewardConfig with this project's defaults, and the parser of `qlora-rm train`."""
 
 import argparse
 import difflib
@@ -29,8 +29,8 @@ from qlora_rm.training.project_options import PROJECT, require_shape_of_adapter
 class TrainingConfig(RewardConfig):
     """`trl.RewardConfig` (and so `transformers.TrainingArguments`) with defaults for a LoRA reward model.
 
-    The defaults follow published recipes: ten times the rate of full fine-tuning, one epoch, an effective batch of 64
-    comparisons a GPU, cosine decay after 3 % warm-up, centring 0.01.
+    The defaults follow published recipes: ten times the learning rate of full fine-tuning, one epoch, an effective
+    batch of 64 comparisons per GPU, cosine decay after 3 % warm-up, centring 0.01.
     """
 
     output_dir: str | None = field(
@@ -85,9 +85,11 @@ class TrainingConfig(RewardConfig):
     )
     include_num_input_tokens_seen: Literal["no", "all", "non_padding"] = field(
         default="no",
-        metadata={"help": "Count the tokens of training batches: all, or without padding."},  # theirs parses as a bool
+        metadata={
+            "help": "Count the tokens of training batches: all, or without padding."
+        },  # transformers' field parses as a bool
     )
-    report_to: None | str | list[str] = field(  # noqa: RUF036  (HfArgumentParser knows no other order)
+    report_to: None | str | list[str] = field(  # noqa: RUF036  (HfArgumentParser supports no other order)
         default="none", metadata={"help": "Where to log besides the console: tensorboard, wandb, trackio, ..."}
     )
     resume_from_checkpoint: str | None = field(
@@ -100,7 +102,7 @@ class TrainingConfig(RewardConfig):
     )
 
     def __post_init__(self) -> None:
-        # else transformers 5.23 takes it from the level of its log, which libraries.py sets
+        # otherwise transformers 5.23 derives it from its log level, which libraries.py sets
         self.disable_tqdm = bool(self.disable_tqdm)
         if self.bf16 is None and not self.fp16:
             best = torch.float32 if self._deepspeed_autocasts() else best_dtype()[0]
@@ -109,21 +111,21 @@ class TrainingConfig(RewardConfig):
             _require_own_card(int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count())
         else:
             self._settle_on_cpu()
-        # said under its old name (TRL's default too), transformers 5 warns about it; goes when TRL renames it
+        # transformers 5 deprecates the old name, under which TRL sets its default; remove once TRL renames it
         if self.activation_checkpointing is None:
             self.activation_checkpointing = self.gradient_checkpointing
-        asked, self.pad_token = self.pad_token, None  # TRL warns that it is deprecated; here it stays an option
+        asked, self.pad_token = self.pad_token, None  # TRL deprecates it; here it remains an option
         super().__post_init__()
         self.pad_token = asked
-        # transformers 5.23 counts all visible cards for a process that has no launcher, to spread it over them by
-        # nn.DataParallel: TRL 1.16 refuses that, and a 4-bit model is not spread at all. It trains on its device alone.
+        # Without a launcher, transformers 5.23 counts all visible GPUs for nn.DataParallel. TRL 1.16 refuses that, and
+        # a 4-bit model is not distributed at all. Train on this process's device only.
         self._n_gpu = min(self.n_gpu, 1)
 
     def _settle_on_cpu(self) -> None:
         """Set what transformers needs to train on CPUs.
 
-        Ranks talk over gloo. Outside DeepSpeed `use_cpu` is set: without it transformers refuses bf16, and each of several
-        ranks would train alone. With DeepSpeed it would turn the engine off.
+        Ranks communicate over gloo. Outside DeepSpeed, `use_cpu` is set: without it transformers refuses bf16, and each
+        rank would train alone. With DeepSpeed, `use_cpu` would turn the engine off.
         """
         self.dataloader_pin_memory = False  # there is no device memory to copy to
         self.use_cpu = self.use_cpu or not asks_for_deepspeed(self)
@@ -132,14 +134,14 @@ class TrainingConfig(RewardConfig):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """The dtype matrices are multiplied in, whichever layer casts to it."""
+        """The dtype of matrix multiplications, whether transformers or DeepSpeed casts to it."""
         if self.bf16 or self._deepspeed_autocasts():
             return torch.bfloat16
         return torch.float16 if self.fp16 else torch.float32
 
     @property
     def ranks_here(self) -> int:
-        """Processes of the job on this host; all of them, where the launcher does not say."""
+        """Number of the job's processes on this host; all processes if the launcher sets no LOCAL_WORLD_SIZE."""
         return int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
 
     def _deepspeed_autocasts(self) -> bool:
@@ -151,7 +153,7 @@ class TrainingConfig(RewardConfig):
 
 
 def _require_own_card(local_rank: int, visible: int) -> None:
-    """Each process takes the card of its number among those it sees; CUDA's own error names no way out."""
+    """Raise a `UserError` if no visible GPU has this process's local rank; CUDA's own error names no remedy."""
     if local_rank >= visible:
         raise UserError(
             f"Process {local_rank} of this host has no card of its own: it sees {visible}. Start no more processes than cards "
@@ -170,15 +172,15 @@ DEFAULTS = {
     for kind in KINDS
     for item in fields(kind)
 }
-"""The value of every option that is not given."""
+"""Default value of every option."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """Everything a training run was told.
+    """All options of a training run.
 
     Attributes:
-        max_length_given: `--max_length` is the user's, not the default.
+        max_length_given: whether the user gave `--max_length`.
     """
 
     data: DataConfig
@@ -191,14 +193,14 @@ class Options:
 
 
 class Parser(TrlParser):
-    """TrlParser whose errors name the nearest known option instead of printing every one there is."""
+    """TrlParser whose errors name the nearest known option instead of listing all options."""
 
     def error(self, message: str) -> NoReturn:
         word = message.rpartition(" --")[2].partition(" ")[0].partition("=")[0]
         raise UserError(f"{message}.{self._hint(word)}")
 
     def read_file(self, path: str) -> dict[str, Any]:
-        """The options of a YAML file, checked as flags are: argparse trusts the defaults it is given.
+        """Return the options of a YAML file, checked like flags; argparse does not check defaults.
 
         Raises:
             UserError: the file cannot be read, has an unknown key, or a value that is not among its choices.
@@ -230,9 +232,9 @@ class Parser(TrlParser):
 
     def _checked(self, action: argparse.Action, value: Any, where: str) -> Any:
         if action.nargs == "+" and value is not None and not isinstance(value, (list, dict)):
-            return [value]  # one data set needs no list
+            return [value]  # a single data set need not be a list
         if action.choices is not None and value is not None:
-            # YAML reads true and false as booleans where the choice is a word
+            # YAML parses true and false as booleans even where the choices are words
             word = str(value).lower() if isinstance(value, bool) else str(value)
             choices = [str(choice) for choice in action.choices]
             if word not in choices:
@@ -241,13 +243,13 @@ class Parser(TrlParser):
         return value
 
     def named_in(self, argv: list[str]) -> set[str]:
-        """The options that a command line names."""
+        """Return the options that a command line names."""
         actions = (self._option_string_actions.get(word.partition("=")[0]) for word in argv)
         return {action.dest for action in actions if action is not None}
 
     @property
     def _actions_by_name(self) -> dict[str, argparse.Action]:
-        """Options by their names, the short ones too."""
+        """Options by name, including short names."""
         words = {word.removeprefix("--"): action for action in self._actions for word in action.option_strings}
         return {**words, **{action.dest: action for action in self._actions}}
 
@@ -261,15 +263,15 @@ class Parser(TrlParser):
 
 
 def parse(argv: list[str], given: Mapping[str, Any] | None = None) -> Options:
-    """Options from `--config FILE.yaml` and flags: flags beat the file, the file beats the defaults.
+    """Parse `--config FILE.yaml` and flags: flags override the file, and the file overrides the defaults.
 
-    Says which of the options that were given have no effect.
+    Reports which of the given options have no effect.
 
     Arguments:
-        given: further options by name; they beat the file.
+        given: further options by name; they override the file.
 
     Raises:
-        UserError: an unknown option or key, a value that cannot be, or an option that would do nothing or something else
+        UserError: an unknown option or key, an invalid value, or an option that would do nothing or something other
             than it says.
     """
     argv = [word for item in argv for word in (item.split("=", 1) if item.startswith("--config=") else [item])]

@@ -1,8 +1,8 @@
-"""Locks of compiled extensions that a killed process left behind: torch waits for them without end.
+"""Removal of build locks that a killed process left behind: torch waits for them forever.
 
-torch 2.13 creates a file named `lock` while it compiles an extension, DeepSpeed's among them, and removes it afterwards. Where the
-process is killed in between, every later run waits for that file. Goes when
-torch holds pytorch #190543 (issue #189245).
+torch 2.13 creates a file named `lock` while it compiles an extension, such as DeepSpeed's, and removes it afterwards.
+If the process is killed in between, every later run waits for that file. Remove once torch includes pytorch #190543
+(issue #189245).
 """
 
 import os
@@ -17,13 +17,13 @@ from torch.utils.cpp_extension import get_default_build_root
 from qlora_rm.console import WARNING, say
 
 STALE_AFTER = 600.0
-"""Seconds after which a lock that no process of this machine holds counts as left behind; another machine may hold it."""
+"""Seconds after which a lock that no local process holds counts as stale; until then another machine may hold it."""
 LOOK_EVERY = 5.0
 
 
 @contextmanager
 def clearing_build_locks() -> Iterator[None]:
-    """Remove locks that were left behind, at once and every few seconds while the block runs."""
+    """Remove stale locks, immediately and then every few seconds while the block runs."""
     done = threading.Event()
 
     def look() -> None:
@@ -45,12 +45,12 @@ def clearing_build_locks() -> Iterator[None]:
 
 
 def build_root() -> Path:
-    """The folder that torch compiles extensions in."""
+    """Return the folder in which torch compiles extensions."""
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
 
 
 def stale_locks(root: Path) -> list[Path]:
-    """Locks of extensions below `root` that are older than `STALE_AFTER` and that no process of this machine holds open."""
+    """Return build locks below `root` that are older than `STALE_AFTER` and that no local process has open."""
     old = []
     for lock in [*root.glob("*/lock"), *root.glob("*/*/lock")]:
         with suppress(OSError):
@@ -61,7 +61,7 @@ def stale_locks(root: Path) -> list[Path]:
 
 
 def _open_files() -> set[str]:
-    """Paths of the files that processes of this machine hold open, as far as they may be seen."""
+    """Return the paths of files that processes of this machine have open, as far as they are visible."""
     found = set()
     for link in Path("/proc").glob("[0-9]*/fd/*"):
         with suppress(OSError):

@@ -1,10 +1,10 @@
-"""Checkpoints on disk: written to the end or not at all, and when older ones may go.
+"""Checkpoints on disk: how a complete one is recognized, and when older ones are deleted.
 
-A checkpoint is whole when its `COMPLETE` file is there and agrees with the other files (`wholeness.py`). Writing under another
-name and renaming would say the same; but several processes and libraries write into the folder by its final name, DeepSpeed
-keeps that name inside, and a list also tells a folder that a copy, or a removal, left half there.
+A checkpoint is complete when its `COMPLETE` file exists and agrees with the other files (`wholeness.py`). Renaming a
+finished folder would prove the same, but several processes and libraries write to its final name, and DeepSpeed stores
+that name inside. A file list also detects a folder that a copy or a removal left incomplete.
 
-Only real folders that this project has written are removed: never what a link points to, nor a link, nor a file.
+Only real folders that this project wrote are removed: never a link, its target, or a file.
 """
 
 import errno
@@ -27,56 +27,56 @@ def checkpoint_folder(output_dir: str, step: int) -> Path:
 
 
 def step_of(folder: Path) -> int | None:
-    """The step of a folder named like a checkpoint, else None."""
+    """Return the step of a folder named like a checkpoint, else None."""
     match = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(0|[1-9][0-9]*)", folder.name)
     return int(match[1]) if match else None
 
 
 def checkpoints(output_dir: str) -> list[Path]:
-    """Everything named like a checkpoint, whole or not, files and links too, earliest step first."""
+    """Return all paths named like a checkpoint, complete or not, including files and links, earliest step first."""
     steps = {step_of(path): path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
     return [steps[step] for step in sorted(step for step in steps if step is not None)]
 
 
 def is_real(folder: Path) -> bool:
-    """Whether this is a folder itself, not a link to one."""
+    """Whether this is a real folder, not a link to one."""
     return folder.is_dir() and not folder.is_symlink()
 
 
 def is_own(folder: Path) -> bool:
-    """Whether this project wrote the folder, or it is empty, so that it may be removed where its step is saved anew."""
+    """Whether this project wrote the folder, or it is empty; it may then be removed when its step is saved again."""
     return is_real(folder) and (
         is_empty(folder) or any((folder / name).is_file() for name in (*OWN, WHOLE, UNFINISHED))
     )
 
 
 def is_cut_off(folder: Path) -> bool:
-    """Whether this project was killed while it saved or removed the folder."""
+    """Whether this project was killed while saving or removing the folder."""
     return is_real(folder) and (
         is_empty(folder) or ((folder / UNFINISHED).is_file() and not os.path.lexists(folder / WHOLE))
     )
 
 
 def half_written(output_dir: str) -> list[Path]:
-    """Checkpoint folders that were cut off while they were saved or removed: nothing goes on from them."""
+    """Return checkpoint folders whose save or removal was interrupted; no run resumes from them."""
     return [path for path in checkpoints(output_dir) if is_cut_off(path)]
 
 
 def flush(folder: Path, *, below: bool = True) -> None:
-    """Return once the files in `folder`, and in the folders below it, are on the disk and not only on their way there."""
+    """Flush the files in `folder`, and with `below` those in its subfolders, to the disk."""
     for path in [folder, *(folder.rglob("*") if below else _files(folder, below=False))]:
         _sync(path)
 
 
 def begin(folder: Path) -> None:
-    """Make the folder of a checkpoint that is about to be written, and mark it as unfinished."""
+    """Create the folder of a checkpoint that is about to be written, and mark it as unfinished."""
     folder.mkdir(parents=True)
     (folder / UNFINISHED).touch()
     _sync(folder)
 
 
 def mark_whole(folder: Path, *, changed: bool = True) -> None:
-    """Declare what is in `folder`, flushed before, a whole checkpoint.
+    """Mark the flushed contents of `folder` as a complete checkpoint.
 
     Arguments:
         changed: compute every sha256; otherwise only those of files that `COMPLETE` does not list.
@@ -90,20 +90,20 @@ def mark_whole(folder: Path, *, changed: bool = True) -> None:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether `folder` was written to its end and every file has its size; contents are compared at a resume only."""
+    """Whether `folder` is complete and every file has its recorded size; only a resume compares contents."""
     return fault(folder) is None
 
 
 def size_of(folder: Path) -> int | None:
-    """Bytes of a whole checkpoint; None where it is not whole."""
+    """Return the bytes of a complete checkpoint; None if it is not complete."""
     return sum(entry.bytes for entry in read_mark(folder).values()) if is_whole(folder) else None
 
 
 def discard(folder: Path, *, foreign: bool = False) -> None:
-    """Remove a checkpoint. Cut off in the middle, it leaves nothing that passes for whole, and its `INCOMPLETE` to the last.
+    """Remove a checkpoint. An interrupted removal leaves a folder that is empty or marked `INCOMPLETE`.
 
     Arguments:
-        foreign: also where another program wrote it.
+        foreign: remove it even if another program wrote it.
 
     Raises:
         UserError: it is a file, a link, or a folder that this project did not write.
@@ -116,7 +116,7 @@ def discard(folder: Path, *, foreign: bool = False) -> None:
     if mark.is_file():
         mark.replace(unfinished)
     elif not is_empty(folder):
-        with suppress(OSError):  # a full disk, which this is about to help
+        with suppress(OSError):  # the disk may be full; the removal frees space
             unfinished.touch()
     _sync(folder)
     for path in folder.iterdir():
@@ -127,7 +127,7 @@ def discard(folder: Path, *, foreign: bool = False) -> None:
 
 
 def in_the_way(folder: Path) -> str:
-    """The message for what is named like a checkpoint that must be written, and is none of this project."""
+    """Return the message for a path that has the name of a checkpoint to be saved and is not this project's."""
     kind = "a link" if folder.is_symlink() else "a folder that qlora-rm did not write" if folder.is_dir() else "a file"
     return (
         f"{folder} is {kind}, and the checkpoint of that step needs its name. Move it, or choose another --output_dir."
@@ -135,10 +135,10 @@ def in_the_way(folder: Path) -> str:
 
 
 def require_free_names(output_dir: str, after: int, until: int, *, foreign: bool = False) -> None:
-    """Refuse what has the name of a checkpoint that a run from step `after` to `until` may save, and must not be removed.
+    """Refuse paths that must not be removed and have the name of a checkpoint that steps `after` to `until` may save.
 
     Raises:
-        UserError: a file, a link, or (unless `foreign` ones may be replaced) a folder that this project did not write.
+        UserError: such a path is a file, a link, or (unless `foreign`) a folder that this project did not write.
     """
     for path in checkpoints(output_dir):
         if after < (step_of(path) or 0) <= until and not (is_real(path) if foreign else is_own(path)):
@@ -148,10 +148,10 @@ def require_free_names(output_dir: str, after: int, until: int, *, foreign: bool
 def prune(
     output_dir: str, limit: int | None, best: str | None, upto: int, spared: Collection[Path] = frozenset()
 ) -> None:
-    """Keep the `limit` latest whole checkpoints and the `best`; remove the other whole ones, and what was cut off.
+    """Keep the `limit` latest complete checkpoints and the `best`; remove other complete ones and interrupted ones.
 
-    To be called when a new checkpoint has become whole, and not before. What is damaged, later than step `upto`, `spared`, or
-    not a real folder of this project, stays and is not counted.
+    Call this only after a new checkpoint is complete. A path that is damaged, later than step `upto`, in `spared`, or
+    not a real folder of this project is kept and not counted.
     """
     known = [path for path in checkpoints(output_dir) if (step_of(path) or 0) <= upto and path not in spared]
     whole = [path for path in known if is_own(path) and is_whole(path)]
@@ -163,17 +163,17 @@ def prune(
 
 
 def last_whole(output_dir: str) -> Path | None:
-    """The latest checkpoint that was written to its end, or None."""
+    """Return the latest complete checkpoint, or None."""
     return next((path for path in reversed(checkpoints(output_dir)) if is_whole(path)), None)
 
 
 @contextmanager
 def written_whole(folder: Path, output_dir: Path, *, removed: bool) -> Iterator[None]:
-    """Around everything that is written into `folder`: what cannot be written ends in a message with the way out.
+    """Turn a failed write into `folder` inside the block into a message with a remedy.
 
     Arguments:
         output_dir: the folder of the run's checkpoints, `folder` itself or one above it.
-        removed: take the half-written folder away again.
+        removed: remove the half-written folder.
 
     Raises:
         UserError: a write failed, most often because the disk is full.
@@ -186,7 +186,7 @@ def written_whole(folder: Path, output_dir: Path, *, removed: bool) -> Iterator[
         if removed:
             with suppress(
                 OSError, UserError
-            ):  # another process may still be writing there; without its mark it counts for nothing
+            ):  # another process may still be writing there; without `COMPLETE` the folder does not count
                 discard(folder)
         if told is None:
             raise
@@ -194,18 +194,18 @@ def written_whole(folder: Path, output_dir: Path, *, removed: bool) -> Iterator[
 
 
 def lacks_room(folder: Path) -> int | None:
-    """Bytes that a new checkpoint `folder` will take, by the last whole one, where fewer are free; else None."""
+    """Return the size of the last complete checkpoint if that many bytes are not free for `folder`; else None."""
     known = last_whole(str(folder.parent))
     needed = size_of(known) if known else None
     return needed if needed is not None and needed > shutil.disk_usage(folder.parent).free else None
 
 
 def no_room(folder: Path, output_dir: Path, needed: int | None, why: str) -> UserError:
-    """The message for a folder that cannot be written.
+    """Return the error for a folder that cannot be written.
 
     Arguments:
         output_dir: the folder of the run's checkpoints.
-        needed: bytes it takes; None where that is not known.
+        needed: bytes it takes; None if unknown.
     """
     free = shutil.disk_usage(output_dir).free
     known = last_whole(str(output_dir))
@@ -219,8 +219,10 @@ def no_room(folder: Path, output_dir: Path, needed: int | None, why: str) -> Use
 
 
 def _write_error(error: Exception) -> str | None:
-    """Why a file could not be written; None where `error` says something else. torch and safetensors, which write
-    without Python, have their own kinds of error."""
+    """Return why a file could not be written; None if `error` has another cause.
+
+    torch and safetensors do not write through Python, and raise their own exceptions.
+    """
     if isinstance(error, OSError):
         known = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
         return error.strerror if error.errno in known else None

@@ -1,4 +1,4 @@
-"""The date that a run gives to a chat template which reads the clock: one for all ranks, and for every resumption."""
+"""The fixed date of a chat template that reads the clock: the same on all ranks and in every resumed run."""
 
 from datetime import datetime
 from pathlib import Path
@@ -15,12 +15,12 @@ from qlora_rm.training.arguments import TrainingConfig
 
 
 def fix_training_date(tokenizer: PreTrainedTokenizerBase, args: TrainingConfig, resume: Path | None) -> None:
-    """Write the moment at which training started into the tokenizer's template, where that reads the clock.
+    """Write the start time of training into the tokenizer's chat template, if the template reads the clock.
 
-    Every rank must call it. A template whose date is fixed already, that of an adapter which is trained on, keeps it.
+    Every rank must call it. A template whose date is already fixed, such as a loaded adapter's, keeps it.
 
     Arguments:
-        resume: the checkpoint the run goes on from, whose date is taken.
+        resume: the checkpoint to resume from, whose date is kept.
 
     Raises:
         UserError: the template cannot be fixed, or the checkpoint does not record its date.
@@ -36,7 +36,7 @@ def fix_training_date(tokenizer: PreTrainedTokenizerBase, args: TrainingConfig, 
 
 
 def _take_from(resume: Path, tokenizer: PreTrainedTokenizerBase, args: TrainingConfig) -> bool:
-    """Take the checkpoint's template, where it is this one with a date; otherwise the contracts will differ."""
+    """Take the checkpoint's template if it is this one with a fixed date. If not, the contract check fails later."""
     contract = Manifest.load(resume).contract
     if contract.date is None and contract.chat_template_sha256 == hash_of_template(tokenizer):
         raise UserError(
@@ -51,7 +51,7 @@ def _take_from(resume: Path, tokenizer: PreTrainedTokenizerBase, args: TrainingC
 
 
 def _of_first_rank(moment: datetime, args: TrainingConfig) -> datetime:
-    """The first rank's: hosts may stand in several time zones, and ranks start on both sides of midnight."""
+    """Return the first rank's time: hosts may be in different time zones, and ranks may start around midnight."""
     if args.world_size == 1:
         return moment
     everyones: list[datetime | None] = [None] * args.world_size

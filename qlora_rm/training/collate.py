@@ -1,4 +1,4 @@
-"""From rows of token ids to a batch of sequences and the comparisons between them."""
+"""Collation of tokenized rows into a batch of sequences and the comparisons between them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,16 +14,16 @@ from qlora_rm.preferences.forest import grow, pays
 
 @dataclass(frozen=True)
 class Collator:
-    """Batches of B comparisons with S sequences in all; the keys are `training/objective.py`'s, and the model's inputs.
+    """Build batches of B comparisons with S sequences; keys: those of `training/objective.py` and the model's inputs.
 
-    `weight` stands first: transformers and accelerate read the number of examples off a batch's first tensor. `origin`, the file
-    and row of each comparison, is there where the rows have it.
+    `weight` comes first: transformers and accelerate read the number of examples from a batch's first tensor. `origin`,
+    the file and row of each comparison, is present if the rows have it.
 
     Attributes:
-        share_prefix: lay the sequences out as a forest, each shared beginning once, instead of padding them.
-        row_multiple: length that a forest's rows are padded to a multiple of.
-        width: the backbone's hidden size, where its attention kernel works through the whole mask: a batch whose forest
-            would then be more work is padded all the same. None where the kernel skips what is hidden.
+        share_prefix: lay out the sequences as a forest, which holds each shared prefix once, instead of padding them.
+        row_multiple: rows of a forest are padded to a multiple of this length.
+        width: hidden size of a backbone whose attention kernel computes the full mask; a batch whose forest would cost
+            more is then padded. None if the kernel skips masked positions.
     """
 
     pad_token_id: int

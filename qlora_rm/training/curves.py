@@ -1,4 +1,4 @@
-"""Loss, accuracy and margin over the steps of a run, as one picture."""
+"""Plot of loss, accuracy and margin over the steps of a run."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ PANELS = ("loss", "accuracy", "margin")
 
 
 def draw_curves(log_history: list[dict[str, Any]], path: Path) -> None:
-    """Write a PNG with a panel each for loss, accuracy and margin: training as a line, held-out as points on a line.
+    """Write a PNG with panels for loss, accuracy and margin: training as a line, held-out data as points on a line.
 
     Arguments:
         log_history: the trainer's log, one mapping per entry, with `step` and any of the panels' names.

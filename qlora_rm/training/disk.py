@@ -1,4 +1,4 @@
-"""What a run's checkpoints take on disk, counted before anything is loaded, and whether it is there."""
+"""Disk space that a run's checkpoints need, computed before anything is loaded and compared with the free space."""
 
 import math
 import shutil
@@ -20,22 +20,22 @@ from qlora_rm.training.checkpoints import checkpoints, half_written
 
 FP32 = 4
 ADAMW_STATES = 2 * FP32
-"""Mean and variance of the gradient, per trained weight; optimizers that keep less leave room."""
+"""Bytes of the gradient's mean and variance per trained weight; some optimizers need less."""
 SMALL_FILES = 32_000_000
-"""Tokenizer, manifest, states of the random generators: what does not grow with the model; of a large vocabulary."""
+"""Bytes that do not grow with the model: tokenizer (of a large vocabulary), manifest, random generator states."""
 STATES = {
     "adamw_torch": ADAMW_STATES,
     "adamw_torch_fused": ADAMW_STATES,
     "paged_adamw": ADAMW_STATES,
     "paged_adamw_32bit": ADAMW_STATES,
 }
-"""Bytes of an optimizer's state per trained weight, for those that surely keep so many."""
+"""Bytes of optimizer state per trained weight, for optimizers known to keep that many."""
 
 
 def trained_weights(options: Options, config: PretrainedConfig) -> int:
-    """Weights of adapter and head, or of the whole model where it is fine-tuned whole.
+    """Return the number of trained weights: those of adapter and head, or of the full model without LoRA.
 
-    Counted on a skeleton of the model without memory behind it, with the very adapter that training attaches.
+    Counted on a meta-device copy of the model, with the same adapter that training attaches.
     """
     if options.adapter.adapter:
         saved = Path(options.adapter.adapter) / SAFETENSORS_WEIGHTS_NAME
@@ -49,14 +49,14 @@ def trained_weights(options: Options, config: PretrainedConfig) -> int:
 
 
 def checkpoint_bytes(trained: int, engine: str, states: int = ADAMW_STATES, *, with_optimizer: bool = True) -> int:
-    """Bytes of what grows with the model in one checkpoint, over all ranks.
+    """Return the bytes in one checkpoint that grow with the model, over all ranks.
 
-    One fp32 copy of what is trained, the optimizer's states of it, and under DeepSpeed its fp32 masters; ZeRO-1 and ZeRO-2
-    save the trained weights once more in their engine's state.
+    They are an fp32 copy of the trained weights, the optimizer states and, under DeepSpeed, fp32 master weights. ZeRO-1
+    and ZeRO-2 save the trained weights once more in their engine's state.
 
     Arguments:
         states: bytes that the optimizer keeps per trained weight.
-        with_optimizer: not under `--save_only_model`.
+        with_optimizer: false under `--save_only_model`.
     """
     size = trained * (FP32 + states * with_optimizer)
     if engine.startswith("zero") and with_optimizer:
@@ -65,7 +65,7 @@ def checkpoint_bytes(trained: int, engine: str, states: int = ADAMW_STATES, *, w
 
 
 def checkpoints_made(args: TrainingConfig, comparisons: int) -> int:
-    """How many checkpoints a run saves, from one comparison set of this size."""
+    """Return how many checkpoints a run saves, given the number of training comparisons."""
     if args.save_strategy == "no":
         return 0
     if args.save_strategy == "epoch" and args.max_steps <= 0:
@@ -84,8 +84,8 @@ class DiskNeed:
     """Bytes that a run will write under its output folder.
 
     Attributes:
-        checkpoint: one checkpoint takes at least so much.
-        most: all that are there at once, estimated; an old checkpoint goes only when a newer one is whole.
+        checkpoint: lower bound for one checkpoint.
+        most: estimate for all that exist at once; an old checkpoint is deleted only after a newer one is complete.
     """
 
     checkpoint: int
@@ -105,13 +105,13 @@ class DiskNeed:
         return cls(least if made else trained * FP32, kept * one + final)
 
     def require_room(self, folder: Path) -> str | None:
-        """A warning where not all that is kept will fit.
+        """Return a warning if not everything that is kept will fit.
 
         Raises:
             UserError: not even one checkpoint fits.
         """
         free = shutil.disk_usage(folder).free
-        if free + _bytes(half_written(str(folder))) < self.checkpoint:  # which go before the next is saved
+        if free + _bytes(half_written(str(folder))) < self.checkpoint:  # deleted before the next save
             raise UserError(
                 f"--output_dir {folder} has {human_bytes(free)} free, and one checkpoint of this run takes at "
                 f"least {human_bytes(self.checkpoint)}. Free space there, or choose another folder."
@@ -126,7 +126,7 @@ class DiskNeed:
 
 
 def _word(optimizer: object) -> str:
-    """The name of an optimizer, which transformers holds as an enum."""
+    """Return the name of an optimizer, which transformers stores as an enum."""
     return str(getattr(optimizer, "value", optimizer))
 
 

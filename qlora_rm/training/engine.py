@@ -17,18 +17,18 @@ from qlora_rm.training.arguments import TrainingConfig, asks_for_deepspeed
 
 
 def quiet_deepspeed() -> None:
-    """DeepSpeed 0.19 prints on every CPU rank that it has built its collectives; shown under --verbose only.
+    """Hide, except under --verbose, what DeepSpeed 0.19 prints on every CPU rank after building its collectives.
 
-    Goes when DeepSpeed logs it (`build_shm_op` in deepspeed/comm/torch.py).
+    Remove once DeepSpeed logs it (`build_shm_op` in deepspeed/comm/torch.py).
     """
     if verbosity() != "verbose":
-        module = importlib.import_module("deepspeed.comm.torch")  # as an attribute of deepspeed.comm it is torch itself
+        module = importlib.import_module("deepspeed.comm.torch")  # the attribute deepspeed.comm.torch is torch itself
         vars(module)["print"] = lambda *_, **__: None
 
 
 @dataclass(frozen=True)
 class Engine:
-    """What runs the optimizer: `name` is single, ddp, or zero1 to zero3."""
+    """The engine that runs the optimizer; `name` is single, ddp, or zero1 to zero3."""
 
     name: str
     world_size: int
@@ -40,7 +40,7 @@ class Engine:
 
 
 def asked_engine(args: TrainingConfig) -> str:
-    """The engine named by `--engine`, or else by the launcher's environment."""
+    """Return the engine named by `--engine`, or else by the launcher's environment."""
     if args.engine != "auto":
         return args.engine
     if asks_for_deepspeed(args):
@@ -51,7 +51,7 @@ def asked_engine(args: TrainingConfig) -> str:
 
 
 def launched_engine(args: TrainingConfig) -> Engine:
-    """What the process group was set up for, known before there is a model."""
+    """Return the engine that the process group was set up for; this needs no model."""
     state = args.distributed_state
     assert state is not None
     if state.distributed_type == DistributedType.DEEPSPEED:
@@ -64,7 +64,7 @@ def launched_engine(args: TrainingConfig) -> Engine:
 
 
 def engine_in_force(wrapped: Any, world_size: int, device: torch.device) -> Engine:
-    """Read off the prepared model itself, not off any configuration."""
+    """Return the engine of the prepared model itself, not of any configuration."""
     if isinstance(wrapped, deepspeed.DeepSpeedEngine):
         name = f"zero{wrapped.zero_optimization_stage()}"
     elif isinstance(wrapped, DistributedDataParallel):
@@ -79,8 +79,11 @@ def _engine(name: str, world_size: int, device: torch.device) -> Engine:
 
 
 def require_engine(args: TrainingConfig, engine: Engine) -> None:
-    """Launchers fall back without a word: `accelerate launch --cpu` with a DeepSpeed configuration starts one plain
-    process, and two CPU ranks without `use_cpu` train each for itself."""
+    """Raise a `UserError` unless `engine` is the one asked for; launchers fall back silently.
+
+    `accelerate launch --cpu` with a DeepSpeed configuration starts one plain process. Two CPU ranks without `use_cpu`
+    each train alone.
+    """
     asked = asked_engine(args)
     if engine.name != asked:
         raise UserError(
@@ -90,7 +93,7 @@ def require_engine(args: TrainingConfig, engine: Engine) -> None:
 
 
 def any_process(condition: bool, device: torch.device) -> bool:
-    """Whether `condition` holds in any process of the job. Collective: every process calls it equally often."""
+    """Whether `condition` holds in any process of the job. Collective: every process must call it."""
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return condition
     flag = torch.tensor(int(condition), device=device)
@@ -99,8 +102,10 @@ def any_process(condition: bool, device: torch.device) -> bool:
 
 
 class EngineCheck(TrainerCallback):
-    """At the start of training, the proof of what `preflight.py` read off the launch: print the engine once, and stop
-    where it is not the one asked for."""
+    """Callback that prints the engine once at the start of training, and stops if it is not the one asked for.
+
+    It inspects the prepared model; `preflight.py` sees only the launch.
+    """
 
     def __init__(self, precision: str):
         self.precision = precision
@@ -118,7 +123,10 @@ class EngineCheck(TrainerCallback):
         say(f"engine: {engine}, {self.precision}; {self._batches(engine)}")
 
     def _batches(self, engine: Engine) -> str:
-        """What all processes train on: forests or padded batches. The order of the data hangs on it (even loads)."""
+        """Return the layout of the batches: forests or padded.
+
+        All processes must use the same one, because the order of the data depends on it (even loads).
+        """
         shares = torch.tensor([float(self.trainer.shares_prefix)], device=self.trainer.args.device)
         sharing = int(self.trainer.accelerator.gather(shares).sum())
         if sharing == 0:
@@ -131,7 +139,10 @@ class EngineCheck(TrainerCallback):
         return "forests, each shared prompt computed once"
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """At the first step: trainable weights that got no gradient mean a broken graph (DeepSpeed keeps its own)."""
+        """At the first step, raise if most trainable weights got no gradient, which means a broken graph.
+
+        DeepSpeed keeps its own gradients and is not checked.
+        """
         if state.global_step > 0 or isinstance(self.trainer.model_wrapped, deepspeed.DeepSpeedEngine):
             return
         trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]

@@ -1,4 +1,4 @@
-"""Settings of DeepSpeed that would spoil a run without a word, found before it begins."""
+"""Check for DeepSpeed settings that would silently spoil a run, before it begins."""
 
 import os
 from typing import Any
@@ -38,20 +38,21 @@ def unsound_settings(
     ranks: int,
     ranks_here: int,
 ) -> list[str]:
-    """DeepSpeed settings that spoil 4-bit weights or an fp32 adapter, or leave no model, most of them without a word; each
-    with the way out.
+    """Return DeepSpeed settings that spoil 4-bit weights or an fp32 adapter, or save no model, each with its remedy.
+
+    Most of them fail silently.
 
     Arguments:
-        engine: the DeepSpeed configuration, "auto" where the trainer will fill in its own.
-        quantization: of the weights once loaded.
-        storage: dtype in which a pre-quantized checkpoint keeps its packed bytes; uint8 otherwise.
-        adapter: LoRA is trained, not the whole model.
+        engine: the DeepSpeed configuration, with "auto" for values that the trainer fills in.
+        quantization: of the loaded weights.
+        storage: dtype of the packed bytes in a pre-quantized checkpoint; uint8 otherwise.
+        adapter: whether LoRA is trained, not the full model.
         ranks: processes of the job, `ranks_here` of them on this machine.
     """
     zero = engine.get("zero_optimization", {})
     found = []
     if quantization == "8bit" and zero.get("stage") == 3:
-        # bitsandbytes 0.50: `Linear8bitLt.state.CB`, which is no parameter, and is put back as the weight after each forward
+        # bitsandbytes 0.50 keeps the weight in `Linear8bitLt.state.CB`, not a parameter; each forward restores it
         found.append(
             "stage 3 shards no 8-bit weights, of which bitsandbytes keeps a whole copy in every process: use --quantization "
             "4bit, or stage 2"
@@ -87,7 +88,7 @@ def unsound_settings(
                 f"{name}.enabled casts adapter and head to 16 bit: set it to false and give torch_autocast, as "
                 "ds_configs/zero3.json does"
             )
-    second = min(zero.get("zero_hpz_partition_size", 1), ranks)  # DeepSpeed takes no more than there are
+    second = min(zero.get("zero_hpz_partition_size", 1), ranks)  # DeepSpeed caps it at the number of ranks
     if zero.get("stage") == 3 and second > 1 and ranks_here % second:
         found.append(
             f"zero_hpz_partition_size {zero['zero_hpz_partition_size']} does not divide the {ranks_here} processes of a machine, "
@@ -105,11 +106,11 @@ def unsound_settings(
 
 
 def loaded_in(config: PretrainedConfig, asked: Quantization) -> Quantization:
-    """What the weights will be in: a checkpoint that was saved quantized comes as it is, whatever is asked for."""
+    """Return the quantization of the loaded weights; a checkpoint saved quantized always keeps its own."""
     saved = saved_quantization(config)
     return saved if saved in ("4bit", "8bit") else asked  # type: ignore[return-value]
 
 
 def stored_as(config: PretrainedConfig) -> str:
-    """dtype of the packed bytes in a checkpoint that was saved in 4 bit; what this project packs into otherwise."""
+    """Return the dtype of the packed bytes in a checkpoint saved in 4 bit; otherwise uint8, which this project uses."""
     return str(saved_settings(config).get("bnb_4bit_quant_storage") or "uint8").removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""The end of a run: evaluated once more, then model, tokenizer, manifest with golden scores, and curves are saved."""
+"""The end of a run: evaluate once more, then save model, tokenizer, manifest with golden scores, and curves."""
 
 import math
 from dataclasses import astuple, replace
@@ -27,7 +27,7 @@ from qlora_rm.training.permissions import open_to_umask
 from qlora_rm.training.trainer import PreferenceTrainer
 
 WEIGHTS = (SAFETENSORS_WEIGHTS_NAME, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
-"""Files one of which a saved model has: an adapter's, a whole model's, or the list of its several."""
+"""Weight files, one of which every saved model has: an adapter's, a full model's, or the index of its shards."""
 
 
 def finish(
@@ -35,11 +35,11 @@ def finish(
 ) -> dict[str, float]:
     """Evaluate once more, and save model, tokenizer, manifest and curves.
 
-    The manifest comes last: where it stands, everything else does. Without it the run is not complete, and resuming it
-    comes here again from its last checkpoint.
+    The manifest is written last: if it exists, so does everything else. Without it the run is not complete, and
+    resuming from its last checkpoint calls this function again.
 
-    Every rank computes the golden scores: under ZeRO-3 a forward pass needs them all. Where they are not finite, nothing is
-    saved, and an earlier model there stays as it is.
+    Every rank computes the golden scores, since a forward pass under ZeRO-3 needs all ranks. If they are not finite,
+    nothing is saved, and an earlier model in the folder stays as it is.
     """
     output = Path(str(trainer.args.output_dir))
     metrics = trainer.evaluate() if data.held_out is not None else {}
@@ -47,7 +47,7 @@ def finish(
     require_finite_scores([score for item in golden for score in item.scores], trainer.state.global_step)
     with written_whole(output, output, removed=False):
         if trainer.args.should_save:
-            (output / MANIFEST).unlink(missing_ok=True)  # an earlier model's, if it was trained on
+            (output / MANIFEST).unlink(missing_ok=True)  # of an earlier, shorter run in this folder
         trainer.accelerator.wait_for_everyone()
         trainer.save_model(str(output))
         if trainer.args.should_save:
@@ -66,11 +66,12 @@ def finish(
 
 
 def _require_weights(output: Path) -> None:
-    """Before a manifest vouches for them: transformers 5.23 may save none, or a file without any, and end well, with a
-    warning in the log.
+    """Check that weights were saved, before the manifest is written.
+
+    transformers 5.23 may save no file, or a file without weights, and only log a warning.
 
     Raises:
-        RuntimeError: there are none.
+        RuntimeError: no weights were saved.
     """
     for file in (output / name for name in WEIGHTS if (output / name).exists()):
         if file.suffix == ".json":
@@ -85,13 +86,13 @@ def _require_weights(output: Path) -> None:
 
 
 def _score(trainer: PreferenceTrainer, sequences: list[list[int]]) -> torch.Tensor:
-    """Scores as training computed them: through the engine's own forward pass and autocast."""
+    """Return scores as training computes them, through the engine's own forward pass and autocast."""
     with Phase("golden scores"):
         return score_sequences(trainer.model_wrapped, sequences, pad_token_id=trainer.pad_token_id)
 
 
 def _noise(trainer: PreferenceTrainer, golden: list[GoldenItem], trained_in: torch.dtype) -> dict[DtypeName, Noise]:
-    """How far rounding moves the golden scores, by dtype; said, since it decides in which dtype the model can serve."""
+    """Measure how far rounding moves the golden scores, by dtype; print it, since it decides which dtypes can serve."""
     if is_deepspeed_zero3_enabled():
         say("noise of the golden scores: not measured on sharded weights; fixed tolerances apply")
         return {}
@@ -99,7 +100,7 @@ def _noise(trainer: PreferenceTrainer, golden: list[GoldenItem], trained_in: tor
     with Phase("noise of the golden scores"):
         noise = measure_noise(model, golden, trainer.pad_token_id, trained_in)
     for name in [name for name, one in noise.items() if not all(map(math.isfinite, astuple(one)))]:
-        del noise[name]  # a manifest with it would not be JSON
+        del noise[name]  # JSON has no infinite numbers
         say(f"{WARNING}scores in {name} overflow: no noise is noted for it, and fixed tolerances apply")
     if noise:
         spread = ", ".join(f"{one.largest:.2g} in {name}" for name, one in noise.items())
@@ -115,7 +116,7 @@ def after_training(
     metrics: dict[str, float],
     data: PreferenceData,
 ) -> Manifest:
-    """The manifest of a finished run."""
+    """Return the manifest of a finished run."""
     assert manifest.training is not None
     reward = None
     if data.held_out is not None:

@@ -1,8 +1,8 @@
-"""A run stops at the first loss, gradient or score that is not finite, before anything is saved or deleted.
+"""Checks that stop a run at the first loss, gradient or score that is not finite, before anything is saved or deleted.
 
-What is not finite never becomes finite again, and each later checkpoint would take the place of a sound one. All checks use
-values that are the same on every rank, so that all ranks stop in the same step; on a GPU they read numbers where the trainer
-waits for the device in any case.
+Such a run does not recover, and each later checkpoint would replace a sound one. All checks use values that are the
+same on every rank, so that all ranks stop in the same step. On a GPU they read numbers only where the trainer waits for
+the device anyway.
 """
 
 import math
@@ -18,16 +18,16 @@ from qlora_rm.training.ranks import exchange
 
 NAMED_ROWS = 8
 OVERFLOWS = 30
-"""Steps in a row that fp16 may leave out while it looks for its loss scale: it halves 65,536 until it is below 1e-4."""
+"""Steps in a row that fp16 may skip while it finds its loss scale: 30 halvings take 65,536 below 1e-4."""
 REMEDY = "Look at these rows (weights, margins), lower --learning_rate, or train in bf16 or fp32; then go on with --resume auto."
 
 
 class FiniteWatch:
-    """Looks at the numbers of each optimizer step.
+    """Checks the numbers of each optimizer step.
 
     Arguments:
-        output_dir: where checkpoints are.
-        fp16: the loss is scaled, and steps whose scaled gradient overflows are left out.
+        output_dir: folder of the checkpoints.
+        fp16: whether the loss is scaled, and steps whose scaled gradient overflows are skipped.
 
     Attributes:
         evaluated_at: the step of the last evaluation.
@@ -42,14 +42,14 @@ class FiniteWatch:
         self._overflows = 0
 
     def note(self, losses: Tensor, origins: list[str]) -> None:
-        """Keep the losses of a micro-batch [B], and where its comparisons are written."""
+        """Keep the losses of a micro-batch, [B], and the file and row of each of its comparisons."""
         if self._complete:
             self._micro_batches.clear()
         self._complete = False
         self._micro_batches.append((losses, origins))
 
     def require_step(self, sums: Tensor, step: int) -> None:
-        """Stop unless the sums of all micro-batches of a step, gathered over the ranks, are finite. Every rank calls it.
+        """Stop unless the sums of a step's micro-batches, gathered over the ranks, are finite. Every rank must call it.
 
         Raises:
             UserError: with the step and the rows whose loss is not finite.
@@ -60,7 +60,7 @@ class FiniteWatch:
             self._stop(f"The loss of step {step:,} is not finite", self._rows(only_faulty=True))
 
     def note_norm(self, norm: Any, step: int) -> None:
-        """Keep the gradient's norm, a number or a tensor that may still be computed, until somebody looks."""
+        """Keep the gradient norm, a number or a tensor that may not be computed yet, until `require_norm` reads it."""
         self._norm = (norm, step)
         if self.fp16:
             self.require_norm()
@@ -92,7 +92,7 @@ class FiniteWatch:
         self.evaluated_at = step
 
     def require_weights(self, fine: bool, step: int) -> None:
-        """Stop unless the weights after a step were found to be `fine`, on all ranks.
+        """Stop unless the weights after a step give finite scores on all ranks (`fine`).
 
         Raises:
             UserError: with the step.
@@ -107,7 +107,7 @@ class FiniteWatch:
         raise UserError(f"{what}{held}, so the run stops and saves nothing more. {kept} {REMEDY}")
 
     def _rows(self, *, only_faulty: bool) -> str | None:
-        """The rows of the step at work or just done, of all ranks, by file and row. Collective."""
+        """Return the rows of the current or just finished step, of all ranks, by file and row. Collective."""
         mine = [
             origin
             for losses, origins in self._micro_batches
@@ -134,7 +134,7 @@ def weights_are_finite(model: nn.Module) -> bool:
 
 
 def require_finite_scores(scores: list[float], step: int) -> None:
-    """Stop before a manifest gets scores that prove nothing.
+    """Stop before scores that are not finite enter a manifest.
 
     Raises:
         UserError: one of them is not finite.

@@ -1,7 +1,7 @@
-"""Pushing a finished run to the model hub: checked before anything is loaded, done when everything is written.
+"""Uploads a finished run to the model hub, after checking before any weights are loaded that this can succeed.
 
-transformers' trainer pushes with every checkpoint, and after saving the model: before there are golden scores and a manifest,
-and with files that are still being written. Here the finished folder is pushed once, as a whole.
+transformers' trainer pushes with every checkpoint, and after saving the model. At that time golden scores and manifest
+do not exist, and files are still being written. Here the finished folder is pushed once.
 """
 
 import shlex
@@ -20,7 +20,7 @@ from qlora_rm.errors import UserError, first_line
 from qlora_rm.training.arguments import TrainingConfig
 
 LEFT_OUT = ["checkpoint-*", "checkpoint-*/**", ".*", "training_args.bin", "train.log"]
-"""Of the output folder, what is no part of the reward model; the settings hold paths of this machine."""
+"""Files of the output folder that do not belong to the reward model; the saved settings contain local paths."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Hub:
     """Where a run is pushed to.
 
     Attributes:
-        repo: `owner/name`, or a name alone, which belongs to whom the token does.
-        token: None for the one that `hf auth login` has saved, or HF_TOKEN.
+        repo: `owner/name`, or a name alone, whose owner is that of the token.
+        token: None for the one saved by `hf auth login`, or HF_TOKEN.
         revision: branch; None for the main one.
     """
 
@@ -41,10 +41,10 @@ class Hub:
 
     @classmethod
     def of(cls, args: TrainingConfig) -> Self | None:
-        """What `--push_to_hub` and the `--hub_...` options ask for; None where nothing is to be pushed.
+        """Return what `--push_to_hub` and the `--hub_...` options ask for; None if nothing is to be pushed.
 
         Raises:
-            UserError: an option that is not obeyed here, or a name that the hub does not take.
+            UserError: an option that is not supported here, or a name that the hub does not accept.
         """
         if not args.push_to_hub:
             return None
@@ -70,10 +70,10 @@ class Hub:
         return cls(folder, repo, args.hub_token, args.hub_private_repo, args.hub_revision)
 
     def require_open(self) -> None:
-        """Make the repository, if there is none, so that a push can be expected to work.
+        """Create the repository if there is none, which shows that a push can succeed.
 
         Raises:
-            UserError: no network, no token, or one that may not write there; in one sentence each, with the way out.
+            UserError: no network, no token, or a token without write permission; each with its remedy.
         """
         if constants.HF_HUB_OFFLINE:
             raise UserError(f"--push_to_hub needs the network, and HF_HUB_OFFLINE is set. Unset it, or {self._later()}")
@@ -87,17 +87,17 @@ class Hub:
             self._api().create_repo(self.repo, private=self.private, exist_ok=True)
         except UserError:
             raise
-        except Exception as error:  # httpx, huggingface_hub and the sockets below them each have their own
+        except Exception as error:  # httpx, huggingface_hub and the sockets below them each raise their own
             raise UserError(f"--push_to_hub {self.repo}: {_reason(error)} Mend that, or {self._later()}") from error
 
     def push(self) -> None:
         """Upload the finished run.
 
         Raises:
-            UserError: that failed; the run is complete all the same.
+            UserError: the upload failed; the run is complete nevertheless.
         """
         if not (self.folder / MANIFEST).exists():
-            return  # the run did not get to its end
+            return  # the run did not finish
         try:
             url = self._upload()
         except Exception as error:
@@ -108,7 +108,7 @@ class Hub:
         say(f"pushed to {url}")
 
     def command(self) -> str:
-        """The command line that pushes the finished run."""
+        """Return the command line that pushes the finished run."""
         excluded = [word for pattern in LEFT_OUT for word in ("--exclude", pattern)]
         words = ["hf", "upload", self.repo, str(self.folder), ".", *excluded]
         words += ["--revision", self.revision] if self.revision else []

@@ -1,8 +1,8 @@
-"""What becomes of every option of TRL's `RewardConfig` and transformers' `TrainingArguments` in this project.
+"""Rules for every option of TRL's `RewardConfig` and transformers' `TrainingArguments` in this project.
 
-A row names where an option is obeyed (or TRL's or transformers' code that does, which nothing here overrides), what to
-use instead of one that would do nothing or something else, or why it has no meaning. A new version of a library that
-brings a new option fails the tests until the option has a row.
+A rule names the code that obeys an option: this project's, or code of TRL or transformers that nothing here overrides.
+For an option that would do nothing or something else, it names a replacement. For a meaningless one, it gives the
+reason. If a new version of a library adds an option, the tests fail until the option has a rule.
 """
 
 from qlora_rm.training.option_conditions import (
@@ -257,7 +257,7 @@ LIBRARY: dict[str, Rule] = {
     ),
     "deepspeed": obeyed("training/engine.py"),
     "local_rank": meaningless("launchers set the environment variable LOCAL_RANK"),
-    # what a script of transformers would do
+    # actions of transformers' example scripts
     "do_train": meaningless("the command trains"),
     "do_eval": meaningless("--eval_strategy decides when to evaluate"),
     "do_predict": meaningless("`qlora-rm score` predicts"),
@@ -273,4 +273,4 @@ LIBRARY: dict[str, Rule] = {
     "max_length": obeyed("preferences/tokenization.py"),
     "center_rewards_coefficient": obeyed("training/objective.py"),
 }
-"""Option -> rule, in groups."""
+"""Option -> rule, by topic."""

@@ -1,4 +1,4 @@
-"""The run's longest sequence and its token ids, held against what the backbone has embeddings for."""
+"""Check of the run's longest sequence and token ids against the embeddings of the backbone."""
 
 from dataclasses import dataclass
 
@@ -15,12 +15,12 @@ from qlora_rm.training.arguments import Options
 
 @dataclass(frozen=True)
 class Limits:
-    """What a backbone's configuration sets a run.
+    """Limits that a backbone's configuration sets.
 
     Attributes:
-        vocabulary: token ids it has embeddings for; None where its configuration does not say.
-        positions: tokens of the longest sequence that a table of positions allows; None without such a table.
-        rotary_length: the length whose rotation every sequence gets (`rotary.rotary_length`).
+        vocabulary: number of token ids with embeddings; None if the configuration does not give it.
+        positions: longest sequence that a table of positions allows, in tokens; None without such a table.
+        rotary_length: the length whose rotary scaling every sequence gets (`rotary.rotary_length`).
     """
 
     vocabulary: int | None
@@ -29,10 +29,10 @@ class Limits:
 
 
 def fit_max_length(options: Options) -> Limits:
-    """Hold `--max_length` against the backbone's positions: a default that is too long becomes theirs, and this is said.
+    """Compare `--max_length` with the backbone's positions; lower a default that is too long, and report it.
 
     Raises:
-        UserError: the user asked for more than there are.
+        UserError: the user asked for more positions than there are.
     """
     args, backbone = options.training, options.backbone
     name = str(backbone.model_name_or_path)
@@ -59,7 +59,7 @@ def fit_max_length(options: Options) -> Limits:
 
 
 def require_positions(model: nn.Module, options: Options) -> None:
-    """The loaded model's own tables have a row for every token, where its configuration alone did not tell."""
+    """Raise a `UserError` if the loaded model's tables have too few positions, which its configuration may not show."""
     positions, asked = usable_positions(model), options.training.max_length
     if positions is not None and (asked is None or asked > positions):
         raise UserError(_too_long(asked, str(options.backbone.model_name_or_path), positions))

@@ -1,4 +1,4 @@
-"""What is seen of a run while it trains and evaluates, in place of transformers' bars and printed logs."""
+"""Console display of training and evaluation, in place of transformers' progress bars and printed logs."""
 
 from types import TracebackType
 from typing import Any, Self
@@ -10,14 +10,14 @@ from qlora_rm.console import is_main_process, say, verbosity
 from qlora_rm.progress import SHOWN_AFTER, Phase, display, duration
 
 NOTED = {"loss": ("loss", ".3f"), "learning_rate": ("learning rate", ".1e"), "accuracy": ("accuracy", ".3f")}
-"""Entries of a training log that stand behind the steps, with their names and formats."""
+"""Entries of a training log that are shown after the step count, with their labels and formats."""
 
 
 class Live(TrainerCallback):
-    """Phases for training and evaluation, and one line for each evaluation.
+    """Callback that shows phases for training and evaluation, and one line for each evaluation.
 
-    It is a context, too: phases that an error leaves open end with it. Attached to a trainer, it is the only callback that
-    prints.
+    It is also a context manager, which ends the phases that an error leaves open. Attached to a trainer, it is the only
+    callback that prints.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class Live(TrainerCallback):
 
     @classmethod
     def of(cls, trainer: Trainer) -> Self:
-        """Attached to `trainer` in place of transformers' own, which print from the first process of every host."""
+        """Attach one to `trainer` in place of transformers' callbacks, which print from one process of every host."""
         live = cls()
         for printer in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(printer)

@@ -1,11 +1,11 @@
-"""What the scores are trained to say: Bradley-Terry and its kin, over any number of responses a prompt.
+"""Losses on scores: Bradley-Terry, its extensions to ties, and Plackett-Luce, for any number of responses per prompt.
 
 Shapes: B comparisons, S scored sequences, P wins (ordered pairs), T ties. A batch maps
     weight           float [B]     factor on each comparison's loss
-    counts           bool [B]      False for a row of one response, which only fills up a step
+    counts           bool [B]      False for a filler row with one response, which only pads a step
     wins             int64 [P, 2]  indices into the S scores: winner, loser
     win_comparison   int64 [P]     index of the comparison a win belongs to
-    margin           float [P]     by how much the winner should win, in score units
+    margin           float [P]     by how much the winner should outscore the loser
     comparison       int64 [S]     index of the comparison a sequence belongs to
     ties             int64 [T, 2]  indices into the S scores
     tie_comparison   int64 [T]
@@ -29,7 +29,7 @@ class Objective:
     """The loss of a batch of comparisons, from the scores of its sequences.
 
     Attributes:
-        config: which likelihood, what ties mean, label smoothing.
+        config: likelihood, meaning of ties, label smoothing.
         centring: coefficient of (s_winner + s_loser)^2, which keeps scores near zero (Eisenstein et al. 2023, eq. 2).
     """
 
@@ -37,7 +37,7 @@ class Objective:
     centring: float = 0.0
 
     def losses(self, scores: Tensor, batch: Batch) -> Tensor:
-        """Weighted loss of each comparison, float32 [B]; their mean is the batch's loss.
+        """Return the weighted loss of each comparison, float32 [B]; their mean is the batch's loss.
 
         Each comparison's terms (its pairs, or its ranks) are averaged, so that a prompt with nine responses counts
         as much as one with two (Ouyang et al. 2022, eq. 1).
@@ -53,7 +53,7 @@ class Objective:
         return batch["weight"] * loss
 
     def _pairs(self, scores: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Loss of every pair that counts, and the comparison it belongs to."""
+        """Return the loss of every pair that counts, and the comparison it belongs to."""
         threshold = self.config.tie_threshold if self.config.ties == "rao_kupper" else 0.0
         losses = win_loss(_differences(scores, batch["wins"]), batch["margin"], threshold, self.config.label_smoothing)
         if self.config.ties == "ignore":
@@ -66,8 +66,8 @@ class Objective:
 def win_loss(difference: Tensor, margin: Tensor, threshold: float = 0.0, label_smoothing: float = 0.0) -> Tensor:
     """-log P(winner beats loser), [P]: Bradley-Terry, -log sigmoid(d - margin).
 
-    With a tie `threshold` eta it is Rao-Kupper's win, sigmoid(d - eta). With `label_smoothing` e the label holds with
-    probability 1 - e; the reversed label carries no margin, for how far the wrong side won was never stated.
+    With a tie `threshold` eta it is Rao-Kupper's win, sigmoid(d - eta). With `label_smoothing` e the label is right
+    with probability 1 - e. The reversed label has no margin, because the data gives none for it.
     """
     loss = -logsigmoid(difference - margin - threshold)
     if label_smoothing:
@@ -76,7 +76,7 @@ def win_loss(difference: Tensor, margin: Tensor, threshold: float = 0.0, label_s
 
 
 def half_tie_loss(difference: Tensor) -> Tensor:
-    """A tie as half a win each way, [T]: least, ln 2, at equal scores."""
+    """Loss of a tie as half a win each way, [T]; its minimum, ln 2, is at equal scores."""
     return -(logsigmoid(difference) + logsigmoid(-difference)) / 2
 
 
@@ -91,11 +91,11 @@ def rao_kupper_tie_loss(difference: Tensor, threshold: float) -> Tensor:
 
 
 def plackett_luce(scores: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Loss of every response that beats another, and the comparison it belongs to.
+    """Return the loss of every response that beats another, and the comparison it belongs to.
 
     Response i is drawn first from itself and all it beats: logsumexp(s_i, s_beaten...) - s_i. Over a full ranking
-    these terms add up to its Plackett-Luce likelihood; for two responses the one term is Bradley-Terry's. Tied
-    responses stand in each other's terms neither as winner nor as loser.
+    these terms add up to the negative log of its Plackett-Luce likelihood. For two responses the only term is
+    Bradley-Terry's. Tied responses do not appear in each other's terms.
     """
     winners, comparison_of = _unique_winners(batch)
     candidates = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
@@ -114,7 +114,7 @@ def _differences(scores: Tensor, pairs: Tensor) -> Tensor:
 
 
 def _mean_by_comparison(terms: Tensor, comparison: Tensor, batch: Batch) -> Tensor:
-    """Mean of the terms of each comparison, [B]; 0 where a comparison has none."""
+    """Mean of each comparison's terms, [B]; 0 for a comparison without terms."""
     size = len(batch["weight"])
     total = terms.new_zeros(size).index_add(0, comparison, terms)
     return total / torch.bincount(comparison, minlength=size).clamp(min=1)
@@ -124,13 +124,13 @@ EVALUATION = ("loss", "wins_right", "wins", "margin", "responses", "score", "sco
 
 
 ROUNDING = 1e-12
-"""A variance below this part of the mean square is what float64 leaves of equal scores."""
+"""A variance below this fraction of the mean square is float64 rounding of equal scores."""
 
 
 def evaluate_batch(scores: Tensor, losses: Tensor, batch: Batch) -> Tensor:
-    """Sums per comparison, float64 [B, 7], columns as in `EVALUATION`, from which exact means follow over any split.
+    """Return sums per comparison, float64 [B, 7] with columns `EVALUATION`; they give exact means for any batches.
 
-    In float32 the squares would leave nothing of the deviation of scores around 1000.
+    In float32 the squares would lose the deviation of scores around 1000.
     """
     size = len(batch["weight"])
     difference = _differences(scores, batch["wins"])
@@ -154,7 +154,7 @@ def evaluate_batch(scores: Tensor, losses: Tensor, batch: Batch) -> Tensor:
 
 
 def summarize(sums: Tensor) -> dict[str, float]:
-    """Loss per comparison, accuracy and margin per win, mean and deviation of all scores; `sums` is float64 [B, 7]."""
+    """Return loss per comparison, accuracy and margin per win, mean and deviation of scores; `sums`: float64 [B, 7]."""
     total = dict(zip(EVALUATION, sums.double().sum(0).tolist(), strict=True))
     wins, responses = max(total["wins"], 1), max(total["responses"], 1)
     mean, square = total["score"] / responses, total["score_squared"] / responses

@@ -1,4 +1,4 @@
-"""Optimizers and schedules checked before anything is loaded: they must be there, and read what they were given."""
+"""Check of optimizer and schedule before anything is loaded: they must exist, and use the options given for them."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +14,7 @@ STEPS_IN_BACKWARD = ("lomo", "adalomo")
 
 
 class _Recorded(dict[str, str]):
-    """A mapping that notes which of its keys were read."""
+    """A mapping that records which of its keys were read."""
 
     def __init__(self, *items: Any):
         super().__init__(*items)
@@ -36,13 +36,13 @@ class _Recorded(dict[str, str]):
         self.read.add(key)
         return super().get(key, default)
 
-    def __iter__(self) -> Iterator[str]:  # some optimizers take all that there is
+    def __iter__(self) -> Iterator[str]:  # some optimizers read all items
         self.read.update(super().keys())
         return super().__iter__()
 
 
 def require_optimizer(args: TrainingArguments) -> None:
-    """Raise a `UserError` for an optimizer that cannot be made, or does not read an option that was given for it."""
+    """Raise a `UserError` for an optimizer that cannot be created, or that ignores an option given for it."""
     name = str(getattr(args.optim, "value", args.optim))
     require(
         name not in STEPS_IN_BACKWARD,
@@ -57,7 +57,7 @@ def require_optimizer(args: TrainingArguments) -> None:
     except (ImportError, ValueError) as error:
         if name.startswith(("galore", "apollo")) and not isinstance(error, ImportError):
             if args.optim_target_modules:
-                return  # the model is needed, and is not there yet
+                return  # creating it needs the model, which is not loaded yet
             raise UserError(f"--optim {name} needs --optim_target_modules: the linear layers it works on.") from error
         raise UserError(f"--optim {name}: {first_line(error)}") from error
     unread = [key for key in dict.keys(given) if key not in given.read]
@@ -82,7 +82,7 @@ def _optim_args(text: str | None) -> dict[str, str]:
 
 
 def require_schedule(args: TrainingArguments) -> None:
-    """Raise a `UserError` for arguments that the learning rate's schedule does not take, or lacks."""
+    """Raise a `UserError` if the learning rate schedule lacks an argument, or does not take one that is given."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
     try:
         get_scheduler(

@@ -1,4 +1,4 @@
-"""Conditions on which options of the libraries have an effect, and checks of their values; `library_options.py` uses them."""
+"""Conditions under which library options have an effect, and checks of their values, for `library_options.py`."""
 
 import json
 import os
@@ -13,14 +13,14 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from qlora_rm.training.option_rules import Values
 
 METRICS = ("loss", "accuracy", "margin", "mean_reward", "std_reward")
-"""What an evaluation measures of the model; each is logged with the prefix eval_."""
+"""Metrics that an evaluation computes; each is logged with the prefix eval_."""
 ACCELERATOR_KEYS = ("non_blocking", "gradient_accumulation_kwargs")
-"""Keys of `--accelerator_config` that leave the batches as they are."""
+"""Keys of `--accelerator_config` that do not change the batches."""
 SCHEDULES_BY_METRIC = ("reduce_lr_on_plateau", "greedy")
 
 
 def word_of(values: Values, name: str) -> str:
-    """An option's value as a word; an enumeration's by its value."""
+    """Return an option's value as a lower-case word; an enum member's value is used, not its name."""
     return str(getattr(values[name], "value", values[name])).lower()
 
 
@@ -52,7 +52,7 @@ def to_trackio(values: Values) -> bool:
 
 
 def chooses_best(values: Values) -> bool:
-    """Whether evaluations name a best checkpoint, which is kept beside the latest ones."""
+    """Whether evaluations choose a best checkpoint, which is kept in addition to the latest ones."""
     by_metric = values["load_best_model_at_end"] or word_of(values, "lr_scheduler_type") in SCHEDULES_BY_METRIC
     return evaluates(values) and bool(by_metric or values["metric_for_best_model"])
 
@@ -132,7 +132,7 @@ def warm_up_is_obeyed(values: Values) -> bool:
 
 
 def only_harmless_keys(value: Any, _: Values) -> str | None:
-    """Refuse what would change the size or the order of batches behind the sampler's back."""
+    """Refuse keys that would change the size or order of batches after the sampler has set them."""
     if not value:
         return None
     given = value
@@ -162,7 +162,10 @@ def no_tpu(value: Any, _: Values) -> str | None:
 
 
 def timeout_is_handed_on(value: Any, values: Values) -> str | None:
-    """transformers 5.23 hands it to GPU ranks and to DeepSpeed; goes when CPU ranks get it too."""
+    """Refuse a timeout for CPU ranks under DDP: transformers 5.23 passes it only to GPU ranks and DeepSpeed.
+
+    Remove once CPU ranks get it too.
+    """
     if int(value) != 1800 and under_ddp(values) and not on_gpu(values):
         return (
             "--ddp_timeout does not reach CPU ranks under DDP, where transformers does not hand it on. Leave it out, or use "

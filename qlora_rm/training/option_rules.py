@@ -1,4 +1,4 @@
-"""What becomes of an option: it is obeyed, refused, or has no meaning here; and the check of a command against that.
+"""Rules that say whether an option is obeyed, refused or meaningless here, and the check of a command against them.
 
 `library_options.py` and `project_options.py` hold a rule for every option of `qlora-rm train`.
 """
@@ -10,20 +10,20 @@ from typing import Any, Literal
 from qlora_rm.errors import UserError
 
 Values = Mapping[str, Any]
-"""The value of every option of a command, by name, before any is interpreted."""
+"""The values of all options of a command, by name, before they are interpreted."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What becomes of one option.
+    """How one option is handled.
 
     Attributes:
-        kind: obeyed; refused where its value differs from the default; or without meaning here, which is said.
+        kind: obeyed; refused if its value differs from the default; or meaningless here, which is reported.
         why: where it is obeyed, or why it is not.
-        remedy: what to do instead, of an option that is refused or has no effect.
-        works: whether it has an effect beside the command's other options; None: always.
-        overridden: another option takes precedence where it does not work: that is said, and not refused.
-        check: the problem of a value, if it has one.
+        remedy: what to do instead, if it is refused or has no effect.
+        works: whether it has an effect, given the command's other options; None: always.
+        overridden: if it has no effect, another option takes precedence: report that instead of refusing it.
+        check: returns what is wrong with a value, or None.
     """
 
     kind: Literal["obeyed", "refused", "meaningless"]
@@ -35,7 +35,7 @@ class Rule:
 
 
 def obeyed(where: str, check: Callable[[Any, Values], str | None] | None = None) -> Rule:
-    """An option that has an effect, by the code named in `where`."""
+    """Rule of an option that the code named in `where` obeys."""
     return Rule("obeyed", where, check=check)
 
 
@@ -46,33 +46,33 @@ def obeyed_if(
     *,
     check: Callable[[Any, Values], str | None] | None = None,
 ) -> Rule:
-    """An option that has an effect beside certain others only; without them it is refused."""
+    """Rule of an option that has an effect only with certain others; without them it is refused."""
     return Rule("obeyed", where, remedy, works, check=check)
 
 
 def obeyed_unless(overridden: Callable[[Values], bool], reason: str, where: str) -> Rule:
-    """An option that has an effect unless another takes precedence, which is said."""
+    """Rule of an option that has an effect unless another takes precedence, which is then reported."""
     return Rule("obeyed", where, reason, lambda values: not overridden(values), overridden=True)
 
 
 def refused(why: str, remedy: str, check: Callable[[Any, Values], str | None] | None = None) -> Rule:
-    """An option that would do nothing here, or something else than it says."""
+    """Rule of an option that would do nothing here, or something other than it says."""
     return Rule("refused", why, remedy, check=check)
 
 
 def meaningless(why: str) -> Rule:
-    """An option that asks for nothing that could be done here, and changes nothing."""
+    """Rule of an option that does not apply here and changes nothing."""
     return Rule("meaningless", why)
 
 
 def check_options(rules: Mapping[str, Rule], values: Values, defaults: Values, typed: Collection[str]) -> list[str]:
-    """What to say about options that have no effect.
+    """Return notes about options that have no effect.
 
     Arguments:
         typed: the options that the user gave, on the command line or in the YAML file.
 
     Raises:
-        UserError: all options that are refused, one a line, each with what to do instead.
+        UserError: all refused options, one per line, each with what to do instead.
     """
     problems, notes = [], []
     for name, rule in rules.items():
@@ -96,7 +96,7 @@ def check_options(rules: Mapping[str, Rule], values: Values, defaults: Values, t
 
 
 def _same(value: Any, default: Any) -> bool:
-    """Whether a value asks for what the default gives; all ways to say "nothing" are alike."""
+    """Whether a value means the same as the default; all forms of "nothing" are equal."""
     return value == default or str(value) == str(default) or (_is_nothing(value) and _is_nothing(default))
 
 

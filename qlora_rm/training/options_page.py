@@ -1,4 +1,4 @@
-"""docs/options.md: what becomes of every option of `qlora-rm train`, from the tables that the command is held against.
+"""Generator of docs/options.md, which lists how `qlora-rm train` handles every option, from the rules it is checked by.
 
 python -m qlora_rm.training.options_page > docs/options.md
 """
@@ -17,7 +17,7 @@ line. `qlora-rm train --help_all` explains the options. This page is made by `py
 
 
 def page() -> str:
-    """The whole page."""
+    """Return the complete page."""
     rules = {"This project's options": PROJECT, "Options of TRL and transformers": LIBRARY}
     lines = [HEAD]
     for title, table in rules.items():
@@ -35,7 +35,7 @@ def page() -> str:
 
 
 def _otherwise(rule: Rule) -> str:
-    """What is said where the option has no effect beside the others."""
+    """Return what is reported if other options leave this one without effect."""
     return rule.remedy[:1].upper() + rule.remedy[1:]
 
 

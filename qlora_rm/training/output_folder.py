@@ -1,4 +1,4 @@
-"""The output folder of a run: apart from what is read, writable, locked, and free of what killed runs left."""
+"""The output folder of a run: separate from its inputs, writable, locked, and cleared of leftovers of killed runs."""
 
 import os
 import re
@@ -14,7 +14,7 @@ from qlora_rm.training.output_lock import OutputLock
 from qlora_rm.training.ranks import stop_together
 
 LOG = "train.log"
-"""Name of the file that takes up what a run says, once nobody reads its output any more."""
+"""Name of the file that receives a run's output once standard output or error cannot be written."""
 LEFTOVER = re.compile(rf"\.preflight-[0-9a-f]{{32}}|{re.escape(MANIFEST)}\.[0-9]+")
 """Files that a run removes itself unless it is killed."""
 
@@ -23,7 +23,7 @@ def require_apart(options: Options) -> None:
     """Refuse an output folder that is, or is inside, a folder that the run reads its model from.
 
     Raises:
-        UserError: with both options.
+        UserError: naming both options.
     """
     output = Path(str(options.training.output_dir)).expanduser().resolve()
     backbone = options.backbone
@@ -45,10 +45,12 @@ def require_apart(options: Options) -> None:
 
 @contextmanager
 def prepare(options: Options) -> Iterator[OutputLock]:
-    """Make and lock the output folder, and hold the lock inside the block. Every rank calls it; all go on, or all stop.
+    """Create and lock the output folder, and hold the lock inside the block.
+
+    Every rank must call it; all continue, or all stop.
 
     Raises:
-        UserError: it cannot be made or written to, or another run trains there.
+        UserError: the folder cannot be created or written to, or another run trains there.
     """
     args = options.training
     folder = Path(str(args.output_dir))

@@ -1,7 +1,8 @@
-"""One run at a time in an output folder: `.lock` names the process that writes there, and its age says whether it lives.
+"""A lock that allows only one run at a time in an output folder: `.lock` names the process that writes there.
 
-Locks of the kernel do not reach across every shared file system; a file made with O_EXCL does. Its writer touches it every
-`HEARTBEAT` seconds. On one machine a process that has ended is known at once; of another machine only silence tells.
+Kernel locks do not work across every shared file system; a file created with O_EXCL does. The holder touches it every
+`HEARTBEAT` seconds. On the same machine an ended process is detected at once; on another one, only by missing
+heartbeats.
 """
 
 import json
@@ -20,9 +21,9 @@ from qlora_rm.errors import UserError
 
 FILE_NAME = ".lock"
 HEARTBEAT = 20.0
-"""Seconds between two signs of life."""
+"""Seconds between two heartbeats."""
 STALE_AFTER = 90.0
-"""Seconds without one after which a lock of another machine is taken over."""
+"""Seconds without a heartbeat after which a lock of another machine is taken over."""
 LOOK_EVERY = 1.0
 
 
@@ -32,10 +33,10 @@ class Holder:
 
     Attributes:
         host: name of its machine.
-        machine: what tells this start of this machine, and the process numbers seen there, from others.
-        started: when the process started, in the kernel's count; tells it from a later one of the same number.
-        job, restart: of SLURM; null outside.
-        token: of this lock.
+        machine: boot id and pid namespace of its machine, within which `pid` is unique.
+        started: start time of the process, in kernel ticks; distinguishes it from a later process with the same pid.
+        job, restart: SLURM's job id and restart count; None and 0 outside SLURM.
+        token: unique id of this lock.
     """
 
     host: str
@@ -64,10 +65,10 @@ class Holder:
 
 
 class OutputLock:
-    """The lock of this process on an output folder.
+    """This process's lock on an output folder.
 
     Attributes:
-        lost: why the lock is no longer this process's, once another run has taken it.
+        lost: message that another run has taken the lock; None while this process holds it.
     """
 
     def __init__(self, folder: Path):
@@ -77,7 +78,7 @@ class OutputLock:
         self._beating: threading.Thread | None = None
 
     def take(self) -> None:
-        """Take the lock; wait for a process of another machine until it is known to live or to have ended.
+        """Take the lock; if a process of another machine holds it, wait until it is known to be alive or ended.
 
         Raises:
             UserError: another run holds it, or the folder cannot be written to.
@@ -88,7 +89,7 @@ class OutputLock:
         while not self._created():
             holder, beat = self._read()
             if beat is None:
-                continue  # gone since
+                continue  # removed in the meantime
             if reason := self._has_ended(holder, beat):
                 self._remove_of(holder, reason)
                 continue
@@ -106,7 +107,7 @@ class OutputLock:
         self._beating.start()
 
     def release(self) -> None:
-        """Remove the lock, if it is still this process's."""
+        """Remove the lock, if this process still holds it."""
         self._stop.set()
         if self._beating is not None:
             self._beating.join()
@@ -137,7 +138,7 @@ class OutputLock:
         return True
 
     def _read(self) -> tuple[Holder | None, float | None]:
-        """Who holds the lock (None where the file does not say), and when it last gave a sign; None for no lock."""
+        """Return the lock's holder (None if the file names none) and last heartbeat (None if there is no lock)."""
         try:
             beat = self.path.lstat().st_mtime
         except OSError:
@@ -148,7 +149,7 @@ class OutputLock:
             return None, beat
 
     def _has_ended(self, holder: Holder | None, beat: float) -> str | None:
-        """Why the lock may be taken over, if it may."""
+        """Return why the lock may be taken over, or None."""
         if holder is not None:
             if self._is_neighbour(holder):
                 return None if _started(holder.pid) == holder.started is not None else "it has ended"
@@ -161,7 +162,7 @@ class OutputLock:
         return (holder.host, holder.machine) == (self.mine.host, self.mine.machine)
 
     def _now_there(self) -> float:
-        """The time by the clock of the folder's file system, which may not be this machine's."""
+        """Return the time by the clock of the folder's file system, which may differ from this machine's."""
         probe = self.path.with_name(f"{FILE_NAME}-{self.mine.token}")
         try:
             probe.touch()
@@ -173,7 +174,7 @@ class OutputLock:
                 probe.unlink(missing_ok=True)
 
     def _remove_of(self, holder: Holder | None, reason: str) -> None:
-        """Remove the lock of `holder`; put it back where another run took it over meanwhile."""
+        """Remove the lock of `holder`; put it back if another run took it over in the meantime."""
         aside = self.path.with_name(f"{FILE_NAME}-{self.mine.token}")
         try:
             self.path.rename(aside)
@@ -234,7 +235,7 @@ def _machine() -> str:
 
 
 def _started(pid: int) -> str | None:
-    """When a process of this machine started, as the kernel counts; None where it has ended."""
+    """Return when a process of this machine started, in kernel ticks; None if it has ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:
@@ -243,7 +244,7 @@ def _started(pid: int) -> str | None:
 
 
 def _signalled(pid: int) -> str | None:
-    """For systems without /proc: "alive", or None."""
+    """Return "alive" or None, on systems without /proc."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

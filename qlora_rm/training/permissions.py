@@ -21,7 +21,7 @@ def open_to_umask(folder: Path, *, below: bool = True) -> None:
 
 
 def _umask() -> int:
-    """The umask of this process; Linux tells it, other systems only in exchange for a new one."""
+    """Return this process's umask; outside Linux it can only be read by setting another one."""
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
         return int(status.split("Umask:")[1].split()[0], 8)

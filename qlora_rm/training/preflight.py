@@ -1,4 +1,4 @@
-"""What can be known to go wrong before weights are loaded, told then: on all ranks alike, and once."""
+"""Checks that run before weights are loaded; all ranks raise the same error, and it is reported once."""
 
 import socket
 import time
@@ -27,19 +27,19 @@ from qlora_rm.training.hub import Hub
 from qlora_rm.training.ranks import exchange
 
 OWN_TO_A_RANK = {"local_rank", "logging_dir", "run_name", "hub_token"}
-"""Training options that may differ between the ranks of one job, or are nothing to print."""
+"""Training options that may differ between the ranks of one job, or must not be printed."""
 SEEN_WITHIN = 10.0
-"""Seconds until a file that rank 0 wrote must be seen on the other hosts of a shared folder."""
+"""Seconds within which a file that rank 0 wrote must be visible to the other hosts of a shared folder."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What one rank tells the others.
+    """What one rank reports to the others.
 
     Attributes:
-        marker: name of a file that this rank has written to the output folder.
-        problem: why this rank cannot train; None where it can.
-        facts: what must be the same on all ranks, by name, each a printable value or a mapping of such.
+        marker: name of a file that this rank wrote to the output folder.
+        problem: why this rank cannot train; None if it can.
+        facts: what must be the same on all ranks, by name; each is a printable value or a mapping of such values.
     """
 
     rank: int
@@ -53,14 +53,14 @@ class Report:
 
 
 def preflight(options: Options, manifest: Manifest, train: Dataset, resume: Path | None) -> None:
-    """Check launch, engine settings, folder, disk, memory, and that all ranks are told and read the same.
+    """Check launch, engine settings, folder, disk and memory, and that all ranks have the same options and inputs.
 
-    Every rank must call it; all of them go on, or all raise the same error.
+    Every rank must call it; all of them continue, or all raise the same error.
 
     Arguments:
-        manifest: as it stands before training.
-        train: the training set, tokenized.
-        resume: the checkpoint this rank will go on from.
+        manifest: its state before training.
+        train: the tokenized training set.
+        resume: the checkpoint that this rank will resume from.
 
     Raises:
         UserError: the first rank's problem, or what differs between two ranks.
@@ -86,7 +86,7 @@ def preflight(options: Options, manifest: Manifest, train: Dataset, resume: Path
 
 
 def _check_here(options: Options, train: Dataset, marker: Path) -> list[str]:
-    """What one rank can see alone; warnings, or the first problem as a `UserError`."""
+    """Run the checks that one rank can make alone; return warnings, or raise the first problem as a `UserError`."""
     args = options.training
     engine = launched_engine(args)
     require_engine(args, engine)
@@ -119,7 +119,7 @@ def _check_here(options: Options, train: Dataset, marker: Path) -> list[str]:
 
 
 def _memory_warning(options: Options, engine: Engine, train: Dataset) -> str | None:
-    """Whether a process of this run will fit the memory at hand; planned by rank 0 for all, since they are alike."""
+    """Return a warning if a process of this run may not fit into memory; rank 0 plans for all, which are alike."""
     args = options.training
     setting = Setting(
         engine=_planned_as(engine.name, args),
@@ -141,8 +141,10 @@ def _memory_warning(options: Options, engine: Engine, train: Dataset) -> str | N
 
 
 def _planned_as(engine: str, args: TrainingConfig) -> Any:
-    """The plan's name of an engine: it tells ZeRO-3 that keeps its shards in the host's memory from other ZeRO-3, where
-    that is not the memory it computes in."""
+    """Return the planner's name of an engine.
+
+    The planner distinguishes ZeRO-3 with shards in host memory, unless training runs on the CPU anyway.
+    """
     if engine == "zero3" and args.device.type == "cuda":
         zero = args.deepspeed_plugin.deepspeed_config["zero_optimization"]
         return "zero3_offload" if (zero.get("offload_param") or {}).get("device") == "cpu" else engine
@@ -150,7 +152,7 @@ def _planned_as(engine: str, args: TrainingConfig) -> Any:
 
 
 def _second_copies(engine: str, args: TrainingConfig) -> int:
-    """Ranks among which ZeRO-3 shares out a second copy of the weights; 1 where it keeps none."""
+    """Return how many ranks share a second copy of the weights under ZeRO-3; 1 if there is none."""
     if engine != "zero3":
         return 1
     asked = args.deepspeed_plugin.deepspeed_config["zero_optimization"].get("zero_hpz_partition_size", 1)
@@ -158,8 +160,10 @@ def _second_copies(engine: str, args: TrainingConfig) -> int:
 
 
 def _heaviest(train: Dataset) -> Dataset:
-    """The comparisons that the largest micro-batch may hold, of most tokens and of the longest sequences; reading every row
-    would take long."""
+    """Return the comparisons with the most tokens and the longest sequences, which the largest micro-batch may hold.
+
+    Reading every row would take too long.
+    """
     columns = (list(train["tokens"]), list(train["length"]))
     return train.select(
         sorted({i for sizes in columns for i in nlargest(HEAVIEST, range(len(train)), sizes.__getitem__)})
@@ -215,7 +219,7 @@ def _require_alike(reports: list[Report]) -> None:
 
 
 def _difference(one: Any, two: Any) -> tuple[str, str]:
-    """The two values, or of two mappings the first entry in which they differ."""
+    """Return the two values, or for two mappings the first entry that differs."""
     if not isinstance(one, dict):
         return str(one), str(two)
     name = next(key for key in {**one, **two} if one.get(key) != two.get(key))
@@ -231,7 +235,7 @@ def _raise_first(reports: list[Report]) -> None:
 
 
 def _is_seen(marker: Path) -> bool:
-    """Whether this host sees what rank 0 wrote; a network file system may take its time."""
+    """Whether this host sees the file that rank 0 wrote; a network file system may show it late."""
     until = time.monotonic() + SEEN_WITHIN
     while not marker.exists():
         if time.monotonic() > until:

@@ -1,4 +1,4 @@
-"""What becomes of the project's own options (`config.py`): beside which others they have an effect."""
+"""Rules for the project's own options (`config.py`): with which other options they have an effect."""
 
 import glob
 from collections.abc import Set
@@ -20,11 +20,11 @@ SAVED_AS = {
     "use_rslora": "use_rslora",
     "use_dora": "use_dora",
 }
-"""Options of the adapter's shape -> their names in adapter_config.json."""
+"""Options that set the adapter's shape -> their names in adapter_config.json."""
 
 
 def _may_have_splits(entry: Any) -> bool:
-    """Whether a data set may have splits or configurations of its own: not a file, nor a glob."""
+    """Whether a data set may have splits or configurations of its own; files and globs have none."""
     path = entry.get("path") if isinstance(entry, dict) else entry
     return not (isinstance(path, str) and (glob.has_magic(path) or Path(path).expanduser().is_file()))
 
@@ -55,7 +55,7 @@ def _lora(values: Values) -> bool:
 
 
 def require_shape_of_adapter(values: Values, typed: Set[str]) -> None:
-    """Raise a `UserError` where `--adapter` is given, and an option that was typed says another shape than it has."""
+    """Raise a `UserError` if `--adapter` is given and a typed option contradicts that adapter's shape."""
     if not values["adapter"] or not typed & SAVED_AS.keys():
         return
     saved = read_adapter_config(values["adapter"])
@@ -157,4 +157,4 @@ PROJECT: dict[str, Rule] = {
     # the launch
     "engine": obeyed("training/engine.py"),
 }
-"""Option -> rule, in groups."""
+"""Option -> rule, by topic."""

@@ -1,9 +1,10 @@
-"""The ranks of a job end together, and the first one's error is what a person reads.
+"""Ends all ranks of a job together after a failure, and shows the error of the rank that failed first.
 
-A rank that fails leaves the others waiting in a collective, and no backend tells them why: gloo breaks off with a text
-about sockets, NCCL may wait for `--ddp_timeout`. torch's launcher ends the ranks of its own host within a second and
-knows nothing of other hosts. So the first rank to fail writes its error where all can read it, in the job's own key-value
-store (the one the process group meets in); every rank looks there each second, and ends with one line that names it.
+A rank that fails leaves the others waiting in a collective, and no backend reports the cause: gloo aborts with a
+message about sockets, NCCL may wait for `--ddp_timeout`. torch's launcher ends the ranks of its own host within a
+second, but not those of other hosts. So the first rank to fail writes its error to the job's own key-value store,
+through which the process group is set up. Every rank checks the store once a second, and ends with one line that names
+the failed rank.
 """
 
 import json
@@ -27,14 +28,14 @@ from qlora_rm.console import is_main_process, printable, rank_prefix
 from qlora_rm.errors import Terminated, UserError, first_line
 
 LOOK_EVERY = 1.0
-"""Seconds between two looks at the store."""
+"""Seconds between two checks of the store."""
 COME_OUT = 5.0
-"""Seconds a rank gets to come out of what it waits in by itself, once another has failed; and a rank whose collective broke off
-looks for the cause."""
+"""How long a rank may take to leave a blocking call after another rank fails, in seconds. A rank whose collective was
+aborted waits as long for the cause to appear in the store."""
 LINGER = 3.0
-"""Seconds a rank that fails because of another stays, so that its launcher sees the other's end first."""
+"""Seconds that a rank waits before it ends after another's failure, so that its launcher sees the other end first."""
 JOIN = timedelta(minutes=10)
-"""Until rank 0's store must answer: hosts that read a cold environment over a network start minutes apart."""
+"""How long to wait for rank 0's store: hosts that load an uncached environment over a network start minutes apart."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Failure:
     host: str
     message: str
     is_mistake: bool
-    """A `UserError`, which tells all; otherwise a defect, with a traceback in that rank's own output."""
+    """Whether it is a `UserError`, whose message is sufficient; otherwise that rank's own output holds a traceback."""
 
     def __str__(self) -> str:
         return f"rank {self.rank} on {self.host}"
@@ -53,9 +54,9 @@ class Failure:
 
 @contextmanager
 def ending_together() -> Iterator[None]:
-    """Around all that a rank does. An error inside ends this process with its status, and the other ranks too.
+    """Wrap all of a rank's work: an error inside the block ends this process with its exit status, and all other ranks.
 
-    A process that is alone in its job raises as usual. Interrupts pass: the launcher sends them to every rank.
+    A process that is alone in its job raises as usual. Interrupts pass through: the launcher sends them to every rank.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size == 1:
@@ -67,7 +68,7 @@ def ending_together() -> Iterator[None]:
     watch.start()
     try:
         yield
-    except Terminated:  # agreed on by all ranks: none is left behind
+    except Terminated:  # all ranks agreed on it, so none is left waiting
         raise
     except Exception as error:
         _end(error, board)
@@ -76,9 +77,9 @@ def ending_together() -> Iterator[None]:
 
 
 class Board:
-    """The place in the job's store where the first failure stands.
+    """The entry in the job's store that records the first failure.
 
-    torch's launcher hosts the store; under plain `srun` rank 0 does, and torch's process group then shares it.
+    torch's launcher hosts the store. Under plain `srun` rank 0 does, and torch's process group then shares it.
     """
 
     def __init__(self) -> None:
@@ -105,13 +106,13 @@ class Board:
             ) from error
 
     def post(self, error: Exception) -> Failure:
-        """Write down this rank's error unless another's stands there; return the one that does."""
+        """Record this rank's error unless another rank's is already recorded; return the recorded one."""
         mine = Failure(self.rank, self.host, str(error) or type(error).__name__, isinstance(error, UserError))
         standing = self._store.compare_set(self._key, "", json.dumps(asdict(mine)))
         return Failure(**json.loads(standing))
 
     def first(self, within: float = 0.0) -> Failure | None:
-        """The first failure of the job, if there is one `within` so many seconds from now; it stays `known`."""
+        """Return the job's first failure, waiting up to `within` seconds for one; keep it in `known`."""
         until = time.monotonic() + within
         while self.known is None:
             if self._store.check([self._key]):
@@ -124,7 +125,7 @@ class Board:
 
 
 def lost_the_others(error: BaseException | None) -> bool:
-    """Whether a collective broke off, which is most often another rank's doing. gloo raises a plain RuntimeError."""
+    """Whether a collective was aborted, mostly because another rank failed. gloo raises a plain RuntimeError."""
     while error is not None and not isinstance(error, UserError):
         if isinstance(error, torch.distributed.DistError) or (
             isinstance(error, RuntimeError) and "/gloo/" in str(error)
@@ -135,12 +136,12 @@ def lost_the_others(error: BaseException | None) -> bool:
 
 
 def _watch(board: Board) -> None:
-    """End this process once another rank has failed, whatever the main thread waits in."""
+    """End this process after another rank has failed, whatever call the main thread is blocked in."""
     while not board.closed.wait(LOOK_EVERY):
         try:
             first = board.first()
         except torch.distributed.DistError:
-            if board.closed.wait(COME_OUT):  # the job is over, and whoever hosted the store was the first to leave
+            if board.closed.wait(COME_OUT):  # the job is over, and the store's host left first
                 return
             _leave(1, f"{_who(board)} ended: the host of the job's store is gone, and rank 0 or its launcher with it")
         if first is not None and not board.closed.wait(COME_OUT):
@@ -148,11 +149,11 @@ def _watch(board: Board) -> None:
 
 
 def _end(error: Exception, board: Board) -> NoReturn:
-    """Tell the first failure of the job once, in full where it is this rank's own, and exit."""
+    """Report the job's first failure once, in full if it is this rank's own, and exit."""
     board.closed.set()
     try:
         first = _cause(error, board)
-    except torch.distributed.DistError:  # the store went with whoever hosted it
+    except torch.distributed.DistError:  # the store ended with its host
         first = board.known
     if first is None:
         cause = "a process killed (out of memory?), a host or a network that is down"
@@ -171,7 +172,7 @@ def _end(error: Exception, board: Board) -> NoReturn:
         sys.excepthook(type(error), error, error.__traceback__)
     _record(first.message if first.is_mistake else "".join(traceback.format_exception(error)))
     sys.stderr.flush()
-    time.sleep(2 * LOOK_EVERY)  # the store may go with this rank or its launcher: let every rank read it first
+    time.sleep(2 * LOOK_EVERY)  # the store may end with this rank or its launcher: let every rank read it first
     _exit(2 if first.is_mistake else 1)
 
 
@@ -179,7 +180,7 @@ def _cause(error: Exception, board: Board) -> Failure | None:
     if lost_the_others(error):
         return board.first(within=COME_OUT)
     if isinstance(error, UserError) and not is_main_process():
-        board.first(within=1.0)  # a mistake that all ranks find is rank 0's to tell
+        board.first(within=1.0)  # rank 0 reports a mistake that all ranks find
     return board.post(error)
 
 
@@ -192,9 +193,9 @@ def _because(board: Board, first: Failure) -> str:
 
 
 def _leave(status: int, line: str, record: str = "") -> NoReturn:
-    """End after another rank's failure: one line, and later than the other, so that the launcher reports that one."""
+    """End after another rank's failure, with one line, and later than that rank, which the launcher then reports."""
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher of this host may well end us meanwhile
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # this host's launcher may end this process meanwhile
     if line:
         print(line, file=sys.stderr, flush=True)
     time.sleep(LINGER)
@@ -203,7 +204,7 @@ def _leave(status: int, line: str, record: str = "") -> NoReturn:
 
 
 def _exit(status: int) -> NoReturn:
-    """Without the interpreter's own end, where process groups and engines would wait for the ranks that are gone."""
+    """Exit without the interpreter's shutdown, in which process groups and engines would wait for ended ranks."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -219,12 +220,12 @@ def _recorded() -> Iterator[None]:
 
 
 def _record(message: str) -> None:
-    """What torch's launcher prints as the reason, in the summary it ends with; it takes the earliest one."""
+    """Write the reason that torch's launcher prints in its final summary; it takes the earliest one."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         Path(path).write_text(json.dumps({"message": message, "timestamp": int(time.time())}), encoding="utf-8")
 
 
 def leave_process_group() -> None:
-    """Meet and part in order: a rank that exits while others still talk aborts (seen in 1 of 5 two-rank runs)."""
+    """Destroy the process group; a rank that exits while others communicate aborts (seen in 1 of 5 two-rank runs)."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""What the ranks of a job tell one another."""
+"""Exchange of values and problems between the ranks of a job."""
 
 from typing import Any, TypeVar
 

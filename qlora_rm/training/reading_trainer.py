@@ -1,4 +1,4 @@
-"""A trainer that runs no code of the checkpoints it reads, and names the file it cannot read."""
+"""A trainer that runs no code from the checkpoints it reads, and names a file that it cannot read."""
 
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,10 @@ from qlora_rm.training.safe_loading import loading_safely, reading
 
 
 class ReadingTrainer(RewardTrainer):
-    """`RewardTrainer` whose reading of checkpoints goes through `safe_loading`."""
+    """`RewardTrainer` that reads checkpoints through `safe_loading`."""
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
-        """DeepSpeed's engine reads its checkpoint in the middle of this."""
+        """Prepare for training, with safe loading: DeepSpeed's engine reads its checkpoint during this call."""
         load_by_engine = transformers.trainer.deepspeed_load_checkpoint
 
         def load(engine: Any, path: str, **how: Any) -> None:
@@ -50,10 +50,10 @@ class ReadingTrainer(RewardTrainer):
 
 
 def require_state(checkpoint: Path) -> None:
-    """Refuse a checkpoint whose `trainer_state.json` transformers could not go on from.
+    """Refuse a checkpoint whose `trainer_state.json` transformers cannot resume from.
 
     Raises:
-        UserError: it cannot be read, or is another step's.
+        UserError: the file cannot be read, or belongs to another step.
     """
     with reading(checkpoint):
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))

@@ -1,8 +1,8 @@
-"""A trainer that can be cut off at any moment and goes on as if it had not been.
+"""A trainer that can be interrupted at any moment and resumes as if it had not been.
 
-What transformers' trainer leaves open, and is closed here: a checkpoint is whole or does not count; an optimizer step
-is saved once; what has been summed since the last log line, an evaluation that is due, and the order within an epoch
-survive; evaluation draws no random numbers; the command's learning rate is obeyed; SIGTERM saves first.
+Beyond transformers' trainer: a checkpoint is complete or does not count; an optimizer step is saved once; sums since
+the last log line, a due evaluation and the order within an epoch survive; evaluation draws no random numbers; the
+command's learning rate is obeyed; SIGTERM saves first.
 """
 
 import time
@@ -46,15 +46,15 @@ from qlora_rm.training.zero_resharding import take_share
 
 
 class ResumableTrainer(ReadingTrainer):
-    """`RewardTrainer` with whole checkpoints and exact resume.
+    """`RewardTrainer` with complete checkpoints and exact resume.
 
     Attributes:
-        checkpoint_files: called with every checkpoint's folder on the main process before it counts as whole.
-        replaces_foreign: a checkpoint that another program wrote gives way to one of the same step (`--resume restart`).
-        spared: checkpoints of before that are not usable: they stay until their step is saved again, and are not counted.
-        before_save: called on the main process before anything is written or deleted; the reason it returns ends the run.
-        termination: whether the run was told to end, if somebody watches for it.
-        order: the training data's sampler, once there is one.
+        checkpoint_files: called on the main process with every checkpoint's folder, before it counts as complete.
+        replaces_foreign: replace a checkpoint of the same step that another program wrote (`--resume restart`).
+        spared: earlier checkpoints that are not usable; they are kept until their step is saved again, and not counted.
+        before_save: called on the main process before anything is written or deleted; a reason it returns ends the run.
+        termination: whether the run was asked to end; it only notices SIGTERM inside its `watch`.
+        order: the training data's sampler, once created.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -76,16 +76,16 @@ class ResumableTrainer(ReadingTrainer):
         if resume_from_checkpoint is not None:
             self._resumed = Path(resume_from_checkpoint)
             require_state(self._resumed)
-            self.args.eval_on_start = False  # that was before the first step
+            self.args.eval_on_start = False  # done before the first step already
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def take_up(self) -> None:
-        """At the start of a resumed training: what the checkpoint knows beyond transformers' state."""
+        """Restore, at the start of a resumed training, what the checkpoint holds beyond transformers' state."""
         if self._resumed is None:
             return
         if self._resumed.parent.resolve() == Path(str(self.args.output_dir)).resolve():
             self._saved_step = step_of(self._resumed)
-        # the command's intervals; transformers keeps the checkpoint's, with a warning
+        # use the command's intervals; transformers keeps the checkpoint's, with a warning
         self.state.compute_steps(self.args, self.state.max_steps)
         progress = Progress.load(self._resumed)
         if len(progress.losses) == self.args.world_size:
@@ -106,30 +106,32 @@ class ResumableTrainer(ReadingTrainer):
             if self.state.best_global_step == self.state.global_step:
                 self.state.best_model_checkpoint = str(self._resumed)
         if self._saved_step is not None and self.args.should_save:
-            self._prune()  # as the save would have done, had it not been cut off
+            self._prune()  # the save may have been interrupted before it pruned
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        """For training or evaluation, its workers outliving a SIGTERM to the whole job; see `outlive_sigterm`."""
+        """Return a loader whose workers survive a SIGTERM to the entire job; see `outlive_sigterm`."""
         loader: Any = super()._get_dataloader(*args, **kwargs)
-        # accelerate 1.15 wraps it, and starts workers and skips batches by what it says
+        # accelerate 1.15 wraps this loader, and uses its settings to start workers and skip batches
         of_torch = loader.base_dataloader
         of_torch.worker_init_fn = partial(outlive_sigterm, of_torch.worker_init_fn)
         return loader
 
     def _run_epoch(self, **of: Any) -> None:  # type: ignore[override]
-        """An epoch, or what is left of it.
+        """Run an epoch, or what is left of it.
 
-        accelerate 1.15 does not tell the sampler below a shard of skipped batches which epoch it is: every resumed epoch
-        would have the first one's order. And a run resumed at its last step has no more to do; transformers 5.23 would
-        take another one.
+        After skipping batches, accelerate 1.15 does not pass the epoch to the sampler: every resumed epoch would have
+        the first one's order. A run resumed at its last step has nothing left to do; transformers 5.23 would take
+        another step.
         """
         if self.order is not None:
             self.order.set_epoch(of["epoch"])
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
-        if self.termination.agreed(self.args.device):  # since the step before looked for it, or at its evaluation's end
-            # where no step was taken there is nothing to save, and the random states of the checkpoint are not loaded yet
+        if self.termination.agreed(
+            self.args.device
+        ):  # since the previous step's check, or at the end of its evaluation
+            # before the first step there is nothing to save, and the checkpoint's random states are not loaded yet
             if self.state.global_step > self._initial_global_step:
                 self._save_checkpoint(of["model"], of["trial"])
             raise Terminated
@@ -138,10 +140,10 @@ class ResumableTrainer(ReadingTrainer):
     def _maybe_log_save_evaluate(
         self, tr_loss: Any, grad_norm: Any, model: Any, trial: Any, epoch: Any, *more: Any, **kwargs: Any
     ) -> None:
-        """Log, evaluate and save what is due at a step's end; leave early where the run was told to end.
+        """Log, evaluate and save what is due at the end of a step; stop early if the run was asked to end.
 
-        transformers calls this at the end of a step, and once more at the end of an epoch (or of training). At an
-        epoch's last step saving waits for the second call: the step is then saved once, with the epoch's evaluation.
+        transformers calls this at the end of a step, and again at the end of an epoch (or of training). At an epoch's
+        last step, saving waits for the second call, so that the step is saved once, with the epoch's evaluation.
         """
         second, self._epoch_ends = self._epoch_ends, False
         control = self.control
@@ -158,7 +160,7 @@ class ResumableTrainer(ReadingTrainer):
         saved = control.should_save
         try:
             super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, epoch, *more, **kwargs)
-        except Terminated:  # out of an evaluation
+        except Terminated:  # raised during an evaluation
             told, self._evaluation_due = True, True
             control.should_evaluate = False
             if not first_of_two:
@@ -169,8 +171,11 @@ class ResumableTrainer(ReadingTrainer):
         self.control.should_save = save_later
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluation that draws no random numbers, so that training goes on alike whether it was done, redone or left
-        early; leaves by `Terminated` (out of `prediction_step`) where the run was told to end."""
+        """Evaluate without drawing random numbers: training continues the same if this is done, repeated or cut short.
+
+        Raises:
+            Terminated: the run was asked to end (raised by `prediction_step`).
+        """
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         try:
             with torch.random.fork_rng(devices):
@@ -181,9 +186,9 @@ class ResumableTrainer(ReadingTrainer):
             raise
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Clear what was cut off, save, let the caller add its files, mark as whole, and only then delete older checkpoints.
+        """Remove interrupted checkpoints, save, let the caller add files, mark as complete, then delete older ones.
 
-        A step that is saved already is left alone: writing it again would leave no whole one for a while.
+        A step that is already saved is not saved again: meanwhile there would be no complete checkpoint of it.
         """
         step, writes = self.state.global_step, self.args.should_save
         output_dir = Path(str(self.args.output_dir))
@@ -192,7 +197,7 @@ class ResumableTrainer(ReadingTrainer):
             return
         stop_together(self.before_save() if writes else None, self.args.world_size)
         if writes:
-            for cut_off in half_written(str(self.args.output_dir)):  # before room is measured, which it would take
+            for cut_off in half_written(str(self.args.output_dir)):  # before free space is measured
                 discard(cut_off)
         needed = lacks_room(folder) if writes else None
         if any_process(needed is not None, self.args.device):
@@ -201,14 +206,14 @@ class ResumableTrainer(ReadingTrainer):
             if writes:
                 discard(folder, foreign=self.replaces_foreign)
                 begin(folder)
-            progress = self._progress()  # which waits for all: no process writes into a folder that is being removed
+            progress = self._progress()  # waits for all: no process writes into a folder that is being removed
             with without_quantization_state(model), self._nothing_deleted():
                 super()._save_checkpoint(model, trial)
             if writes:
                 progress.save(folder)
                 for add in self.checkpoint_files:
                     add(folder)
-            self.accelerator.wait_for_everyone()  # a host's other processes write here too
+            self.accelerator.wait_for_everyone()  # other processes of a host write here too
             if self.args.local_process_index == 0:
                 open_to_umask(folder)
                 flush(folder)
@@ -222,10 +227,10 @@ class ResumableTrainer(ReadingTrainer):
         self.accelerator.wait_for_everyone()
 
     def _load_best_model(self) -> None:
-        """The best checkpoint's weights, whichever number of processes wrote it; they are not the last step's to be saved.
+        """Load the best checkpoint's weights, which any number of processes wrote; never save them as the last step.
 
         Raises:
-            UserError: it has changed since it was saved.
+            UserError: the checkpoint has changed since it was saved.
         """
         best = Path(str(self.state.best_model_checkpoint))
         damaged = fault(best, contents=True) if self.args.process_index == 0 else None
@@ -236,24 +241,30 @@ class ResumableTrainer(ReadingTrainer):
         self._saved_step = self.state.global_step
 
     def _finalize_training(self, *args: Any) -> Any:
-        """The end of training. transformers 5.23 would delete all checkpoints but the best here under `save_total_limit` 1,
-        with the finished model still to be saved, and the last one what a longer run goes on from."""
+        """End training without deleting checkpoints.
+
+        With `save_total_limit` 1, transformers 5.23 would delete all checkpoints but the best here. The finished model
+        is not saved yet, and a longer run resumes from the last checkpoint.
+        """
         self._tr_loss = self.accelerator.gather(self._tr_loss.detach().reshape(1)).mean()
         with self._nothing_deleted():
             return super()._finalize_training(*args)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """transformers 5.23 divides what is left of the sum since the last log line before the checkpoint by the steps since
-        the checkpoint; `train_loss` is the mean over all steps of the run."""
+        """Log, with `train_loss` as the mean over all steps of the run.
+
+        transformers 5.23 divides the losses since the last log line before the checkpoint by the steps since the
+        checkpoint.
+        """
         if "train_loss" in logs:
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step - self._total_since, 1)
         super().log(logs, *args, **kwargs)
 
     @contextmanager
     def _nothing_deleted(self) -> Iterator[None]:
-        """Transformers deletes no checkpoint inside the block: what is whole, and what was the last, only `prune` knows.
+        """Keep transformers from deleting checkpoints inside the block; only `prune` checks which are complete.
 
-        The limit is hidden for that long only, since loggers and the files of the model record the settings.
+        The limit is hidden only inside the block, since loggers and model files record the settings.
         """
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
@@ -278,8 +289,10 @@ class ResumableTrainer(ReadingTrainer):
         )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Under ZeRO-1 and 2 the adapter is whole in every process, and PEFT takes it from there; transformers 5.23
-        would first clone the state of the whole 4-bit model in each of them."""
+        """Save the model; under ZeRO-1 and 2, let PEFT take the adapter from this process, which holds all of it.
+
+        transformers 5.23 would first clone the state of the entire 4-bit model in each process.
+        """
         engine = self.model_wrapped
         if (
             isinstance(engine, DeepSpeedEngine)
@@ -291,7 +304,7 @@ class ResumableTrainer(ReadingTrainer):
             super().save_model(output_dir, _internal_call)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Also keeps what the command says of the optimizer, before a checkpoint's values are loaded over it."""
+        """Create the scheduler, and keep the command's optimizer settings, which a checkpoint will overwrite."""
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         self._told = [
             {key: value for key, value in group.items() if key != "params"}
@@ -300,7 +313,7 @@ class ResumableTrainer(ReadingTrainer):
         return scheduler
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Moments and step of the checkpoint; learning rate, schedule, weight decay and clipping of the command."""
+        """Load the checkpoint's moments and step; keep the command's rate, schedule, weight decay and clipping."""
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
@@ -308,7 +321,7 @@ class ResumableTrainer(ReadingTrainer):
         groups = self.optimizer.param_groups
         rates = [group["lr"] for group in groups]
         schedule: Any = self.lr_scheduler
-        if isinstance(schedule, LambdaLR):  # others go by what has happened; `terms` refuses to change those
+        if isinstance(schedule, LambdaLR):  # others depend on the run so far; `resume_terms` refuses to change those
             schedule.base_lrs = [told["initial_lr"] for told in self._told]
             factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
             rates = [base * factor for base, factor in zip(schedule.base_lrs, factors, strict=True)]

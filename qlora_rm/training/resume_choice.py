@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and what to say of those that it cannot."""
+"""Choice of the checkpoint that a run resumes from, with a report on those that are not usable."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -16,8 +16,9 @@ class Choice(NamedTuple):
     """Where a run begins.
 
     Attributes:
-        folder: the checkpoint it goes on from; None: it begins at step 0.
-        unusable: what was found and is not used. It counts for no checkpoint of the run, and only a save of its step replaces it.
+        folder: the checkpoint to resume from; None: begin at step 0.
+        unusable: checkpoints found but not used. They do not count as the run's; only a save of the same step replaces
+            one.
     """
 
     folder: Path | None
@@ -25,21 +26,22 @@ class Choice(NamedTuple):
 
 
 def is_restart(resume: str | None) -> bool:
-    """Whether `--resume` asks for a new beginning beside checkpoints that are not usable."""
+    """Whether `--resume` asks to begin at step 0 despite checkpoints that are not usable."""
     return resume is not None and resume.lower() == RESTART
 
 
 def choose(output_dir: str, resume: str | None, world_size: int = 1) -> Choice:
-    """The checkpoint to go on from. Says what was found and is not used.
+    """Return the checkpoint to resume from, and report those that are found but not used.
 
     Rank 0 compares contents with their hashes, each rank compares sizes. Collective.
 
     Arguments:
-        resume: None (begin), "auto" (the last usable one, if any), "restart" (begin beside what is not usable), or a folder.
+        resume: None (begin), "auto" (the last usable one, if any), "restart" (begin despite unusable ones), or a
+            folder.
 
     Raises:
-        UserError: the folder named is not usable, or a later one is; nothing is usable of what is there ("auto"); something
-            is ("restart"); or anything is there (None).
+        UserError: the named folder is not usable, or a later one is usable; checkpoints exist but none is usable
+            ("auto"); one is usable ("restart"); any checkpoint exists (None).
     """
     if resume is None:
         if checkpoints(output_dir):
@@ -108,7 +110,7 @@ def _named(folder: Path, output_dir: str, world_size: int) -> Choice:
 
 
 def _last_usable(found: list[Path], world_size: int) -> tuple[Path | None, dict[Path, str]]:
-    """The last of these folders that is whole with the contents it was saved with, and why later ones are not."""
+    """Return the last of these folders that is complete and unchanged since its save, and why later ones are not."""
     reasons: dict[Path, str] = {}
     for path in reversed(found):
         reason = _fault_on_rank_0(path, world_size) or fault(path)
@@ -119,7 +121,7 @@ def _last_usable(found: list[Path], world_size: int) -> tuple[Path | None, dict[
 
 
 def _fault_on_rank_0(folder: Path, world_size: int) -> str | None:
-    """`fault` with contents, which rank 0 reads for all."""
+    """Return `fault` with contents, which rank 0 reads for all ranks. Collective."""
     mine = fault(folder, contents=True) if is_main_process() else None
     return exchange(mine, world_size)[0]
 

@@ -1,7 +1,7 @@
-"""The terms of a run: what a checkpoint must know of the command that wrote it, so that none is resumed on others.
+"""The terms of a run: what a checkpoint records of its command, so that no run is resumed on other terms.
 
-Which options a resumed run may change stands in `ON_RESUME`; what is in neither of its parts (logging, saving,
-evaluation, where the output goes) does not touch the result and passes.
+`ON_RESUME` lists which options a resumed run may change. Options in neither of its parts (logging, saving, evaluation,
+output folder) do not affect the result, and may change.
 """
 
 import json
@@ -26,12 +26,12 @@ from qlora_rm.training.sampling import comparisons_kept
 FILE_NAME = "run_terms.json"
 
 ON_RESUME: dict[str, tuple[str, ...]] = {
-    # the optimizer's moments and the step are the checkpoint's, these are the command's, evaluated at that step
+    # moments and step come from the checkpoint; these come from the command, evaluated at that step
     "obeyed": (
         *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "num_train_epochs", "max_steps"),
         *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
     ),
-    # these say what is learned, from which pairs in which order, and into what
+    # these determine what is learned, from which pairs in which order, and into which weights
     "refused": (
         *("objective", "ties", "tie_threshold", "label_smoothing", "center_rewards_coefficient"),
         *("seed", "data_seed", "group_by_prompt", "train_sampling_strategy", "dataloader_drop_last", "max_length"),
@@ -57,18 +57,18 @@ SCHEDULE = (
     "max_steps",
 )
 ADAPTIVE = ("reduce_lr_on_plateau", "greedy")
-"""Schedules that depend on what has happened, and so cannot be evaluated anew at a step."""
+"""Schedules that depend on the run so far, and so cannot be evaluated at an arbitrary step."""
 
 
 @dataclass(frozen=True)
 class Terms:
-    """What decides a run's results, apart from its data (the manifest's fingerprint) and its tokens (its contract).
+    """What determines a run's results, apart from its data (the manifest's fingerprint) and its tokens (its contract).
 
     Attributes:
         options: values of the options named in `ON_RESUME`.
         engine: "single", "ddp", or "zero1" to "zero3".
-        micro_batch, accumulation: comparisons in a forward pass of one process, and such passes in an optimizer step.
-        base: what tells the backbone from others, whatever it is called; see `identity`.
+        micro_batch, accumulation: comparisons in a forward pass of one process, and such passes per optimizer step.
+        base: what identifies the backbone, whatever its name; see `identity`.
     """
 
     options: dict[str, Any]
@@ -80,10 +80,10 @@ class Terms:
 
     @classmethod
     def of(cls, options: Options, weights_sha256: str | None = None) -> Self:
-        """The terms of a command.
+        """Return the terms of a command.
 
         Arguments:
-            weights_sha256: of every byte of the base, under `--verify_base full`.
+            weights_sha256: hash of every byte of the base, under `--verify_base full`.
         """
         args = options.training
         given = {**asdict(options.objective), **asdict(options.adapter), **vars(options.data), **vars(options.backbone)}
@@ -92,7 +92,7 @@ class Terms:
             given["adapter"] = str(Path(given["adapter"]).resolve())
         names = (*ON_RESUME["obeyed"], *ON_RESUME["refused"])
         return cls(
-            # through JSON, so that what was read back compares equal
+            # through JSON, so that terms read from a file compare equal
             options=json.loads(json.dumps({name: given[name] for name in names}, default=str)),
             engine=asked_engine(args),
             world_size=args.world_size,
@@ -104,12 +104,12 @@ class Terms:
 
     @property
     def batch(self) -> int:
-        """Comparisons in an optimizer step of all processes."""
+        """Comparisons per optimizer step, over all processes."""
         return self.micro_batch * self.accumulation * self.world_size
 
     @property
     def is_sharded(self) -> bool:
-        """Whether the optimizer's state lies in DeepSpeed's files, a part for each process."""
+        """Whether the optimizer's state is in DeepSpeed's files, one part per process."""
         return self.engine.startswith("zero")
 
     def save(self, folder: Path) -> None:
@@ -117,7 +117,7 @@ class Terms:
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        """The terms of the run that wrote `folder`, or a `UserError`."""
+        """Return the terms of the run that wrote `folder`, or raise a `UserError`."""
         try:
             return cls(**json.loads((folder / FILE_NAME).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError, RecursionError) as error:
@@ -125,18 +125,18 @@ class Terms:
 
 
 def reconcile(before: Terms, now: Terms, args: Any, folder: Path) -> list[str]:
-    """Hold a command against the terms of the checkpoint `folder` it resumes; set what keeps the optimizer step whole.
+    """Compare a command with the terms of the checkpoint `folder` that it resumes, and keep the size of a step.
 
     Arguments:
-        args: the command's `TrainingConfig`; its `gradient_accumulation_steps` is set where the processes or their
-            micro-batches changed, so that a step holds the same comparisons.
+        args: the command's `TrainingConfig`. If the number of processes or the micro-batch changed, its
+            `gradient_accumulation_steps` is set so that a step holds the same comparisons.
 
-    Returns what is to be said about changes that are obeyed.
+    Returns messages about the changes that are obeyed.
 
     Raises:
-        UserError: something changed that a resumed run cannot obey, or ignore in silence.
+        UserError: a resumed run can neither obey a change nor silently ignore it.
     """
-    hashed = "every byte of its weights"  # compared where both runs were told --verify_base full
+    hashed = "every byte of its weights"  # compared if both runs had --verify_base full
     names = [name for name in before.base if name != hashed or hashed in now.base]
     differing = [name for name in names if before.base[name] != now.base.get(name)]
     require(
@@ -216,10 +216,10 @@ def _way_out(name: str, was: Any) -> str:
 
 
 def identity(name_or_path: str, revision: str | None) -> dict[str, str | None]:
-    """What tells a base from another one, wherever it stands: its configuration, and its weights.
+    """Return what identifies a base, wherever it is stored: its configuration and its weights.
 
-    A hub id's weights are told by their commit; those of a folder by samples of every weight file, since two fine-tunes of
-    one model differ in nothing else. Hashing all of it would read the model twice.
+    A commit identifies the weights of a hub id, and samples of every weight file those of a folder. Two fine-tunes of
+    one model differ in nothing else, and a hash of every byte would read the model twice.
     """
     if not is_local(name_or_path):
         try:
@@ -233,10 +233,10 @@ def identity(name_or_path: str, revision: str | None) -> dict[str, str | None]:
 
 
 def finished_steps(args: Any, comparisons: int) -> int | None:
-    """Optimizer steps of the run in `output_dir`, where it is complete and as long as this command's; else None.
+    """Return the optimizer steps of the run in `output_dir` if it is complete and as long as this command's; else None.
 
     Arguments:
-        comparisons: how many the command trains on.
+        comparisons: number of comparisons the command trains on.
     """
     if not (Path(args.output_dir) / MANIFEST).exists():
         return None
@@ -245,7 +245,7 @@ def finished_steps(args: Any, comparisons: int) -> int | None:
 
 
 def planned_steps(args: Any, comparisons: int) -> int:
-    """Optimizer steps of a command that trains on so many comparisons."""
+    """Return the optimizer steps of a command that trains on so many comparisons."""
     if args.max_steps > 0:
         return int(args.max_steps)
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size

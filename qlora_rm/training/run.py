@@ -54,7 +54,7 @@ from qlora_rm.training.zero_resharding import take_share
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run left.
+    """The result of a run.
 
     Attributes:
         folder: of the adapter or model, with its tokenizer and manifest.
@@ -67,7 +67,7 @@ class Outcome:
 
 
 def main(argv: list[str], given: Mapping[str, Any] | None = None) -> Outcome:
-    """Parse, train, and leave the process group in order; all ranks end when one fails.
+    """Parse, train, and destroy the process group; if one rank fails, all end.
 
     Arguments:
         given: options by name, in addition to those of `argv`.
@@ -76,7 +76,7 @@ def main(argv: list[str], given: Mapping[str, Any] | None = None) -> Outcome:
     try:
         with outliving_readers() as streams, ending_together():
             quiet_deepspeed()
-            with Phase("starting"), clearing_build_locks():  # ranks meet, and DeepSpeed compiles what it lacks
+            with Phase("starting"), clearing_build_locks():  # ranks connect, and DeepSpeed compiles missing extensions
                 options = parse(argv, given)
             streams.log = Path(str(options.training.output_dir)) / LOG
             hub = Hub.of(options.training)
@@ -104,7 +104,7 @@ def run(options: Options) -> dict[str, float]:
 
 
 def train(options: Options) -> dict[str, float]:
-    """Train as told and leave in `output_dir`: the model, its tokenizer, its manifest with golden scores, its curves.
+    """Train, and write to `output_dir` the model, its tokenizer, its manifest with golden scores, and its curves.
 
     Returns the last evaluation's metrics (empty without held-out comparisons).
     """
@@ -174,7 +174,7 @@ def _train_in(options: Options, lock: OutputLock) -> dict[str, float]:
 
 
 def load_model(options: Options, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> PreTrainedModel | PeftModel:
-    """The quantized backbone with its head and a new or given adapter; or the whole model, trainable."""
+    """Load the quantized backbone with its head and a new or given adapter; or the full model, trainable."""
     args = options.training
     best, reason = best_dtype()
     say(f"compute dtype: {reason if args.compute_dtype is best else f'{NAMES[args.compute_dtype]}: as asked for'}")
@@ -190,19 +190,19 @@ def load_model(options: Options, tokenizer: PreTrainedTokenizerBase, limits: Lim
     )
     say(f"score head: {', '.join(backbone.head)} ({'new' if backbone.has_new_head else 'kept from the checkpoint'})")
     if args.disable_dropout:
-        # here, before LoRA: TRL does it after, and would switch off --lora_dropout with the backbone's
+        # here, before LoRA: TRL does it after, and would also turn off --lora_dropout
         disable_dropout(backbone.model)
         args.disable_dropout = False
     if not options.adapter.use_lora:
         return backbone.model
     if options.adapter.adapter:
         return load_adapter(backbone, options.adapter.adapter, trainable=True)
-    set_seed(args.seed)  # the adapter's first weights do not hang on what loading drew
+    set_seed(args.seed)  # the adapter's initial weights must not depend on random numbers drawn while loading
     return attach_adapter(backbone, options.adapter)
 
 
 def _require_names(options: Options) -> None:
-    """What must be given, and what cannot go together, before anything is loaded."""
+    """Refuse missing and conflicting options before anything is loaded."""
     adapter, backbone = options.adapter, options.backbone
     if adapter.adapter:
         _take_from_adapter(adapter.adapter, backbone, adapter.skip_checks)
@@ -219,7 +219,7 @@ def _require_names(options: Options) -> None:
 
 
 def _take_from_adapter(folder: str, backbone: BackboneConfig, skip_checks: bool) -> None:
-    """Base and tokenizer (its template and pad token) are the adapter's, unless others are asked for."""
+    """Use the adapter's base and tokenizer (with its template and pad token), unless others are asked for."""
     base = read_adapter_config(folder).get("base_model_name_or_path")
     backbone.model_name_or_path = backbone.model_name_or_path or base
     if backbone.tokenizer_name_or_path is None and (Path(folder) / "tokenizer_config.json").exists():
@@ -238,7 +238,7 @@ def _take_from_adapter(folder: str, backbone: BackboneConfig, skip_checks: bool)
 
 
 def _trained_pad(options: Options, resume: Path | None) -> int | None:
-    """Id of the pad token of the checkpoint or adapter that is gone on with, so that its contract is kept."""
+    """Return the pad token id of the checkpoint or adapter that training continues, so that its contract is kept."""
     adapter = options.adapter.adapter
     own = adapter if adapter and options.backbone.tokenizer_name_or_path == adapter else None
     for folder in (resume, own):
@@ -248,7 +248,7 @@ def _trained_pad(options: Options, resume: Path | None) -> int | None:
 
 
 def _require_same_data(fingerprint: str, resume: Path | None) -> None:
-    """A resumed run reads the comparisons it began with; otherwise some would be seen twice and others never."""
+    """Require the comparisons that a resumed run began with; otherwise some would be seen twice and others never."""
     began = Manifest.load(resume).training if resume is not None else None
     require(
         began is None or began.data_fingerprint == fingerprint,
@@ -257,20 +257,20 @@ def _require_same_data(fingerprint: str, resume: Path | None) -> None:
 
 
 def _require_same_contract(manifest: Manifest, resume: Path | None) -> None:
-    """A resumed run makes tokens of text as it did: template, pad and end-of-text tokens."""
+    """Require that a resumed run tokenizes text as before: template, pad and end-of-text tokens."""
     if resume is None:
         return
     began, now = Manifest.load(resume).contract, manifest.contract
     if began.trained_on is None:  # an earlier version, which did not record it
         now = replace(now, trained_on=None, text_as=None)
     require(
-        replace(began, score_position=now.score_position) == now,  # only a loaded model tells it
+        replace(began, score_position=now.score_position) == now,  # known only once the model is loaded
         f"The tokenizer is not what the checkpoint {resume} was trained with: resume with the same tokenizer and template.",
     )
 
 
 def _comparisons_with_signal(rows: Dataset, options: Options, part: str) -> Dataset:
-    """Without the comparisons that hold nothing but ties, where ties are ignored; counted and said."""
+    """If ties are ignored, drop the comparisons that hold nothing else, and print how many."""
     if options.objective.ties != "ignore":
         return rows
     kept = [i for i, wins in enumerate(rows["wins"]) if wins]
@@ -299,9 +299,9 @@ def _make_trainer(
     held_out: Dataset | None,
 ) -> PreferenceTrainer:
     args = options.training
-    # read by our own loading above; TRL would apply them a second time
+    # our own loading has applied these; TRL would apply them again
     args.chat_template_path = args.eos_token = args.pad_token = None
-    # `main` pushes the finished run; the trainer would push before it is complete, and saves the token with its settings
+    # `main` pushes the finished run; the trainer would push before it is complete, and save the token with its settings
     args.push_to_hub, args.hub_token = False, None
     if held_out is None:
         args.eval_strategy = "no"
@@ -320,7 +320,7 @@ def _make_trainer(
 
 
 def _hash_of_base(options: Options) -> str | None:
-    """sha256 of every byte of the base under `--verify_base full`, computed by one process of each host.
+    """Return the sha256 of every byte of the base under `--verify_base full`, computed by one process per host.
 
     Raises:
         UserError: two hosts have different copies of the base.
@@ -342,8 +342,7 @@ def _hash_of_base(options: Options) -> str | None:
 def _describe(
     options: Options, tokenization: Tokenization, data: PreferenceData, limits: Limits, every_byte: str | None
 ) -> Manifest:
-    """The manifest as it stands before training: everything but where the score is read, steps, golden scores and reward
-    statistics."""
+    """Return the manifest before training, which lacks score position, steps, golden scores and reward statistics."""
     args, backbone = options.training, options.backbone
     return Manifest(
         contract=make_contract(

@@ -1,8 +1,8 @@
-"""Loading checkpoints without running what is written in them.
+"""Loading of checkpoints without running code in them.
 
-A pickle may name any function to call. torch's `weights_only` builds tensors, plain containers and the classes it is told of,
-and refuses everything else. transformers asks for it; DeepSpeed 0.19 loads every file of its checkpoints with
-`weights_only=False`, which is overruled here for as long as a checkpoint is read.
+A pickle may name any function to call. torch's `weights_only` builds tensors, plain containers and allow-listed
+classes, and refuses everything else. transformers uses it. DeepSpeed 0.19 loads every file of its checkpoints with
+`weights_only=False`, which is overridden here while a checkpoint is read.
 """
 
 import os
@@ -24,22 +24,22 @@ from safetensors import SafetensorError
 from qlora_rm.errors import UserError, first_line
 
 NEEDED = [
-    # of DeepSpeed's optimizer states: plain numbers and names, none with code that runs when one is built
+    # in DeepSpeed's optimizer states: plain numbers and names, none of which runs code when it is built
     *(LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address),
-    # of numpy's random state in rng_state*.pth, as transformers lists them
+    # in numpy's random state in rng_state*.pth, as transformers lists them
     *(np._core.multiarray._reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32))),  # type: ignore[attr-defined]
 ]
-"""The classes beside torch's own that a checkpoint of this project holds."""
+"""The classes, besides torch's own, that a checkpoint of this project holds."""
 NAMED = re.compile(r"(?:GLOBAL|[Uu]nsupported class|[Uu]nsupported function) ([\w.]+\.\w+)")
-"""What torch's refusal names."""
+"""Pattern of the class or function that torch's error names."""
 
 
 @contextmanager
 def loading_safely() -> Iterator[None]:
-    """Have every `torch.load` inside the block build tensors, plain containers and `NEEDED` classes only.
+    """Make every `torch.load` inside the block build only tensors, plain containers and `NEEDED` classes.
 
     Raises:
-        UserError: a file asks for another class, or is damaged; with its name.
+        UserError: a file, which the message names, asks for another class or is damaged.
     """
     real = torch.load
 
@@ -62,7 +62,7 @@ def loading_safely() -> Iterator[None]:
 
 @contextmanager
 def reading(checkpoint: Path | str) -> Iterator[None]:
-    """`loading_safely`, where what libraries cannot make of a checkpoint's contents ends in a message as well."""
+    """Apply `loading_safely`, and turn errors of libraries about a checkpoint's contents into messages too."""
     try:
         with loading_safely():
             yield
@@ -77,7 +77,7 @@ def reading(checkpoint: Path | str) -> Iterator[None]:
         SafetensorError,
     ) as error:
         if type(error) is RuntimeError and "state_dict" not in str(error):
-            raise  # memory, collectives
+            raise  # out of memory, collectives
         raise UserError(
             f"{checkpoint} cannot be resumed: its contents are not those of a checkpoint of this run "
             f"({type(error).__name__}: {first_line(error)}). Go on from another checkpoint."

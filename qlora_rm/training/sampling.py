@@ -1,4 +1,4 @@
-"""Which comparisons an optimizer step holds, and which micro-batch of the step each of them is in."""
+"""Assignment of comparisons to optimizer steps, and to the micro-batches of a step."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -7,11 +7,11 @@ from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 Order = Callable[[int], list[int]]
-"""The indices of all comparisons, in the order of the given epoch."""
+"""Function that returns the indices of all comparisons, in the order of the given epoch."""
 
 
 def random_order(count: int, seed: int) -> Order:
-    """Return another random permutation for each epoch."""
+    """Return an order with a new random permutation in each epoch."""
     return lambda epoch: torch.randperm(count, generator=_generator(seed, epoch)).tolist()
 
 
@@ -21,10 +21,10 @@ def sequential_order(count: int) -> Order:
 
 
 def length_grouped_order(lengths: Sequence[int], step: int, seed: int) -> Order:
-    """Return transformers' `group_by_length`: random, but comparisons of similar length are next to each other.
+    """Return transformers' `group_by_length` order: random, with comparisons of similar length next to each other.
 
     Arguments:
-        step: comparisons in an optimizer step. transformers takes those of one process, so that the order depends on the
+        step: comparisons in an optimizer step. transformers uses those of one process, so that its order depends on the
             number of processes.
     """
     return lambda epoch: get_length_grouped_indices(list(lengths), step, generator=_generator(seed, epoch))
@@ -35,22 +35,22 @@ def _generator(seed: int, epoch: int) -> torch.Generator:
 
 
 def comparisons_kept(count: int, batch_size: int, drop_last: bool) -> int:
-    """Comparisons trained on in an epoch: all, or without the last micro-batch if that is not full."""
+    """Return the number of comparisons per epoch: all, or without the last micro-batch if that is not full."""
     return count // batch_size * batch_size if drop_last else count
 
 
 class StepSampler(Sampler[int]):
     """An order of the comparisons, cut into optimizer steps of full micro-batches.
 
-    A step holds the same comparisons for any number of processes. The last step of an epoch is made full with `filler`,
-    the index after the last comparison: a row that counts for nothing. accelerate would fill it with comparisons from
-    the beginning of the epoch, which would be seen twice.
+    A step holds the same comparisons for any number of processes. The last step of an epoch is padded with `filler`,
+    the index after the last comparison: a row of weight zero. accelerate would pad it with comparisons from the
+    beginning of the epoch, which would be seen twice.
 
     Arguments:
         count: number of comparisons.
         batch_size: comparisons in a micro-batch.
         batches_per_step: micro-batches of all processes in one optimizer step.
-        loads: cost of each comparison, in tokens. Where given, the comparisons of a step are distributed so that its
+        loads: cost of each comparison, in tokens. If given, the comparisons of a step are distributed so that its
             micro-batches have near-equal loads; otherwise they stay in order.
         drop_last: leave out the comparisons at the end of an epoch that do not fill a micro-batch.
     """
@@ -76,7 +76,7 @@ class StepSampler(Sampler[int]):
         return -(-self.kept // self.step) * self.step
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by the data loader at the start of every epoch, also when a resumed run has skipped some."""
+        """Set the epoch; called at the start of every epoch, also when a resumed run has skipped some."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
@@ -90,7 +90,7 @@ class StepSampler(Sampler[int]):
         return [members[start : start + self.batch_size] for start in range(0, self.step, self.batch_size)]
 
     def _evened(self, members: list[int], loads: Sequence[int]) -> list[list[int]]:
-        """Heaviest first, each to the lightest micro-batch that has room (longest processing time first)."""
+        """Assign members, heaviest first, to the lightest micro-batch that has room (longest processing time first)."""
         batches: list[list[int]] = [[] for _ in range(self.batches_per_step)]
         load = [0] * self.batches_per_step
         for member in sorted(members, key=lambda i: -loads[i]):

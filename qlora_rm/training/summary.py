@@ -1,4 +1,4 @@
-"""The end of a run: how good the model is, where it is, and what to type next."""
+"""The summary at the end of a run: how good the model is, where it is, and what to run next."""
 
 import shlex
 from pathlib import Path
@@ -17,11 +17,12 @@ YOUR_ROWS = "HELD_OUT_ROWS.jsonl"
 def summary(
     options: Options, metrics: dict[str, float], held_out: Dataset | None, steps: int, seconds: float
 ) -> list[str]:
-    """The table that a finished run ends with, and the commands that follow it.
+    """Return the table that a finished run prints, and the next commands.
 
     Arguments:
         metrics: of the last evaluation; empty without one.
-        steps, seconds: of training; of all the command.
+        steps: optimizer steps of training.
+        seconds: duration of the command.
     """
     output = str(options.training.output_dir)
     rows = [("steps", f"{steps:,}"), ("time", duration(seconds)), ("reward model", output)]
@@ -40,7 +41,7 @@ def summary(
 
 
 def next_commands(options: Options, output: str) -> list[list[str]]:
-    """Evaluate, merge, verify, score, with this run's paths; a model that was trained whole needs no merge."""
+    """Return commands to evaluate, merge, verify and score this run's model; without LoRA there is nothing to merge."""
     trust = ["--trust_remote_code"] if options.training.trust_remote_code else []
     whole = f"{Path(output)}_merged" if options.adapter.use_lora else output
     merge = [["qlora-rm", "merge", output, "--output", whole, *trust]] if options.adapter.use_lora else []
@@ -53,7 +54,7 @@ def next_commands(options: Options, output: str) -> list[list[str]]:
 
 
 def _held_out_rows(data: DataConfig) -> list[str]:
-    """The options of `eval` that name the run's held-out rows; a placeholder where a share of all rows was held out."""
+    """Return `eval`'s options that name the run's held-out rows; a placeholder if a share of all rows was held out."""
     if data.eval_dataset:
         named: list[Any] = data.eval_dataset
     elif data.eval_split:

@@ -1,4 +1,4 @@
-"""TRL's RewardTrainer, for comparisons of any number of responses, with fp32 masters and even micro-batches."""
+"""TRL's RewardTrainer for comparisons of any number of responses, with fp32 master weights and even micro-batches."""
 
 import math
 from collections.abc import Iterator
@@ -22,22 +22,22 @@ from qlora_rm.training.resumable import ResumableTrainer
 from qlora_rm.training.sampling import StepSampler, length_grouped_order, random_order, sequential_order
 
 COLUMNS = ["prompt_ids", "response_ids", "wins", "ties", "margins", "weight", "length", "tokens", "origin"]
-"""Of the data set: what the collator reads, and the sizes that samplers read."""
+"""Columns of the data set that the collator reads, and the sizes that samplers read."""
 
 
 class PreferenceTrainer(ResumableTrainer):
     """RewardTrainer over tokenized comparisons (the columns of `preferences.load_preferences`).
 
-    What it overrides, and why: the loss (K responses, weights, ties, rankings), preparation of the data (done
-    before), the order (whole steps, even micro-batches), the evaluation step (exact over uneven batches and ranks). What makes its
-    checkpoints whole and its resume exact is `ResumableTrainer`'s.
+    It overrides the loss (K responses, weights, ties, rankings) and the preparation of the data (done before). It also
+    overrides the order (full steps, even micro-batches) and the evaluation step (exact over uneven batches and ranks).
+    `ResumableTrainer` provides complete checkpoints and exact resume.
 
     Arguments:
         objective: the loss.
     """
 
     objective: Objective
-    loss_is_scaled_for_ga = True  # type: ignore[assignment]  # `compute_loss` divides by the comparisons of the whole step
+    loss_is_scaled_for_ga = True  # type: ignore[assignment]  # `compute_loss` divides by the step's comparisons
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class PreferenceTrainer(ResumableTrainer):
         self.pad_token_id = tokenizer.pad_token_id
         self.comparisons = len(train)
         self.drop_last = args.dataloader_drop_last
-        self._micro_batches: list[Tensor] = []  # logged sums of the optimizer step at work
+        self._micro_batches: list[Tensor] = []  # sums to log for the current optimizer step
         self.finite = FiniteWatch(str(args.output_dir), fp16=args.fp16)
         self._last_inputs: dict[str, Tensor] | None = None
         args.logging_nan_inf_filter = False  # it would log a loss of 0.0, where this trainer stops
@@ -77,7 +77,7 @@ class PreferenceTrainer(ResumableTrainer):
         self._signature_columns = COLUMNS  # type: ignore[assignment]
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        """Like transformers', without its `drop_last`: the sampler obeys it, and evaluation reads every comparison."""
+        """Return transformers' loader without `drop_last`: the sampler obeys it, and evaluation reads everything."""
         self.args.dataloader_drop_last = False
         try:
             return super()._get_dataloader(*args, **kwargs)
@@ -85,7 +85,7 @@ class PreferenceTrainer(ResumableTrainer):
             self.args.dataloader_drop_last = self.drop_last
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
-        """The order that `--train_sampling_strategy` names, in whole optimizer steps."""
+        """Return the order that `--train_sampling_strategy` names, in full optimizer steps."""
         args = self.args
         data: Any = train_dataset if train_dataset is not None else self.train_dataset
         data = data.select(range(self.comparisons))
@@ -109,7 +109,7 @@ class PreferenceTrainer(ResumableTrainer):
         return self.order
 
     def _loads(self, data: Dataset) -> list[int]:
-        """Tokens that each comparison adds to a micro-batch, as it is laid out."""
+        """Return the tokens that each comparison adds to a micro-batch, given the layout of batches."""
         if self.shares_prefix:
             return list(data["tokens"])
         return [
@@ -117,14 +117,14 @@ class PreferenceTrainer(ResumableTrainer):
         ]
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
-        """Comparisons in this optimizer step, over all its micro-batches and ranks."""
+        """Return the comparisons in this optimizer step, over all its micro-batches and ranks."""
         count = torch.stack([batch["counts"].sum() for batch in batch_samples]).sum()
         return self.accelerator.gather(count.to(device)[None]).sum()
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The micro-batch's share in the mean loss of the optimizer step; in evaluation the mean over the batch.
+        """Return the micro-batch's share in the mean loss of the optimizer step; in evaluation the mean over the batch.
 
         The engines average gradients over the ranks, hence the factor.
         """
@@ -137,7 +137,7 @@ class PreferenceTrainer(ResumableTrainer):
         return losses.sum() * self.accelerator.num_processes / num_items_in_batch
 
     def _log_batch(self, scores: Tensor, losses: Tensor, inputs: dict[str, Any]) -> None:
-        """Running means under TRL's names, over all comparisons of a step; one gather a step."""
+        """Record running means under TRL's names, over all comparisons of a step, with one gather per step."""
         counts = inputs["counts"]
         scored = counts[inputs["comparison"]]
         least, most = (torch.where(scored, scores, bound) for bound in (math.inf, -math.inf))
@@ -163,8 +163,10 @@ class PreferenceTrainer(ResumableTrainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Tensor], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[None, Tensor, Tensor]:
-        """Sums per comparison as predictions: what is gathered has one row a comparison, so padding of the last
-        batch drops out and every pair weighs the same. The loss is left to `exact_metrics` for the same reason."""
+        """Return sums per comparison as predictions; `exact_metrics` computes metrics and loss from them.
+
+        With one row per comparison, padding of the last batch drops out and every pair weighs the same.
+        """
         self.termination.end_if_asked(self.args.device)
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -182,21 +184,24 @@ class PreferenceTrainer(ResumableTrainer):
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluation that ends the run where its figures are not finite."""
+        """Evaluate, and stop the run if a metric is not finite."""
         metrics = super().evaluate(*args, **kwargs)
         self.finite.require_metrics(metrics, self.state.global_step)
         return metrics
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save, unless the weights have stopped to give finite scores: then the checkpoints before stay as they are."""
+        """Save, unless the weights no longer give finite scores: earlier checkpoints then stay as they are."""
         if self.state.global_step != self._saved_step:
             self.finite.require_norm()
             self._require_finite_weights(model)
         super()._save_checkpoint(model, trial)
 
     def _require_finite_weights(self, model: nn.Module) -> None:
-        """Score the last micro-batch with the weights that are about to be saved. A step may make them useless although its own
-        loss was finite, and the next loss would say so only after older checkpoints were deleted."""
+        """Score the last micro-batch with the weights that are about to be saved.
+
+        A step may make them useless although its own loss was finite. The next loss would show this only after older
+        checkpoints were deleted.
+        """
         fine = weights_are_finite(model)
         if fine and self._last_inputs is not None and self.finite.evaluated_at != self.state.global_step:
             model.eval()
@@ -205,12 +210,11 @@ class PreferenceTrainer(ResumableTrainer):
         self.finite.require_weights(not any_process(not fine, self.args.device), self.state.global_step)
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
-        """TRL's card names neither the data nor the scoring contract; the manifest does."""
+        """Write no model card: TRL's names neither the data nor the scoring contract; the manifest does."""
 
 
 def with_filler(train: Dataset) -> Dataset:
-    """The comparisons and, after the last, a row of one short response that is better than none: it fills up an
-    epoch's last step without a share in the loss."""
+    """Return the comparisons followed by a zero-weight row with one response and no pairs, which pads the last step."""
     shortest = min(range(len(train)), key=train["length"].__getitem__)
     row = train[shortest]
     nothing: dict[str, Any] = {
@@ -225,12 +229,12 @@ def with_filler(train: Dataset) -> Dataset:
 
 
 def score_batch(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """Scores of the batch's sequences, float32 [S]."""
+    """Return the scores of the batch's sequences, float32 [S]."""
     return model(**model_inputs(inputs)).logits[:, 0].float()
 
 
 def exact_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Means over all held-out comparisons, from the gathered rows of `evaluate_batch`."""
+    """Return means over all held-out comparisons, from the gathered rows of `evaluate_batch`."""
     return summarize(torch.as_tensor(prediction.predictions))
 
 
@@ -238,9 +242,9 @@ def exact_metrics(prediction: EvalPrediction) -> dict[str, float]:
 def keep_trainables(model: nn.Module) -> Iterator[None]:
     """Undo a cast of the trainable weights made inside the block.
 
-    TRL casts every trainable weight of a quantized model to bf16, the score head and a loaded adapter's fp32 weights
-    too; at usual learning rates most updates are then smaller than a bf16 step and vanish (trl #7268: 22 % of a
-    run's progress lost, measured). Goes when TRL leaves adapters alone.
+    TRL casts every trainable weight of a quantized model to bf16, including the score head and a loaded adapter's fp32
+    weights. At usual learning rates most updates are then smaller than a bf16 step and vanish (trl #7268: 22 % of a
+    run's progress lost, measured). Remove once TRL leaves adapters alone.
     """
     quantized = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad} if quantized else {}

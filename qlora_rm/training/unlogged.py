@@ -1,4 +1,4 @@
-"""What a run has summed up since its last log line: saved with each checkpoint, and taken up by a resumed run."""
+"""Sums of a run since its last log line: saved with each checkpoint, and restored by a resumed run."""
 
 import json
 from dataclasses import asdict, dataclass, fields
@@ -12,15 +12,16 @@ FILE_NAME = "progress.json"
 
 @dataclass
 class Progress:
-    """What is between two log lines at a checkpoint; transformers saves what has been logged only.
+    """State since the last log line at a checkpoint; transformers saves only what has been logged.
 
     Attributes:
         losses: sum of the loss since the last log line, one for each process.
         logged_at: the step of that line.
         metrics: TRL's running metrics since then.
-        tokens: trained on so far.
-        evaluation_due: the evaluation that belongs to this step has not been done.
-        total_loss: sum of the loss of all steps up to that line, the mean of the processes; None: an earlier version.
+        tokens: number of tokens trained on so far.
+        evaluation_due: this step's evaluation has not been done.
+        total_loss: sum of the loss of all steps up to that line, averaged over processes; None: saved by an earlier
+            version.
         total_since: the step after which that sum begins.
     """
 
@@ -37,10 +38,10 @@ class Progress:
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        """The progress that `folder` was saved with.
+        """Return the progress saved in `folder`.
 
         Raises:
-            UserError: the file cannot be read, or says something else.
+            UserError: the file cannot be read, or does not hold a progress.
         """
         path = folder / FILE_NAME
         try:

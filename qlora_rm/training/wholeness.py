@@ -1,7 +1,7 @@
-"""`COMPLETE`, the file that makes a checkpoint count: the size and sha256 of every file that decides the result.
+"""`COMPLETE`, the file that makes a checkpoint count: the size and sha256 of every file that affects the result.
 
 It is written last, after everything else has reached the disk. While a checkpoint is written or removed, `INCOMPLETE` is there
-instead. So a folder that a kill left half written is told from one that somebody damaged, and from other programs' folders.
+instead. It distinguishes a folder that a kill left half written from a damaged one and from other programs' folders.
 """
 
 import json
@@ -20,17 +20,17 @@ UNFINISHED = "INCOMPLETE"
 OWN = ("progress.json", "run_terms.json")
 """Files that only this project writes into a checkpoint."""
 NOT_DECIDING = ("*.md", "*.log", "*.png", "*.py", "events.out.*", "training_args.bin", WHOLE, f".{WHOLE}", UNFINISHED)
-"""Files that a resumed run does not read: they may change, or go."""
+"""Files that a resumed run does not read: they may be changed or deleted."""
 READ_BY_LOADERS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.json")
-"""Files that transformers, PEFT or DeepSpeed read where they find them, whether the run wrote them or not."""
+"""Files that transformers, PEFT or DeepSpeed read if they find them, whether the run wrote them or not."""
 MADE_LATER = ("latest_universal", "*_universal/*", ".universal/*")
-"""DeepSpeed's universal form, which is made again where `COMPLETE` does not list it (`universal.py`)."""
+"""DeepSpeed's universal form, which is made again if `COMPLETE` does not list it (`zero_resharding.py`)."""
 FORMAT = 2
 THREADS = 4
 
 
 class Entry(NamedTuple):
-    """What `COMPLETE` says of a file; sha256 is None in files of versions that noted sizes only."""
+    """What `COMPLETE` records of a file; sha256 is None if an earlier version recorded sizes only."""
 
     bytes: int
     sha256: str | None
@@ -44,7 +44,7 @@ def read_mark(folder: Path) -> dict[str, Entry]:
     """Return the entries of `COMPLETE` by file name, relative to `folder`.
 
     Raises:
-        NotWhole: it is missing, or is not what this project writes.
+        NotWhole: it is missing, or has a format that this project does not write.
     """
     path = folder / WHOLE
     if not path.exists():
@@ -93,7 +93,7 @@ def _without_mark(folder: Path) -> str:
 
 
 def write_mark(folder: Path, known: Mapping[str, Entry] | None = None) -> Path:
-    """Write `.COMPLETE`, which becomes `COMPLETE` by a rename; return its path.
+    """Write `.COMPLETE`, which a rename turns into `COMPLETE`; return its path.
 
     Arguments:
         known: entries that need not be computed again.
@@ -111,7 +111,7 @@ def write_mark(folder: Path, known: Mapping[str, Entry] | None = None) -> Path:
 
 
 def fault(folder: Path, *, contents: bool = False) -> str | None:
-    """Return why nothing can go on from `folder`, in a few words; None where it is a whole checkpoint.
+    """Return in a few words why no run can resume from `folder`; None if it is a complete checkpoint.
 
     Arguments:
         contents: compare every file's sha256 too, not only its size.
@@ -144,12 +144,12 @@ def _changed(folder: Path, entries: Mapping[str, Entry]) -> str | None:
 
 
 def notes_sizes_only(folder: Path) -> bool:
-    """Whether a version before sha256 wrote the `COMPLETE` of a whole checkpoint."""
+    """Whether a version that recorded no sha256 wrote the `COMPLETE` of a complete checkpoint."""
     return any(entry.sha256 is None for entry in read_mark(folder).values())
 
 
 def files_of(folder: Path) -> list[str]:
-    """The names of all files in and below `folder`, relative to it, sorted."""
+    """Return the names of all files in and below `folder`, relative to it, sorted."""
     found = []
     for at, _, names in os.walk(folder):
         found += [(Path(at) / name).relative_to(folder).as_posix() for name in names]
@@ -170,7 +170,7 @@ def _is_read(name: str) -> bool:
 
 
 def _hashes(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """sha256 of files by name; hashlib frees the interpreter, so that threads help."""
+    """Return the sha256 of files by name; hashlib releases the GIL, so threads help."""
     names = list(names)
     sizes = {name: (folder / name).stat().st_size / 1e6 for name in names}
     hashes: dict[str, str] = {}

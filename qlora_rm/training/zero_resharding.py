@@ -1,4 +1,4 @@
-"""A DeepSpeed checkpoint of N processes for M: converted to DeepSpeed's universal form, beside it."""
+"""Conversion of a DeepSpeed checkpoint of N processes for M processes, through DeepSpeed's universal form."""
 
 import contextlib
 import io
@@ -19,16 +19,16 @@ from qlora_rm.training.safe_loading import reading
 from qlora_rm.training.wholeness import read_mark
 
 LATEST = "latest_universal"
-"""The file that DeepSpeed reads the universal folder's name from. A conversion counts once `COMPLETE` lists it."""
+"""The file from which DeepSpeed reads the universal folder's name. A conversion counts once `COMPLETE` lists it."""
 
 
 def take_share(checkpoint: Path, accelerator: Any, engine: DeepSpeedEngine | None = None) -> None:
-    """Have an engine read `checkpoint` in the form that this number of processes can.
+    """Make an engine read `checkpoint` in the form that fits this number of processes.
 
-    deepspeed 0.19 asks its configuration which form that is, at every checkpoint it reads: to be said anew for each.
+    deepspeed 0.19 takes the form from its configuration at every checkpoint it reads, so call this before each one.
 
     Arguments:
-        engine: the one that will read it; None where accelerate is about to build it.
+        engine: the one that will read it; None if accelerate has not built it yet.
     """
     universal = _universal_if_others(checkpoint, accelerator)
     if engine is not None:
@@ -38,7 +38,7 @@ def take_share(checkpoint: Path, accelerator: Any, engine: DeepSpeedEngine | Non
 
 
 def _universal_if_others(checkpoint: Path, accelerator: Any) -> bool:
-    """Whether other than as many processes wrote `checkpoint`; it is converted then."""
+    """Whether a different number of processes wrote `checkpoint`; if so, it is converted."""
     processes, writers = accelerator.num_processes, Terms.load(checkpoint).world_size
     tag_of(checkpoint)
     if processes == writers:
@@ -51,9 +51,9 @@ def _universal_if_others(checkpoint: Path, accelerator: Any) -> bool:
 
 
 def convert(checkpoint: Path) -> None:
-    """Write the universal form of `checkpoint` into it, unless it stands there; it goes when the checkpoint goes.
+    """Write the universal form of `checkpoint` into its folder, unless it is there; it is deleted with the checkpoint.
 
-    It holds each trained weight whole, with its moments, so that any number of processes can take its share.
+    It holds each trained weight unsharded, with its moments, so that any number of processes can take their shares.
 
     Raises:
         UserError: it could not be written.
@@ -83,10 +83,10 @@ def convert(checkpoint: Path) -> None:
 
 
 def tag_of(checkpoint: Path) -> str:
-    """The name of the folder inside `checkpoint` that DeepSpeed wrote, as its file `latest` gives it.
+    """Return the name of DeepSpeed's folder inside `checkpoint`, as the file `latest` gives it.
 
     Raises:
-        UserError: it cannot be read, or names another place.
+        UserError: the file cannot be read, or names another place.
     """
     try:
         tag = (checkpoint / "latest").read_text(encoding="utf-8").strip()
@@ -100,9 +100,10 @@ def tag_of(checkpoint: Path) -> str:
 
 
 def _arguments(source: Path, target: Path) -> Namespace:
-    """One process does it: what is trained is small, and forking beside a process group is not safe.
+    """Return the converter's arguments.
 
-    ZeRO-1 and 2 save no `universal_checkpoint_info` of their own; for one tensor-parallel rank its default is right.
+    One process is enough for the trained weights, and forking next to a process group is not safe. ZeRO-1 and 2 save no
+    `universal_checkpoint_info`; for one tensor-parallel rank its default is right.
     """
     return Namespace(
         input_folder=str(source),

@@ -1,4 +1,4 @@
-"""A small backbone and small preferences on disk, and runs of the train door over them."""
+"""A small backbone and small preferences on disk, and runs of `qlora-rm train` over them."""
 
 import json
 import random
@@ -14,7 +14,7 @@ ANIMALS = ("cat", "dog", "bird", "fish", "horse", "cow")
 
 
 def preference_rows(count: int, seed: int = 0) -> list[dict]:
-    """Rows whose better answer names the animal asked for."""
+    """Return rows whose better answer names the animal asked for."""
     draw = random.Random(seed)
     rows = []
     for i in range(count):
@@ -48,7 +48,7 @@ def forks():
 
 @pytest.fixture
 def flags(backbone_folder, rows_file, tmp_path):
-    """The command line of a short run; keyword arguments replace or add options, None takes one away."""
+    """The command line of a short run; keyword arguments replace or add options, None removes one."""
 
     def make(**changes) -> list[str]:
         options = {

@@ -1,7 +1,7 @@
-"""The train door, noting on each rank where packed expert weights are: a script for launches, read by test_experts.py.
+"""Script that runs `qlora-rm train` and records on each rank where packed expert weights are, for test_experts.py.
 
-It writes OUTPUT_DIR/experts-RANK.json: for each packed weight its bytes, those this rank keeps, how often a training
-forward pass used it gathered, and how many of the gathered copies were still alive when that pass had ended.
+It writes OUTPUT_DIR/experts-RANK.json. For each packed weight the file holds its bytes, the bytes this rank keeps, how
+often a training forward pass used it gathered, and how many gathered copies were still alive after that pass.
 """
 
 import json

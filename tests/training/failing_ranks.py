@@ -1,7 +1,7 @@
-"""Two ranks in what the train door wraps them in, one of which fails; started by torch's launcher as a script.
+"""Script for torch's launcher: two ranks inside `ending_together`, as in `qlora-rm train`, one or both of which fail.
 
-failing_ranks.py HOW: `same mistake` (both ranks), or of rank 1 alone `mistake` or `defect`, while rank 0 waits for something
-that no broken connection ends.
+failing_ranks.py HOW: `same mistake` on both ranks, or `mistake` or `defect` on rank 1 alone. Rank 0 then waits in a
+call that no broken connection ends.
 """
 
 import os

@@ -1,7 +1,7 @@
-"""A process that has imported everything and forks a train run for each request: seconds cheaper than starting one.
+"""A process that has imported everything and forks a training run for each request, which saves seconds per run.
 
-It must not train itself: autograd cannot be used in the fork of a process that has used it. Requests and replies are
-JSON lines on standard input and output; `Forks` is the other end.
+It must not train itself: autograd does not work in the fork of a process that has used it. Requests and replies are
+JSON lines on standard input and output; `Forks` is the client.
 """
 
 import json
@@ -30,16 +30,16 @@ class Forks:
         )
 
     def run(self, flags: list[str], **how: Any) -> "Ended":
-        """`qlora-rm train` with these flags.
+        """Run `qlora-rm train` with these flags.
 
         Arguments:
-            kill_after: seconds after which it is sent `signals`, each with the seconds to wait before the next; counted
-                from the beginning of training where `in_training` is true.
-            kill_at_change: it kills itself before so many'th change to a file of its output folder.
-            end_at: a method of the trainer and a number: it sends itself SIGTERM in so many'th call.
+            kill_after: seconds after which the run is sent `signals`, each with the seconds to wait before the next;
+                counted from the beginning of training if `in_training` is true.
+            kill_at_change: the run kills itself before the change of this number to a file of its output folder.
+            end_at: a method of the trainer and a number N: the run sends itself SIGTERM in the N-th call.
             whole_group: the SIGTERM of `end_at` comes from outside, to all processes of the run.
-            tight: the disk is as small as the test says, and is not measured before the run.
-            record: a folder for what `recorded_train` notes.
+            tight: the disk is deliberately small, so the run does not measure it first.
+            record: a folder for what `recorded_train` records.
         """
         assert self.process.stdin and self.process.stdout
         self.process.stdin.write(json.dumps({"flags": flags, **how}) + "\n")
@@ -53,7 +53,7 @@ class Forks:
 
 
 class Ended:
-    """How a run ended: its status as a shell reports it, what it said, how long it took, how many files it changed."""
+    """How a run ended: its status as a shell reports it, its output, its duration, and how many files it changed."""
 
     def __init__(self, status: int, said: str, seconds: float, changes: int):
         self.status, self.said, self.seconds, self.changes = status, said, seconds, changes
@@ -140,7 +140,7 @@ def end_at(method: str, number: int, whole_group: bool) -> None:
         count += 1
         if count == number and whole_group:
             subprocess.run(["sh", "-c", f"kill -TERM -{os.getpgid(0)}"], start_new_session=True, check=True)
-            time.sleep(0.1)  # in which what dies of it is dead
+            time.sleep(0.1)  # time for processes that the signal kills to end
         elif count == number:
             os.kill(os.getpid(), signal.SIGTERM)
         return real(*args, **kwargs)
@@ -149,7 +149,7 @@ def end_at(method: str, number: int, whole_group: bool) -> None:
 
 
 def count_changes(out: Path, tally: int, kill_at: int | None) -> None:
-    """Count files opened for writing, renamed, removed, and flushed below `out`; die before the `kill_at`'th of them."""
+    """Count files opened for writing, renamed, removed and flushed below `out`; end before change number `kill_at`."""
     count = 0
 
     def change() -> None:

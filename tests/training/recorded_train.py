@@ -1,8 +1,8 @@
-"""The train door, noting which comparisons each optimizer step saw, and told to end where a test wants it.
+"""Script that runs `qlora-rm train`, records the comparisons of each optimizer step, and ends where a test asks for it.
 
-Reads RECORD, a folder; END_AT, a step in whose first forward pass the last process sends itself SIGTERM; KILL_IN_SAVE,
-a step in whose checkpoint the first one dies once the optimizer is written; PAUSE, seconds to wait in forward passes.
-The last process writes its part of a checkpoint late, and what the first one then flushes is noted too.
+Environment: RECORD, a folder; END_AT, a step in whose first forward pass the last process sends itself SIGTERM;
+KILL_IN_SAVE, a step in whose save the first process is killed after the optimizer is written; PAUSE, seconds to wait in
+forward passes. The last process writes its part of a checkpoint late, and what the first one flushes is recorded too.
 """
 
 import json
@@ -54,7 +54,7 @@ def record() -> None:
 
 
 def recorded(folder: Path) -> dict[int, list[tuple[int, ...]]]:
-    """The sequences that each optimizer step saw, of all processes, in an order of their own."""
+    """Return the sequences that each optimizer step saw, over all processes, sorted."""
     steps: dict[int, list[tuple[int, ...]]] = {}
     for file in sorted(folder.glob("*.jsonl")):
         for line in file.read_text().splitlines():

@@ -1,4 +1,4 @@
-"""A run does not wait without end for the lock of an extension whose compiling process was killed."""
+"""A run does not wait forever for the build lock of a process that was killed while it compiled an extension."""
 
 import os
 import threading

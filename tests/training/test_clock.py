@@ -1,4 +1,4 @@
-"""A model is trained on one day and used on another: its template renders the day of training everywhere."""
+"""If a model is trained on one day and used on another, its template renders the day of training everywhere."""
 
 import json
 import shutil
@@ -80,7 +80,7 @@ def failed(folder: Path) -> list[str]:
 
 
 def stock_ids(folder: Path) -> list[list[list[int]]]:
-    """Token ids of the golden conversations as plain transformers gives them."""
+    """Return the token ids that plain transformers gives the golden conversations."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     golden = Manifest.load(folder).golden
     return [[tokenizer.apply_chat_template([*i.prompt, *r])["input_ids"] for r in i.responses] for i in golden]
@@ -120,7 +120,9 @@ def test_merged_requantized_and_exported_it_renders_that_day(trained: Path, tmp_
     for name in ("merged", "in 4 bit", "exported"):
         assert Manifest.load(tmp_path / name).contract.date == DATE
         whole = [item.token_ids for item in Manifest.load(tmp_path / name).golden]
-        assert [a == b for a, b in zip(stock_ids(tmp_path / name), whole, strict=True)].count(False) <= 1  # the cut one
+        assert [a == b for a, b in zip(stock_ids(tmp_path / name), whole, strict=True)].count(
+            False
+        ) <= 1  # the truncated one
     assert failed(tmp_path / "merged") == []
     assert f"renders {DATE}" in (tmp_path / "exported/README.md").read_text()
 

@@ -1,4 +1,4 @@
-"""A mixture of experts from end to end: trained in 4 bit, resumed, sharded by ZeRO-3, merged, read back."""
+"""A mixture of experts from end to end: trained in 4 bit, resumed, sharded by ZeRO-3, merged, loaded."""
 
 import json
 import shutil
@@ -60,7 +60,7 @@ def assert_scores_are_golden(folder):
 
 @pytest.mark.slow
 def test_zero3_shards_packed_experts_and_ends_where_one_process_ends(experts_folder, rows_file, tmp_path):
-    """LoRA on the experts too, and no checkpointing, which would hide what the forward pass keeps."""
+    """With LoRA on the experts, and without activation checkpointing, which would hide what the forward pass keeps."""
     base, one, two = experts_folder("mixtral"), tmp_path / "one", tmp_path / "two"
     options = {"lora_experts": True, "gradient_checkpointing": False, "max_steps": 4}
     main(short_run(base, rows_file, one, gradient_accumulation_steps=2, share_prefix="false", **options))

@@ -1,4 +1,4 @@
-"""`--push_to_hub`: what stands in its way is said before training, and what is pushed is the finished run."""
+"""`--push_to_hub`: obstacles are reported before training, and only the finished run is pushed."""
 
 import shutil
 import subprocess
@@ -18,7 +18,7 @@ from qlora_rm.verification.folder import verify
 
 
 class Answer(OSError):
-    """An error with a status, as huggingface_hub raises them."""
+    """Return an error with a status, as huggingface_hub raises it."""
 
     def __init__(self, status: int):
         super().__init__(f"Client error {status}\nwith a second line")
@@ -157,7 +157,7 @@ def test_a_push_that_fails_keeps_the_run_and_says_how_to_push_it(hub, flags, tmp
     assert f"hf upload me/rm {out} . --exclude 'checkpoint-*'" in told
     assert [check.name for check in verify(str(out)) if not check.ok] == []
     hub.fails = None
-    main(pushing(flags, hub_token="t", hub_model_id="me/rm", resume_from_checkpoint="auto"))  # the other way to push it
+    main(pushing(flags, hub_token="t", hub_model_id="me/rm", resume_from_checkpoint="auto"))  # resuming pushes it too
     assert hub.pushed == [("me/rm", None)]
 
 
@@ -167,7 +167,7 @@ def test_nothing_is_asked_of_the_hub_without_the_option(hub, flags):
 
 
 def test_the_command_that_is_named_exists():
-    """`hf upload` and the options it is given, as the installed command line knows them."""
+    """The installed `hf upload` supports the options that this project passes."""
     help_text = subprocess.run(
         [str(Path(sys.executable).with_name("hf")), "upload", "--help"], capture_output=True, text=True, check=True
     ).stdout

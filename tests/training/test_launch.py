@@ -1,4 +1,4 @@
-"""Two real ranks on this CPU: DDP, DeepSpeed ZeRO-2 and ZeRO-3 with real NF4 end where one process ends, on forests too."""
+"""Two real CPU ranks: DDP, DeepSpeed ZeRO-2 and ZeRO-3 with real NF4 give one process's result, on forests too."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ STEPS = {"max_steps": 20, "eval_steps": 10, "save_steps": 10}
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory, backbone_folder, rows_file):
-    """The same global batch in one process, two accumulated where two ranks have one each; padded, and as forests."""
+    """Runs of one process with two ranks' global batch, by accumulating two micro-batches; padded, and as forests."""
     folders = {}
     for share in ("false", "true"):
         folders[share] = tmp_path_factory.mktemp(f"share_{share}") / "out"
@@ -37,7 +37,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def tokens_computed(folder: Path) -> int:
-    """Tokens that all ranks together put through the backbone in training."""
+    """Return the tokens that all ranks together put through the backbone in training."""
     return max(int(entry["num_tokens"]) for entry in log_of(folder) if "num_tokens" in entry)
 
 
@@ -62,14 +62,14 @@ def test_two_ranks_end_where_one_process_ends(one_process, backbone_folder, rows
     assert done.returncode == 0, done.stderr[-5000:]
     assert (done.stdout, unknown(done.stderr)) == ("", []), "lines that are none of ours"
     assert f"engine: {engine}, 2 processes on cpu, fp32; forests" in done.stderr
-    assert tokens_computed(out) == tokens_computed(one_process["true"])  # both ranks', each shared prompt once
+    assert tokens_computed(out) == tokens_computed(one_process["true"])  # of both ranks, each shared prompt once
     assert_same_weights(out, one_process["false"])
     counted = checkpoint_bytes(sum(weight.numel() for weight in weights(out).values()), engine)
     written = sum(file.stat().st_size for file in (out / "checkpoint-20").rglob("*") if file.is_file())
     assert counted <= written <= counted + 400_000
     states = list((out / "checkpoint-20").rglob("*model_states.pt"))
     assert len(states) == {"ddp": 0, "zero2": 1, "zero3": 2}[engine]
-    for state in states:  # what the base's own files say is not saved once more, by every rank
+    for state in states:  # every rank leaves out the quantization constants, which follow from the base's own files
         assert not [key for key in torch.load(state, weights_only=False)["module"] if "base_layer" in key]
     manifest = Manifest.load(out)
     model = RewardModel.load(str(out))
@@ -79,7 +79,7 @@ def test_two_ranks_end_where_one_process_ends(one_process, backbone_folder, rows
 
 
 def test_a_model_fine_tuned_whole_under_zero3_is_saved_whole(backbone_folder, rows_file, tmp_path):
-    """In fp32, the very weights that gave the golden scores, and those of one process; in its checkpoints too."""
+    """In fp32: the weights that gave the golden scores, close to one process's, and the same in its checkpoints."""
     whole = {"quantization": "none", "use_lora": False, "max_steps": 4}
     one, two = tmp_path / "one", tmp_path / "two"
     main(short_run(backbone_folder, rows_file, one, gradient_accumulation_steps=2, **whole))
@@ -124,7 +124,7 @@ def test_deepspeed_resumes_where_it_stopped(backbone_folder, rows_file, tmp_path
 
     through = run(tmp_path / "out")
     (tmp_path / "out/checkpoint-8/COMPLETE").unlink()
-    (tmp_path / "out/rm_manifest.json").unlink()  # written last: the run was cut off before
+    (tmp_path / "out/rm_manifest.json").unlink()  # written last, so this is an interrupted run
     (tmp_path / "out/adapter_model.safetensors").unlink()
     resumed = run(tmp_path / "out", resume="auto")
     for name, weight in through.items():
@@ -140,7 +140,7 @@ def test_an_8_bit_backbone_is_refused_under_zero3(backbone_folder, rows_file, tm
 
 
 def test_an_engine_that_is_not_in_force_is_noticed(backbone_folder, rows_file, tmp_path):
-    """The launcher's own --cpu drops DeepSpeed without a word; the recipe's `engine` tells."""
+    """The launcher's own --cpu drops DeepSpeed silently; the `engine` option detects it."""
     done = launch("cpu_zero3", short_run(backbone_folder, rows_file, tmp_path / "out", engine="zero3"), "--cpu")
     assert done.returncode != 0
     assert "The engine asked for is zero3, the one in force is single" in done.stderr

@@ -1,4 +1,4 @@
-"""What a backbone has no embedding for, and rotation that depends on length: held against the run before it trains."""
+"""Checks before training: tokens and positions without an embedding, and rotary scaling that depends on length."""
 
 import json
 from pathlib import Path
@@ -68,7 +68,7 @@ def test_a_file_s_max_length_is_the_user_s_too(flags: Any, backbone: Any, tmp_pa
 def test_a_default_that_is_too_long_is_lowered_and_said(
     architecture: str, where: str, flags: Any, backbone: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A row longer than the positions trains all the same: its prompt is cut there."""
+    """A row longer than the positions is still used for training: its prompt is truncated."""
     long = {"prompt": "name the cat. " * 300, "chosen": "a cat", "rejected": "a dog, no"}
     rows = write_rows(
         tmp_path / "rows.jsonl", [*preference_rows(20), *[long | {"prompt": f"{i} {long['prompt']}"} for i in range(4)]]
@@ -82,7 +82,7 @@ def test_a_default_that_is_too_long_is_lowered_and_said(
     assert failing(verify(str(tmp_path / "out"))) == []
     main(
         flags(model_name_or_path=backbone(architecture), dataset=rows, max_steps=2, resume="auto")
-    )  # the same length again
+    )  # lowered to the same length again
 
 
 def test_positions_that_the_configuration_hides_are_found_in_the_loaded_model(
@@ -101,7 +101,7 @@ def test_a_rotary_backbone_beyond_what_it_was_made_for_is_said_once(
 
 
 def edges(folder: Path) -> tuple[Path, str]:
-    """A BERT whose contract allows more than there are positions, as an earlier version wrote it; and a file with one row beyond."""
+    """Return a BERT whose contract exceeds its positions (by an earlier version), and rows with one too long."""
     model = make_reward_model(folder, "bert", quantization="none", max_length=1024)
     rows = [*preference_rows(6), {"prompt": "word " * 600, "chosen": "a", "rejected": "b"}]
     return model, write_rows(folder / "rows.jsonl", rows)
@@ -182,7 +182,7 @@ def reward_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Reward
 def test_one_rotation_from_training_to_the_last_reader(
     architecture: str, flags: Any, backbone: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Chosen and rejected stand on both sides of the switch: trained, served, merged, exported, and read by stock code alone."""
+    """Chosen and rejected on both sides of the switch: trained, served, merged, exported, loaded by stock code."""
     rows = [row | {"rejected": row["rejected"] + " and no more of it" * 4} for row in preference_rows(40)]
     given = {"model_name_or_path": backbone(architecture), "dataset": write_rows(tmp_path / "rows.jsonl", rows)}
     main(flags(**given, max_length=128, max_steps=6, share_prefix="true", quantization="none"))

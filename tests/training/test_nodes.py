@@ -1,4 +1,4 @@
-"""Two "nodes" on this machine: two launchers that meet at one port, train as one job, and end as one when a rank dies."""
+"""Two "nodes" on one machine: two launchers that share a port train as one job, and end together when a rank dies."""
 
 import json
 import os
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 BIN = Path(sys.executable).parent
 SCRIPT = str(ROOT / "recipes" / "train.slurm")
 BOUND = 30.0
-"""Seconds from a rank's death to the end of the last launcher: 1 to look, 5 to come out, 3 to linger, and this machine's load."""
+"""Seconds from a rank's death to the last launcher's end: `LOOK_EVERY` 1, `COME_OUT` 5, `LINGER` 3, and load."""
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -41,7 +41,7 @@ def free_port() -> int:
 
 
 class Job:
-    """Processes that make one job, each with its standard error in a file of its own."""
+    """Processes of one job, each with its standard error in a separate file."""
 
     def __init__(self, folder: Path):
         self.folder, self.processes = folder, list[subprocess.Popen]()
@@ -78,7 +78,7 @@ def children(process: subprocess.Popen) -> list[psutil.Process]:
 
 
 def two_launchers(running: Job, flags: list[str], homes: tuple[Path, Path] = (ROOT, ROOT)) -> None:
-    """`accelerate launch` twice, DDP with one CPU rank each; `homes` are the two nodes' working directories."""
+    """Run `accelerate launch` twice, as DDP with one CPU rank each; `homes` are the nodes' working directories."""
     port = str(free_port())
     for node, home in enumerate(homes):
         running.start(
@@ -132,7 +132,7 @@ def test_the_slurm_script_trains_over_two_nodes_what_one_process_trains(
 def test_a_second_copy_that_would_reach_over_machines_is_refused_before_weights_are_loaded(
     backbone_folder, rows_file, tmp_path
 ):
-    """The same script and configuration on machines of fewer cards than it was written for."""
+    """The same script and configuration on machines with fewer GPUs than it was written for."""
     engine, launch_config = tmp_path / "engine.json", tmp_path / "launch.yaml"
     settings = json.loads((ROOT / "ds_configs/cpu_two_nodes_zero3.json").read_text())
     settings["zero_optimization"]["zero_hpz_partition_size"] = 2
@@ -198,7 +198,7 @@ def test_a_rank_killed_on_another_node_ends_the_job(backbone_folder, rows_file, 
 def test_what_differs_on_one_node_is_told_on_all_before_weights_are_loaded(
     differs, backbone_folder, rows_file, tmp_path
 ):
-    """The same command on two hosts whose files are not the same."""
+    """The same command on two hosts with different files."""
     homes = tmp_path / "first", tmp_path / "second"
     rows = Path(rows_file).read_text().splitlines(keepends=True)
     for home in homes:
@@ -222,7 +222,7 @@ def test_what_differs_on_one_node_is_told_on_all_before_weights_are_loaded(
 
 @pytest.fixture
 def torchrun(tmp_path):
-    """Both ranks of `failing_ranks.py` under one launcher or two; what each launcher said: before its summary, and in it."""
+    """Run `failing_ranks.py` under one launcher or two; return each launcher's output before and in its summary."""
 
     def run(how: str, nodes: int) -> list[tuple[str, str]]:
         port = free_port()

@@ -1,4 +1,4 @@
-"""Every option of the train command has a rule, and the command is held against it before anything is loaded."""
+"""Every option of the train command has a rule, and commands are checked against them before anything is loaded."""
 
 import json
 from dataclasses import dataclass, fields, make_dataclass
@@ -24,7 +24,7 @@ ANOTHER = {
     "parallelism_config": "tp", "liger_kernel_config": {"rope": True}, "model_init_kwargs": {"dtype": "auto"}, "local_rank": 0,
     "label_names": ["labels"], "dataset_num_proc": 4,
 }  # fmt: skip
-"""A value that is not the default, of options that are not switches."""
+"""A value other than the default, for options that are not switches."""
 
 
 def another(name):
@@ -176,7 +176,7 @@ def test_a_command_without_such_options_says_nothing(flags, capfd):
     ("option", "value", "told"),
     [
         ("lora_r", 8, r"--lora_r 8 has no effect: --adapter .* which has 4"),
-        ("lora_r", 16, r"--lora_r 16 has no effect"),  # the default, and still not the adapter's
+        ("lora_r", 16, r"--lora_r 16 has no effect"),  # the default, which differs from the adapter's
         ("use_dora", True, "--use_dora True has no effect"),
         ("lora_target_modules", ["q_proj"], r"--lora_target_modules \['q_proj'\] has no effect"),
         ("head_init_std", 0.0, r"--head_init_std 0.0 has no effect"),

@@ -1,4 +1,4 @@
-"""The options of the libraries that are obeyed have the effect they name, in this project's trainer."""
+"""Library options that are obeyed have the effect they name in this project's trainer."""
 
 import importlib
 import json
@@ -26,7 +26,7 @@ from tests.tokenizers_for_tests import small_tokenizer
 
 @pytest.fixture(scope="module")
 def ready(backbone_folder, rows_file):
-    """A model and tokenized comparisons, and a trainer over them for any options; each call starts from one state."""
+    """A function that makes a trainer with given options over one model and data set, always from the same state."""
     words = ["--model_name_or_path", backbone_folder, "--dataset", rows_file, "--eval_fraction", "0.25"]
     options = parse([*words, "--quantization", "none", "--lora_r", "2", "--bf16", "false"])
     tokenizer = load_tokenizer(backbone_folder)
@@ -97,7 +97,7 @@ def ddp(trainer):
 
 
 SEEN_IN_THE_TRAINER = {
-    # option: (value, other options, what to look at, what is seen there)
+    # option: (value, other options, what to inspect, expected value)
     "learning_rate": (0.25, {}, lambda t: group(t)["lr"], 0.25),
     "weight_decay": (0.125, {}, lambda t: group(t)["weight_decay"], 0.125),
     "adam_beta1": (0.5, {}, lambda t: group(t)["betas"], (0.5, 0.999)),
@@ -221,7 +221,7 @@ def test_noise_and_offloading_act_in_training(made, monkeypatch):
             return None
 
     monkeypatch.setattr(reward_trainer, "get_act_offloading_ctx_manager", lambda model: Context())
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # on a CPU it is refused
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # the option is refused on a CPU
     with monkeypatch.context() as cpu:
         cpu.setattr(torch.cuda, "is_available", lambda: False)
         trainer = made()
@@ -424,7 +424,7 @@ ELSEWHERE = {
     "eos_token": "tests.backbone.test_tokenizer:test_unknown_eos_token",
     "pad_token": "tests.backbone.test_pad_token:test_the_option_works_through_training_and_what_comes_after",
 }  # fmt: skip
-"""Options whose effect a test of its own shows: module and test."""
+"""Options whose effect another test shows: module and test."""
 
 NOT_SHOWN = {
     "optim_target_modules": "galore_torch and apollo_torch are not installed",
@@ -435,7 +435,7 @@ NOT_SHOWN = {
     "hub_strategy": "end alone is taken (tests/training/test_hub.py)",
     "trust_remote_code": "no code of others is in the tests",
 }
-"""Options of which transformers' or TRL's own code is trusted, and why."""
+"""Options for which transformers' or TRL's own code is trusted, and why."""
 
 
 def test_every_option_that_is_obeyed_is_shown_to_be():

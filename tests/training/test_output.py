@@ -1,4 +1,4 @@
-"""What is seen of a real run whose standard error is a file."""
+"""The output of a real run whose standard error is a file."""
 
 import os
 import re
@@ -27,16 +27,16 @@ progress.Display.open = open
 from qlora_rm.cli import main
 sys.exit(main(["train", *sys.argv[1:]]))
 """
-"""The train command, with phases shown that end within two seconds too."""
+"""Runs the train command, and shows even phases that end within two seconds."""
 PHASES = ["starting", "reading", "tokenizing", "loading and quantizing", "training", "evaluating", "golden scores"]
 
 pytestmark = pytest.mark.slow
 
 
 def run(words: list[str], tmp_path: Path) -> tuple[str, str]:
-    """Standard output and error of a run, by files."""
+    """Return standard output and error of a run, captured in files."""
     names = tmp_path / "stdout", tmp_path / "stderr"
-    quiet = {"TRANSFORMERS_VERBOSITY", "TQDM_DISABLE", "PYTHONWARNINGS"}  # a user has none of these
+    quiet = {"TRANSFORMERS_VERBOSITY", "TQDM_DISABLE", "PYTHONWARNINGS"}  # users do not set these
     environ = {name: value for name, value in os.environ.items() if name not in quiet}
     with names[0].open("wb") as out, names[1].open("wb") as err:
         done = subprocess.run([sys.executable, "-c", SHOW_ALL, *words], stdout=out, stderr=err, cwd=ROOT, env=environ)
@@ -47,7 +47,7 @@ def run(words: list[str], tmp_path: Path) -> tuple[str, str]:
 
 
 def phases_of(told: str) -> list[str]:
-    """The phases that speak, in order, each once."""
+    """Return the phases that print, in order, without repetitions."""
     phase = rf"^({'|'.join(PHASES)}): (?!\d+ comparisons)\d"  # "training: 72 comparisons" reports what was read
     found = re.findall(phase, told, re.MULTILINE)
     return [name for name, _ in groupby(found)]

@@ -1,4 +1,4 @@
-"""Every answer a CPU can give about its 16-bit units: fp32 unless asked otherwise, and bf16 that works when asked for."""
+"""Whatever 16-bit units a CPU has: fp32 unless asked otherwise, and bf16 that works when asked for."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ UNITS = [(True, True), (True, False), (False, True), (False, False)]
 
 @pytest.fixture
 def units(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[bool, bool]:
-    """A CPU with or without AMX tiles, with or without AVX512-BF16, whatever this machine has."""
+    """A simulated CPU with or without AMX tiles, and with or without AVX512-BF16."""
     tiles, avx512 = request.param
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
@@ -38,7 +38,7 @@ def test_fp32_is_the_default_on_every_cpu(units: tuple[bool, bool]) -> None:
 @pytest.mark.parametrize("units", [UNITS[0], UNITS[-1]], ids=str, indirect=True)
 @pytest.mark.parametrize("asked", [None, True], ids=["default", "bf16"])
 def test_the_way_from_rows_to_scores(units: tuple[bool, bool], asked: bool | None, flags, tmp_path, capsys) -> None:
-    """Train, evaluate, merge in both dtypes, verify and score, as typed; `--bf16 true` or nothing."""
+    """Train, evaluate, merge in both dtypes, verify and score from the command line, with `--bf16 true` or without."""
     computes, model = "bf16" if asked else "fp32", str(tmp_path / "out")
     rows = write_rows(tmp_path / "held_out.jsonl", preference_rows(16, seed=7))
     assert qlora_rm(["train", *flags(bf16=asked, max_steps=12, eval_steps=12, save_steps=12)]) == 0
@@ -68,7 +68,7 @@ def test_trainable_weights_stay_fp32_in_bf16(flags, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_merged_model_read_in_bf16_stays_within_what_training_measured(flags, tmp_path: Path) -> None:
-    """As a GPU's consumer reads it: in bf16 weights and arithmetic, which this project never chooses on a CPU."""
+    """As a consumer on a GPU loads it: bf16 weights and arithmetic, which this project never chooses on a CPU."""
     from qlora_rm.artifacts.golden import drift, scores_of
     from qlora_rm.backbone.scoring import score_sequences
 

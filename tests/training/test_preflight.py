@@ -1,4 +1,4 @@
-"""What is told before weights are loaded: settings that spoil the weights, a disk that is too small."""
+"""Problems reported before weights are loaded: settings that spoil the weights, a disk that is too small."""
 
 import json
 import shutil
@@ -77,7 +77,7 @@ def test_settings_are_refused_only_where_they_do_harm(flags):
 
 
 def test_a_whole_model_under_zero3_needs_its_weights_gathered_to_be_saved(flags):
-    """Without it transformers writes an engine's checkpoint in the model's place, and the run ends well."""
+    """Otherwise transformers writes an engine checkpoint instead of the model, and the run ends without an error."""
     for value in (False, "auto"):
         whole = zero(stage3_gather_16bit_weights_on_model_save=value)
         (told,) = unsound(flags, whole, quantization="none", adapter=False)
@@ -93,16 +93,16 @@ def test_a_whole_model_under_zero3_needs_its_weights_gathered_to_be_saved(flags)
         (8, 12, 4, False),  # DeepSpeed stops: 8 does not divide 12
         (8, 8, 4, False),  # over two machines
         (4, 12, 4, True),
-        (4, 16, 8, True),  # two copies a machine
+        (4, 16, 8, True),  # two copies per machine
         (8, 12, 8, True),
-        (8, 4, 4, True),  # one machine: DeepSpeed takes the four there are
+        (8, 4, 4, True),  # one machine: DeepSpeed uses its four ranks
         (3, 4, 4, False),
         (1, 6, 3, True),
         (0, 6, 3, True),
     ],
 )
 def test_a_second_copy_of_the_shards_stays_within_a_machine(flags, hpz, ranks, ranks_here, sound):
-    """Told on each machine of itself: of 8 and 4 processes, the second's are told."""
+    """Each machine checks itself: with 8 and 4 processes on two machines, only the second reports a problem."""
     told = unsound(flags, zero(zero_hpz_partition_size=hpz), ranks=ranks, ranks_here=ranks_here)
     assert sound == (told == [])
     assert sound or f"set it to {ranks_here}" in told[0]
@@ -182,7 +182,7 @@ def test_deepspeed_saves_masters_too():
     ids=str,
 )
 def test_checkpoints_are_counted(flags, changes, made):
-    """100 comparisons, 4 a step."""
+    """With 100 comparisons, 4 per step."""
     assert checkpoints_made(parse(flags(**changes)).training, 100) == made
 
 
@@ -199,7 +199,7 @@ def test_a_disk_that_will_not_hold_all_that_is_kept_is_warned_of(flags, tmp_path
     config = read_model_config(backbone_folder)
     two, one = (trained_weights(parse(flags(lora_r=rank)), config) for rank in (2, 1))
     a_rank = two - one
-    rank = int(shutil.disk_usage(tmp_path).free / (a_rank * 12) / 2)  # a checkpoint of half of what is free
+    rank = int(shutil.disk_usage(tmp_path).free / (a_rank * 12) / 2)  # one checkpoint takes half of the free space
     options = parse(flags(lora_r=rank, max_steps=8, save_steps=1, save_total_limit=2))
     need = DiskNeed.of(options, config, "single", 72)
     assert need.most > 2.9 * need.checkpoint

@@ -1,4 +1,4 @@
-"""Cut off at any moment, a run goes on from its last whole checkpoint and ends as if it had not been."""
+"""A run interrupted at any moment resumes from its last complete checkpoint and ends as if uninterrupted."""
 
 import json
 import os
@@ -24,10 +24,10 @@ from tests.training.forking import Forks
 pytestmark = pytest.mark.slow
 
 SWEEP = bool(SEED)
-"""Kill before every change to a file, not before some of them; takes ten minutes."""
+"""Whether to kill before every change to a file, not only before some; takes ten minutes."""
 MOMENTS = 200 if SWEEP else 20
 
-# 72 comparisons in steps of 10: nine steps an epoch less a filled-up one, log lines between saves, dropout, a best step
+# 72 comparisons in steps of 10: eight steps per epoch, the last one padded; logs between saves, dropout, a best step
 RUN = {
     "per_device_train_batch_size": 5, "gradient_accumulation_steps": 2, "max_steps": 12, "save_steps": 2, "eval_steps": 2,
     "logging_steps": 3, "lora_dropout": 0.1, "save_total_limit": 1, "metric_for_best_model": "loss", "resume": "auto",
@@ -48,7 +48,7 @@ def flags_of(backbone_folder, rows_file):
 
 @pytest.fixture(scope="module")
 def through(forks, flags_of, tmp_path_factory):
-    """The uninterrupted run: its folder, and how it ended, its seconds counted from the beginning of training."""
+    """The uninterrupted run: its folder, and how it ended, with seconds counted from the beginning of training."""
     out = tmp_path_factory.mktemp("through") / "out"
     ended = forks.run(flags_of(out), in_training=True)
     assert ended.status == 0, ended.said
@@ -60,7 +60,7 @@ def weights(folder: Path) -> dict[str, bytes]:
 
 
 def log(folder: Path) -> list[dict]:
-    """What was logged, but for times, and for the sum over a process's steps at its end."""
+    """Return what was logged, without times and the last line's sum over a process's steps."""
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     timed = ("runtime", "per_second")
     return [{k: v for k, v in line.items() if not k.endswith(timed)} for line in history if "train_loss" not in line]
@@ -86,7 +86,7 @@ def finish(forks: Forks, flags: list[str]) -> str:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_killed_at_random_moments(forks, flags_of, through, tmp_path, seed):
-    """Some runs are killed again as they go on."""
+    """Some runs are killed again after they resume."""
     draw = random.Random(4 * SEED + seed)
     for moment in range(MOMENTS // 4):
         out = tmp_path / str(moment)
@@ -127,7 +127,7 @@ def test_a_complete_run_says_so_and_changes_nothing(forks, flags_of, through):
     ids=["steps", "epoch", "steps and epoch"],
 )  # fmt: skip
 def test_sigterm_saves_the_step_it_is_in(forks, flags_of, tmp_path, strategy):
-    """In the middle of a step, in an epoch's last step, in an evaluation; then the run goes on as if never told."""
+    """In the middle of a step, in an epoch's last step, in an evaluation; the resumed run ends as if uninterrupted."""
     uninterrupted = tmp_path / "through"
     finish(forks, flags_of(uninterrupted, **strategy))
     first_evaluation = 3 if strategy == {} else 8
@@ -142,7 +142,7 @@ def test_sigterm_saves_the_step_it_is_in(forks, flags_of, tmp_path, strategy):
 
 
 def test_the_last_checkpoint_outlives_training_beside_the_best(forks, flags_of, tmp_path):
-    """Whatever ends the run while the finished model is saved, and a later, longer run, go on from it."""
+    """An end while the finished model is saved, and a later, longer run, both resume from the last checkpoint."""
     out = tmp_path / "out"
     best_first = {"greater_is_better": True, "max_steps": 4}
     ended = forks.run(
@@ -156,7 +156,7 @@ def test_the_last_checkpoint_outlives_training_beside_the_best(forks, flags_of, 
 
 
 def test_the_best_weights_are_not_saved_as_the_last_step(forks, flags_of, tmp_path):
-    """Which they are in memory, when SIGTERM comes while the finished model is evaluated."""
+    """They are in memory if SIGTERM comes while the finished model is evaluated."""
     best_first = {"greater_is_better": True, "max_steps": 4, "save_strategy": "best", "load_best_model_at_end": True}
     ended = forks.run(flags_of(tmp_path / "out", **best_first), end_at=["prediction_step", 13])
     assert ended.status == 143 and [path.name for path in checkpoints(str(tmp_path / "out"))] == ["checkpoint-2"]
@@ -165,7 +165,7 @@ def test_the_best_weights_are_not_saved_as_the_last_step(forks, flags_of, tmp_pa
 
 
 def test_sigterm_between_two_epochs_saves_the_step_before(forks, flags_of, tmp_path):
-    """In the tail of an epoch's evaluation, and after the last look for a signal; step 8 is no step to save by itself."""
+    """At the end of an epoch's evaluation, and after the last check for a signal; step 8 is not due for a save."""
     changes = {"eval_strategy": "epoch", "save_steps": 3, "max_steps": 10, "metric_for_best_model": None}
     finish(forks, flags_of(tmp_path / "through", **changes))
     for method, number in (("_determine_best_metric", 1), ("_run_epoch", 2)):
@@ -196,7 +196,7 @@ raise ValueError("a defect")
 
 
 def test_data_workers_end_with_a_run_that_fails():
-    """Python tells them to by SIGTERM, and waits for them."""
+    """Python ends them by SIGTERM, and waits for them."""
     failed = subprocess.run([sys.executable, "-c", FAILS_WITH_WORKERS], capture_output=True, text=True, timeout=60)
     assert failed.returncode == 1 and failed.stderr.strip().endswith("ValueError: a defect")
 
@@ -208,7 +208,7 @@ def test_sigterm_before_training_ends_at_once(forks, flags_of, tmp_path):
 
 @pytest.mark.parametrize("pause", [0, SAME_SIGNAL])
 def test_only_a_later_sigterm_ends_at_once(pause):
-    """A scheduler and the launcher may both pass on the first."""
+    """A scheduler and the launcher may both send the first one."""
     child = os.fork()
     if child == 0:
         termination = Termination()
@@ -229,7 +229,7 @@ REFUSED = {
 
 @pytest.fixture(scope="module")
 def cut_off(forks, flags_of, tmp_path_factory):
-    """A run that was told to end at step 4."""
+    """A run that was asked to end at step 4."""
     out = tmp_path_factory.mktemp("cut_off") / "out"
     assert forks.run(flags_of(out, lora_dropout=0), end_at=["training_step", 8]).status == 143
     return out
@@ -244,7 +244,7 @@ def test_what_a_resumed_run_cannot_change_is_refused(forks, flags_of, cut_off, n
 
 
 def test_a_changed_learning_rate_and_schedule_are_obeyed(forks, flags_of, cut_off, tmp_path):
-    """From the step resumed at, the rates are those of a run that had the new ones from its start."""
+    """From the resumed step on, the rates are those of a run that had the new options from its start."""
     changes = {
         "lora_dropout": 0,
         "learning_rate": 1e-3,
@@ -268,7 +268,7 @@ def test_a_changed_learning_rate_and_schedule_are_obeyed(forks, flags_of, cut_of
 
 
 def test_another_base_is_refused(forks, flags_of, cut_off, backbone_folder, tmp_path):
-    """One of another shape; and one that differs by a little training of a single weight."""
+    """One base has another shape; the other differs in a single weight tensor, as after a little training."""
     other = save_backbone(tmp_path / "other", "qwen2", small_tokenizer())
     tuned = shutil.copytree(backbone_folder, tmp_path / "tuned")
     tensors = load_file(tuned / "model.safetensors")
@@ -292,7 +292,7 @@ def test_what_has_no_optimizer_or_later_ones_beside_it_is_refused(forks, flags_o
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of so many bytes, which can be given more."""
+    """A function that mounts a file system of so many bytes, or remounts it with more."""
     folder = tmp_path / "disk"
     folder.mkdir()
 
@@ -308,9 +308,9 @@ def small_disk(tmp_path):
 
 @pytest.mark.parametrize("room", ["not for one", "not for two", "for one and most of another"])
 def test_a_full_disk_is_told_and_leaves_the_last_checkpoint_whole(forks, flags_of, through, small_disk, room):
-    """The second is noticed before anything is written, the others in the middle of it."""
+    """The second case is detected before anything is written, the others while writing."""
     files = [path.stat().st_size for path in (through[0] / "checkpoint-12").rglob("*") if path.is_file()]
-    taken = sum(-(-size // 4096) * 4096 for size in files)  # a file takes whole pages
+    taken = sum(-(-size // 4096) * 4096 for size in files)  # a file takes full pages
     size = {
         "not for one": taken // 2,
         "not for two": taken * 3 // 2,
@@ -329,7 +329,7 @@ def test_a_full_disk_is_told_and_leaves_the_last_checkpoint_whole(forks, flags_o
 
 
 def test_what_a_kill_left_of_a_save_makes_room_for_the_next(forks, flags_of, through, small_disk):
-    """Its half-written folder is removed before room is measured."""
+    """The half-written folder is removed before free space is measured."""
     out = small_disk(64 << 20) / "out"
     assert forks.run(flags_of(out), end_at=["training_step", 4], tight=True).status == 143
     begin(out / "checkpoint-4")

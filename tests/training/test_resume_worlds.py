@@ -1,4 +1,4 @@
-"""A checkpoint goes on under another number of processes: the same pairs in every step, and the same end."""
+"""A checkpoint resumed by another number of processes: the same pairs in every step, and the same result."""
 
 import json
 import signal
@@ -14,7 +14,7 @@ from tests.training.recorded_train import recorded
 
 pytestmark = pytest.mark.slow
 
-# two epochs of 72 comparisons in steps of 10: the last of each has two, and is filled up
+# two epochs of 72 comparisons in steps of 10: the last step of each has two, and is padded
 RUN = {
     "per_device_train_batch_size": 5,
     "max_steps": 16,
@@ -32,7 +32,7 @@ def flags_of(backbone_folder, rows_file):
 
 @pytest.fixture(scope="module")
 def through(forks, flags_of, tmp_path_factory):
-    """One process, uninterrupted: its adapter, and what each step saw."""
+    """An uninterrupted run of one process: its adapter, and what each step saw."""
     folder = tmp_path_factory.mktemp("through")
     ended = forks.run(flags_of(folder / "out", gradient_accumulation_steps=2), record=str(folder))
     assert ended.status == 0, ended.said
@@ -74,7 +74,7 @@ def test_one_process_two_told_to_end_by_their_launcher_and_one_again(forks, flag
     last = checkpoints(str(out))[-1]
     assert is_whole(last) and last.name not in ("checkpoint-5", "checkpoint-8")
     flushed = [json.loads(line) for line in (tmp_path / "flushed").read_text().splitlines()]
-    assert flushed and all("rng_state_1.pth" in names for names in flushed)  # which the other process writes
+    assert flushed and all("rng_state_1.pth" in names for names in flushed)  # the other process writes it
     assert forks.run(flags_of(out, gradient_accumulation_steps=2), record=str(record)).status == 0
     steps = recorded(record)
     for step, seen in recorded(tmp_path).items():
@@ -86,8 +86,10 @@ def test_one_process_two_told_to_end_by_their_launcher_and_one_again(forks, flag
 
 @pytest.mark.parametrize(("engine", "before", "after", "best"), [("zero2", 2, 1, 16), ("zero3", 1, 2, 8)])
 def test_deepspeed_goes_on_with_another_number_of_processes(flags_of, through, tmp_path, engine, before, after, best):
-    """SIGTERM reaches one of them; the other saves at the same step. The universal form is made once and kept. In the end
-    they load the best step's weights, saved by as many processes or by the others."""
+    """SIGTERM reaches one process, and the other saves at the same step. The universal form is made once and kept.
+
+    At the end they load the best step's weights, saved by the same or by the other number of processes.
+    """
     out, steps = tmp_path / "out", {}
     load_best = {"load_best_model_at_end": True, "greater_is_better": best == 8}
     for processes, end_at in ((before, "11"), (after, "")):
@@ -112,7 +114,7 @@ def test_deepspeed_goes_on_with_another_number_of_processes(flags_of, through, t
 
 
 def test_a_process_killed_in_a_save_leaves_the_checkpoint_before(flags_of, through, tmp_path):
-    """Its sibling does not wait for it for ever, and what the two had written of the last step is not taken."""
+    """The other process does not wait forever, and what the two had written for the last step is not used."""
     out = tmp_path / "out"
     flags, record = flags_of(out, gradient_accumulation_steps=1), {"RECORD": str(tmp_path)}
     killed = launch("cpu_zero3", flags, script="tests/training/recorded_train.py", KILL_IN_SAVE="16", **record)

@@ -1,4 +1,4 @@
-"""The train door in one process: what it leaves behind, and that going on gives what going through gives."""
+"""`qlora-rm train` in one process: what it writes, and that a resumed run gives the result of an uninterrupted one."""
 
 import json
 import shutil
@@ -72,7 +72,7 @@ def test_resume_ends_with_the_very_adapter_of_the_uninterrupted_run(flags, tmp_p
     main(flags(output_dir=str(through), train_sampling_strategy=order))
     resumed.mkdir()
     shutil.copytree(through / "checkpoint-4", resumed / "checkpoint-4")
-    # a later checkpoint that was cut off while it was saved must not be taken
+    # a later checkpoint whose save was interrupted must not be used
     shutil.copytree(
         through / "checkpoint-8", resumed / "checkpoint-6", ignore=shutil.ignore_patterns("COMPLETE", "optimizer.pt")
     )
@@ -83,7 +83,7 @@ def test_resume_ends_with_the_very_adapter_of_the_uninterrupted_run(flags, tmp_p
 
 @pytest.mark.slow
 def test_sharing_prompts_changes_no_adapter(flags, tmp_path):
-    """Thirty optimizer steps, each shared prompt computed once, against plain padded batches."""
+    """Compare thirty optimizer steps that compute each shared prompt once with plain padded batches."""
     shared, plain = tmp_path / "shared", tmp_path / "plain"
     steps = {"max_steps": 30, "eval_steps": 30, "save_steps": 30}
     main(flags(output_dir=str(shared), share_prefix="true", **steps))
@@ -273,9 +273,9 @@ def test_an_output_that_cannot_be_written_stops_before_anything_is_loaded(flags,
 
 @pytest.mark.slow
 def test_one_process_trains_on_one_of_several_cards(flags, tmp_path, monkeypatch, capfd):
-    """transformers 5.23 would spread it over all by nn.DataParallel, which TRL refuses once the weights are loaded."""
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)  # all that decides it; the process is on the CPU,
-    monkeypatch.setattr(TrainingConfig, "_settle_on_cpu", lambda args: None)  # where `use_cpu` would say so
+    """transformers 5.23 would use all GPUs through nn.DataParallel, which TRL refuses once the weights are loaded."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)  # simulates four GPUs; the process is on the CPU,
+    monkeypatch.setattr(TrainingConfig, "_settle_on_cpu", lambda args: None)  # where this would set `use_cpu`
     main(flags(max_steps=1))
     assert Manifest.load(tmp_path / "out").training.steps == 1
     said = capfd.readouterr().err
@@ -286,7 +286,7 @@ def test_one_process_trains_on_one_of_several_cards(flags, tmp_path, monkeypatch
 @pytest.mark.slow
 @pytest.mark.parametrize("empty_file", [False, True])
 def test_a_save_that_writes_no_weights_is_no_finished_run(flags, tmp_path, monkeypatch, empty_file):
-    """transformers' trainer can save a model without weights and say so in a warning only."""
+    """transformers' trainer can save a model without weights and only log a warning."""
 
     def save(trainer, folder):
         if empty_file:

@@ -1,4 +1,4 @@
-"""What `recipes/train.slurm` makes of the end of a step, with a launcher that trains nothing; `test_nodes.py` has the real one."""
+"""How `recipes/train.slurm` handles the end of a step, with a fake launcher; `test_nodes.py` uses a real one."""
 
 import signal
 import subprocess
@@ -22,7 +22,7 @@ exit "$(cat "$SLURM_FOR_TESTS/ended-$SLURM_NODEID")"
 
 @pytest.fixture
 def job(tmp_path):
-    """The script, both of its launchers at work."""
+    """The script, with both of its launchers running."""
     folder = tmp_path / "bin"
     environ = slurm_for_tests.install(folder)
     (folder / "accelerate").write_text(LAUNCHER)

@@ -68,7 +68,7 @@ def test_curves_are_drawn_from_whatever_the_log_holds(tmp_path):
 
 
 def test_old_checkpoints_go_by_what_is_whole(tmp_path):
-    """A broken one counts for none that is kept and stays; one cut off in a save goes; a later one is none of this run."""
+    """A damaged or later one is kept and not counted; one whose save was interrupted is removed."""
     for step in (2, 4, 6, 8, 9, 10, 12):
         folder = tmp_path / f"checkpoint-{step}"
         begin(folder)

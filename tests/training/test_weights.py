@@ -1,4 +1,4 @@
-"""Every comparison weighs the same in its optimizer step: training is compared with plain PyTorch, stepped by hand."""
+"""Every comparison has the same weight in its optimizer step: training is compared with a plain PyTorch loop."""
 
 import json
 from itertools import islice
@@ -47,7 +47,7 @@ def rankings(count):
 
 
 def trained(flags):
-    """A finished training by the trainer: it, its weights before and after, and the comparisons of each step it took."""
+    """Train, and return the trainer, its weights before and after, and the comparisons of each step."""
     options = parse(flags)
     tokenizer = load_tokenizer(options.backbone.model_name_or_path)
     data = load_preferences(options.data, Tokenization(tokenizer, 1024, "error"), need_eval=False)
@@ -75,7 +75,7 @@ def adapter(model):
 
 
 def plain_loss(model, row):
-    """The weighted loss of one comparison, its responses scored one by one."""
+    """Return the weighted loss of one comparison, with its responses scored one by one."""
     scores = [
         model(input_ids=torch.tensor([row["prompt_ids"] + ids]), attention_mask=torch.ones(1, len(row["prompt_ids"] + ids))).logits[0, 0]
         for ids in row["response_ids"]
@@ -88,7 +88,7 @@ def plain_loss(model, row):
 
 
 def step_by_hand(model, before, steps):
-    """The mean loss of each step; the model ends with the weights that plain gradient descent gives."""
+    """Return the mean loss of each step, and leave the model with the weights that plain gradient descent gives."""
     model.train()
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for name, parameter in parameters.items():
@@ -112,7 +112,7 @@ def identity(row):
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("make", [weighted_pairs, rankings])
 def test_every_order_takes_the_steps_of_plain_pytorch(flags, tmp_path, order, make, drop_last):
-    """13 comparisons: a step of 8, and one of 5, or of 4 where the last micro-batch is dropped; for two epochs."""
+    """13 comparisons: a step of 8, and one of 5, or of 4 if the last micro-batch is dropped; for two epochs."""
     rows = write_rows(tmp_path / "rows.jsonl", make(13))
     asked = {**PLAIN_SGD, "dataset": rows, "train_sampling_strategy": order, "dataloader_drop_last": drop_last}
     trainer, before, steps, data = trained(flags(**asked))
