@@ -157,17 +157,17 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, about, add in (
         ("train", "Train a reward model on preferences.", add_train),
-        ("plan", "Tell what a run needs of memory, what fits on which card, and the line to launch it.", add_plan),
+        ("plan", "Report memory needs, what fits on which GPU, and the command that launches it.", add_plan),
         ("eval", "Measure how often a reward model agrees with preferences.", add_eval),
         ("score", "Score the rows of a file, or rank the responses to one prompt.", add_score),
-        ("merge", "Make one stock model of an adapter and its base, and prove its scores.", add_merge),
-        ("export", "Make a folder as a reader of reward models wants it, and prove how it scores there.", add_export),
-        ("verify", "Prove that a model still gives the scores it was trained to give.", add_verify),
+        ("merge", "Merge an adapter and its base into one stock model, and verify its scores.", add_merge),
+        ("export", "Write a folder for a consumer of reward models, and verify its scores there.", add_export),
+        ("verify", "Verify that a model still gives the scores it was trained to give.", add_verify),
         ("sign", "Sign the manifest of a model folder, so that others can see who wrote it.", add_sign),
-        ("serve", "Score over HTTP, requests that come together in one batch.", add_serve),
+        ("serve", "Serve scores over HTTP; requests that arrive together share a batch.", add_serve),
         ("recipes", "Print where the recipes and launch configurations are, or copy them into a folder.", add_recipes),
-        ("bench", "Measure what computing shared prompts once gains, beside TRL's trainer.", add_bench),
-        ("demo", "Walk the whole road on a small model and made-up preferences.", add_demo),
+        ("bench", "Measure the speed-up from computing shared prompts once, against TRL's trainer.", add_bench),
+        ("demo", "Run the complete workflow on a small model with generated preferences.", add_demo),
     ):
         command = commands.add_parser(name, help=about, description=about, allow_abbrev=False)
         command.set_defaults(run=add(command), parser=command)

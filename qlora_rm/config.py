@@ -44,7 +44,7 @@ class DataConfig:
     )
     dataset_weights: list[float] | None = option(
         None,
-        "How often each dataset's comparisons stand in the training set: 1 as they are, 2 twice, 0.25 a seeded quarter. "
+        "How often each data set's comparisons occur in the training set: 1 once, 2 twice, 0.25 a seeded quarter. "
         "One number per --dataset entry.",
     )
     columns: list[str] | None = option(
@@ -206,7 +206,7 @@ class AdapterConfig:
         require(0 <= self.lora_dropout < 1, f"--lora_dropout {self.lora_dropout} must be at least 0 and below 1.")
         require(
             not (self.lora_experts and (self.lora_dropout or self.use_dora)),
-            "--lora_experts goes with neither --lora_dropout nor --use_dora: PEFT has neither for expert weights.",
+            "--lora_experts cannot be combined with --lora_dropout or --use_dora: PEFT supports neither for expert weights.",
         )
         require(
             self.use_lora or not self.adapter,
@@ -280,9 +280,9 @@ class PlanConfig:
     )
     card: list[str] = option(
         ["24", "48", "80", "141"],
-        "Memory of a card in GB; several are planned for one after the other. cpu:64 is a host of 64 GB without a card.",
+        "GPU memory in GB; several values are planned in turn. cpu:64 is a host with 64 GB and no GPU.",
     )
-    cards: int = option(1, "How many of them, more than eight in machines of eight; on a CPU the number of processes.")
+    cards: int = option(1, "Number of GPUs; above eight, in machines of eight. On a CPU: number of processes.")
     engine: Literal["auto", "single", "ddp", "zero2", "zero3", "zero3_offload"] = option(
         "auto", "Plan for this engine only; auto: the fastest that fits."
     )
@@ -404,7 +404,7 @@ class ExportConfig:
 
     policy: str | None = option(
         None,
-        "Folder or hub id of the policy, for readers that hand on its token ids: its tokens and template are compared.",
+        "Folder or hub id of the policy, for consumers that pass on its token ids: compare its tokens and template.",
     )
     adapter: str | None = option(None, "Adapter that was merged: its head is compared with the one in the folder.")
     evaluation: str | None = option(
@@ -414,5 +414,6 @@ class ExportConfig:
         False, "Write the rewards' mean and deviation into config.json, for OpenRLHF's --reward.normalize_enable."
     )
     copy_weights: bool = option(
-        False, "Copy the weights. Otherwise they are hard links where the disk has them: quick, and no room taken."
+        False,
+        "Copy the weights. Otherwise hard-link them where the file system allows it, which is fast and takes no space.",
     )

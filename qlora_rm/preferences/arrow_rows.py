@@ -46,7 +46,9 @@ def read_parquet(path: Path, limit: int) -> Iterator[tuple[int, Row | RowFault]]
                         number += 1
                         yield number, row
     except (pyarrow.ArrowException, OSError, MemoryError) as error:
-        raise UserError(f"{path} is not valid Parquet behind row {number}: {error}. Is the file whole?") from None
+        raise UserError(
+            f"{path} cannot be read as Parquet after row {number}: {error}. The file may be truncated."
+        ) from None
 
 
 def _largest_cell(group: Any, limit: int) -> int:

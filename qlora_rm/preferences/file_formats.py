@@ -50,10 +50,10 @@ def read_file(path: Path, limit: int = MAX_ROW_BYTES) -> Numbered:
         for number, row in reader(path, limit):
             yield number, row
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} cannot be read behind row {number}: {error}. Is the file whole?") from error
+        raise UserError(f"{path} cannot be read after row {number}: {error}. The file may be truncated.") from error
     except BombError as error:
         raise UserError(
-            f"{path} is not read behind row {number}: {error}. Remove the file if you do not know where it comes from, or "
+            f"{path} is not read after row {number}: {error}. Remove the file if you do not know where it comes from, or "
             "expand it and see what it holds."
         ) from None
     if number == 0:

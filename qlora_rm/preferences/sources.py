@@ -207,7 +207,9 @@ def _saved_rows(source: Source, path: Path, default_split: str, limit: int) -> R
     try:
         saved = datasets.load_from_disk(str(path))
     except Exception as error:  # for a damaged folder, json, Arrow and datasets raise different types
-        raise UserError(f"The data set saved in {path} cannot be read: {first_line(error)}. Is it whole?") from error
+        raise UserError(
+            f"The data set saved in {path} cannot be read: {first_line(error)}. The data may be incomplete."
+        ) from error
     split = source.split or default_split
     if isinstance(saved, datasets.Dataset):
         if source.split is not None:
@@ -250,4 +252,6 @@ def _of_dataset(label: str, rows: Any, first: int, limit: int) -> Rows:
         for number, row in enumerate(rows, start=first):
             yield Origin(label, number), row if size_of(row) <= limit else too_long(limit)
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        raise UserError(f"{label} cannot be read behind row {number}: {first_line(error)}. Is it whole?") from error
+        raise UserError(
+            f"{label} cannot be read after row {number}: {first_line(error)}. The data may be incomplete."
+        ) from error

@@ -151,14 +151,14 @@ def _bound(config: ServeConfig) -> socket.socket:
         listener = socket.socket(family)
     except OSError as error:
         raise UserError(
-            f"{config.host} is of a kind of address that this machine has not: {error.strerror}."
+            f"{config.host} has an address family that this machine does not support: {error.strerror}."
         ) from error
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((config.host, config.port))
     except OSError as error:
         listener.close()
-        raise UserError(f"{config.host} port {config.port} cannot be listened on: {error.strerror}.") from error
+        raise UserError(f"Cannot listen on {config.host} port {config.port}: {error.strerror}.") from error
     return listener
 
 
@@ -191,7 +191,7 @@ class _Server(uvicorn.Server):
         say_result(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}")
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        say("stopping: no more requests are taken, those that wait are answered")
+        say("stopping: no new requests are accepted; queued requests are answered")
         await super().shutdown(sockets)
         self.cut_off = bool(self.server_state.tasks)
 

@@ -39,11 +39,12 @@ class TrainingConfig(RewardConfig):
     engine: Literal["auto", "single", "ddp", "zero1", "zero2", "zero3"] = field(
         default="auto",
         metadata={
-            "help": "The engine this run must have; it stops where another is in force. auto: what the launcher asked for."
+            "help": "The engine of this run. The run stops if another engine is in use. auto: the one that the launcher asked for."
         },
     )
     max_length: int | None = field(
-        default=1024, metadata={"help": "Longest sequence in tokens; what happens to longer ones says --over_long."}
+        default=1024,
+        metadata={"help": "Longest sequence in tokens; --over_long controls what happens to longer sequences."},
     )
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the training comparisons."})
     per_device_train_batch_size: int = field(
@@ -69,12 +70,12 @@ class TrainingConfig(RewardConfig):
     save_total_limit: int | None = field(
         default=2,
         metadata={
-            "help": "Latest checkpoints kept; older ones but the best (--metric_for_best_model) go once a newer one is whole."
+            "help": "How many recent checkpoints to keep, besides the best one (--metric_for_best_model). Older ones are deleted once a newer one is complete."
         },
     )
     hub_strategy: HubStrategy | str = field(
         default="end",
-        metadata={"help": "end: with --push_to_hub the finished run is pushed once, whole; nothing else is supported."},
+        metadata={"help": "end: --push_to_hub pushes once, after the run is complete. No other strategy is supported."},
     )
     pad_token: str | None = field(
         default=None,

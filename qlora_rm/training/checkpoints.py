@@ -211,7 +211,7 @@ def no_room(folder: Path, output_dir: Path, needed: int | None, why: str) -> Use
     known = last_whole(str(output_dir))
     needed = needed or (size_of(known) if known else None)
     needs = f"; a checkpoint takes about {_megabytes(needed)}" if needed else ""
-    stands = f"The last whole checkpoint is {known}." if known else "No checkpoint is whole yet."
+    stands = f"The last complete checkpoint is {known}." if known else "There is no complete checkpoint yet."
     return UserError(
         f"{folder} could not be written: {why}. {_megabytes(free)} are free there{needs}. {stands} Make room, or lower "
         "--save_total_limit, and go on by --resume auto."

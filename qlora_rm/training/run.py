@@ -95,11 +95,11 @@ def run(options: Options) -> dict[str, float]:
     except (KeyboardInterrupt, Terminated) as end:
         whole = last_whole(str(options.training.output_dir))
         hint = (
-            f"The last whole checkpoint is {whole}; go on with --resume auto."
+            f"The last complete checkpoint is {whole}; go on with --resume auto."
             if whole
             else "No checkpoint was saved yet."
         )
-        say("", f"{'told to end (SIGTERM)' if isinstance(end, Terminated) else 'interrupted'}. {hint}")
+        say("", f"{'stopped by SIGTERM' if isinstance(end, Terminated) else 'interrupted'}. {hint}")
         raise
 
 
@@ -164,7 +164,7 @@ def _train_in(options: Options, lock: OutputLock) -> dict[str, float]:
     trainer.replaces_foreign, trainer.spared, trainer.before_save = restart, set(unusable), lambda: lock.lost
     trainer.checkpoint_files = [manifest.save, replace(terms, accumulation=args.gradient_accumulation_steps).save]
     with trainer.termination.watch(), Live.of(trainer):
-        say(f"going on from {resume}" if resume else f"training on {len(train_set):,} comparisons")
+        say(f"resuming from {resume}" if resume else f"training on {len(train_set):,} comparisons")
         if resume is not None and terms.is_sharded:
             take_share(resume, trainer.accelerator)
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)

@@ -238,7 +238,7 @@ def test_a_full_disk_at_the_final_save_counts_the_checkpoints_there_are(tmp_path
     mark_whole(checkpoint)
     with pytest.raises(UserError) as full, written_whole(tmp_path, tmp_path, removed=False):
         raise OSError(errno.ENOSPC, "No space left on device")
-    assert f"The last whole checkpoint is {checkpoint}." in str(full.value) and "about 2.0 MB" in str(full.value)
+    assert f"The last complete checkpoint is {checkpoint}." in str(full.value) and "about 2.0 MB" in str(full.value)
 
 
 def test_a_disk_that_holds_a_small_checkpoint_is_not_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

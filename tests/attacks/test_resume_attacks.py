@@ -137,7 +137,7 @@ def test_any_damage_leads_to_the_checkpoint_before(
     ended = forks.run(flags(cut_off))
     assert ended.status == 0, ended.said
     assert "checkpoint-8: the contents of optimizer.pt have changed" in ended.said
-    assert "going on from" in ended.said and "checkpoint-6" in ended.said
+    assert "resuming from" in ended.said and "checkpoint-6" in ended.said
     for name in ("adapter_model.safetensors", "checkpoint-8/adapter_model.safetensors"):
         assert (cut_off / name).read_bytes() == (through / name).read_bytes()
     assert is_whole(cut_off / "checkpoint-8") and train_loss(cut_off) == train_loss(through)
@@ -197,7 +197,7 @@ def test_a_linked_checkpoint_is_gone_on_from_and_kept(
     out.mkdir()
     (out / "checkpoint-6").symlink_to(through / "checkpoint-6")
     ended = forks.run(flags(out, save_total_limit=1))
-    assert ended.status == 0 and "going on from" in ended.said, ended.said
+    assert ended.status == 0 and "resuming from" in ended.said, ended.said
     assert names(out) == ["checkpoint-6", "checkpoint-8"] and contents_of(through) == there
     assert (out / "adapter_model.safetensors").read_bytes() == there["adapter_model.safetensors"]
 

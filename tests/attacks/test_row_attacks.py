@@ -313,7 +313,7 @@ def test_a_bomb_is_given_up_with_one_message(opening: str, tmp_path: Path, peak:
             file.write(b"a" * 1_000_000)
     assert path.stat().st_size < HUGE / 500
     before = peak()
-    with pytest.raises(UserError, match=r"not read behind row 0: .*expands to more than 160,000 bytes"):
+    with pytest.raises(UserError, match=r"not read after row 0: .*expands to more than 160,000 bytes"):
         load_comparisons([str(path)], config(on_bad_row="skip", max_row_bytes=LIMIT), TOKENIZATION)
     assert peak() - before < 4_000_000
 

@@ -164,7 +164,7 @@ def test_the_job_saves_and_is_queued_again(why, backbone_folder, rows_file, tmp_
         assert running.wait(90) != [0], running.said(0)[-5000:]
     assert (tmp_path / "bin" / "requeued").exists(), running.said(0)[-5000:]
     last = max(out.glob("checkpoint-*/COMPLETE"), key=lambda path: path.stat().st_mtime).parent
-    assert f"told to end (SIGTERM). The last whole checkpoint is {last}" in running.said(0)
+    assert f"stopped by SIGTERM. The last complete checkpoint is {last}" in running.said(0)
 
 
 def test_srun_itself_may_start_the_ranks(one_process, backbone_folder, rows_file, tmp_path):

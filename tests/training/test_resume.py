@@ -109,7 +109,7 @@ def test_killed_before_a_change_to_a_file(forks, flags_of, through, tmp_path):
         out = tmp_path / str(moment)
         assert forks.run(flags_of(out), kill_at_change=moment).status == 128 + signal.SIGKILL
         said = finish(forks, flags_of(out))
-        resumed_at |= {line.rpartition("-")[2] for line in said.splitlines() if line.startswith("going on from")}
+        resumed_at |= {line.rpartition("-")[2] for line in said.splitlines() if line.startswith("resuming from")}
         assert_same_end(out, through[0])
         shutil.rmtree(out)
     assert {"2", "12"} <= resumed_at
@@ -279,7 +279,7 @@ def test_another_base_is_refused(forks, flags_of, cut_off, backbone_folder, tmp_
         assert ended.status == 2 and "another base" in ended.said and named in ended.said, ended.said
     moved = shutil.copytree(backbone_folder, tmp_path / "moved")
     shutil.copytree(cut_off, tmp_path / "out")
-    assert "going on from" in finish(forks, flags_of(tmp_path / "out", lora_dropout=0, model_name_or_path=moved))
+    assert "resuming from" in finish(forks, flags_of(tmp_path / "out", lora_dropout=0, model_name_or_path=moved))
 
 
 def test_what_has_no_optimizer_or_later_ones_beside_it_is_refused(forks, flags_of, cut_off, tmp_path):

@@ -70,7 +70,7 @@ def test_one_process_two_told_to_end_by_their_launcher_and_one_again(forks, flag
     said = two.communicate(timeout=120)[1]
     assert two.returncode != 0
     assert "gradient accumulation: 1 instead of 2, so that 2 x 5 comparisons at once make a step of 10" in said
-    assert said.count("told to end (SIGTERM). The last whole checkpoint is") == 1, said
+    assert said.count("stopped by SIGTERM. The last complete checkpoint is") == 1, said
     last = checkpoints(str(out))[-1]
     assert is_whole(last) and last.name not in ("checkpoint-5", "checkpoint-8")
     flushed = [json.loads(line) for line in (tmp_path / "flushed").read_text().splitlines()]
