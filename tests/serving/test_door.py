@@ -168,7 +168,7 @@ def test_mistakes_are_told_before_the_model_is_loaded(tmp_path: Path, capsys: An
         taken.listen()
         port = str(taken.getsockname()[1])
         for words, message in (
-            (["--port", port], f"127.0.0.1 port {port} cannot be listened on: Address already in use"),
+            (["--port", port], f"Cannot listen on 127.0.0.1 port {port}: Address already in use"),
             (["--port", "70000"], "--port 70000 must lie between"),
             (["--host", "0.0.0.0"], "QLORA_RM_TOKEN"),
             (["--token_file", str(tmp_path / "none")], "cannot be read"),

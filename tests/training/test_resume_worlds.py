@@ -118,7 +118,7 @@ def test_a_process_killed_in_a_save_leaves_the_checkpoint_before(flags_of, throu
     out = tmp_path / "out"
     flags, record = flags_of(out, gradient_accumulation_steps=1), {"RECORD": str(tmp_path)}
     killed = launch("cpu_zero3", flags, script="tests/training/recorded_train.py", KILL_IN_SAVE="16", **record)
-    assert killed.returncode != 0 and "told to end" not in killed.stderr
+    assert killed.returncode != 0 and "stopped by SIGTERM" not in killed.stderr
     assert list((out / "checkpoint-16").rglob("*optim_states.pt")) and not is_whole(out / "checkpoint-16")
     done = launch("cpu_zero3", flags, script="tests/training/recorded_train.py", **record)
     assert done.returncode == 0 and "checkpoint-8\n" in done.stderr, done.stderr[-5000:]
