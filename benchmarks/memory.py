@@ -118,7 +118,7 @@ def measure(run: Run, folder: str, rows: str) -> dict[str, float]:
             "gradient_checkpointing": run.checkpointing, "lora_r": run.lora_r, "share_prefix": str(run.share).lower(),
             "eval_fraction": 0, "eval_strategy": "no", "save_strategy": "no", "disable_tqdm": True,
         }  # fmt: skip
-        with patch.object(EngineCheck, "on_train_begin", on_train_begin), patch.object(door, "_finish", finish):
+        with patch.object(EngineCheck, "on_train_begin", on_train_begin), patch.object(door, "finish", finish):
             door.main([word for name, value in flags.items() for word in (f"--{name}", str(value))])
     return peaks
 

@@ -108,7 +108,7 @@ def test_old_checkpoints_go_and_the_run_is_not_overwritten(flags, tmp_path):
     with pytest.raises(UserError, match="--resume auto"):
         main(flags())
     (tmp_path / "out/checkpoint-8/COMPLETE").unlink()
-    with pytest.raises(UserError, match=r"cut off while it was saved.*checkpoint-6"):
+    with pytest.raises(UserError, match=r"COMPLETE file is missing.*checkpoint-6"):
         main(flags(resume_from_checkpoint=str(tmp_path / "out/checkpoint-8")))
 
 
