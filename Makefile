@@ -1,6 +1,6 @@
 # The first target on a fresh machine makes .venv with everything pinned.
 #   make demo          the whole road on a small model
-#   make test          all tests but the long ones     make test-long     those of half a minute and more
+#   make test          all tests but the long ones     make test-long     those of ten seconds and more
 #   make check         lint, and the fast tests        make test-deep     with fresh seeds, more examples, every moment of a kill
 #   make test-gpu      what only a GPU can show
 #   make lint          style and types                 make test-install  a wheel, installed and walked through

@@ -9,7 +9,7 @@ KNOWN = [
     for pattern in (
         r"data: .*",
         r"(training|held-out): .* comparisons of .* prompts, .*",
-        rf"({PHASES}): ([\d,]+ of [\d,]+ [a-z]+, \d+ %.*|([\d,]+ [a-z]+, )?{TIME} so far|([\d,]+ [a-z]+ in )?{TIME})",
+        rf"({PHASES}): ([\d,]+ of [\d,]+ \w+, \d+ %.*|([\d,]+ \w+, )?{TIME} so far|([\d,]+ \w+ in )?{TIME})",
         r"compute dtype: .*",
         r"quantized: .*",
         r"attention kernel: .*",

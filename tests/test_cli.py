@@ -176,6 +176,7 @@ class TestScore:
 
 
 class TestMergeAndVerify:
+    @pytest.mark.long
     @pytest.mark.slow
     def test_the_road_from_adapter_to_proof(self, adapter: str, tmp_path: Path) -> None:
         merged = str(tmp_path / "merged")

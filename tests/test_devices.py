@@ -60,6 +60,7 @@ def test_with_a_gpu_that_lacks_bf16_units(pretend_cuda, monkeypatch):
     assert best_dtype()[0] is torch.float16
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_pretended_gpu_computes_and_refuses_tensors_of_the_cpu():
     if reason := pretended_gpu.why_not():

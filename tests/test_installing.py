@@ -97,6 +97,7 @@ class TestInstalled:
             str(files / "recipes/templates/human_assistant.jinja"),
         ]
 
+    @pytest.mark.slow
     def test_an_editable_install_is_not_hidden_by_a_folder_of_its_name(self, tmp_path: Path) -> None:
         """For example the checkout itself, seen from its parent folder."""
         checkout = tmp_path / "checkout"

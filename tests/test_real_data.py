@@ -24,6 +24,7 @@ def backbone(tmp_path_factory, shared_data) -> str:
     return save_backbone(tmp_path_factory.mktemp("backbone"), "llama", tokenizer)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("name", REAL_DATA)
 def test_train_evaluate_merge_verify(name, backbone, shared_data, tmp_path, capsys):

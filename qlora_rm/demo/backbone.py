@@ -39,7 +39,7 @@ class Recipe:
     layers: int = 4
     heads: int = 4
     context: int = 1024
-    steps: int = 700
+    steps: int = 620
     conversations_per_step: int = 16
     learning_rate: float = 5e-3
 

@@ -126,6 +126,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_gives_what_peft_gives_the_whole_model(tmp_path: Path, kind: str) -> None:
     folder = make_reward_model(tmp_path, **KINDS[kind])
@@ -158,6 +159,7 @@ def there_and_back(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return F.dequantize_4bit(codes, state).view(-1).float()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @given(
     blocks=st.integers(0, 40),
@@ -371,6 +373,7 @@ def test_a_proof_that_does_not_fit_into_memory_is_read_from_the_disk(
     assert list(tmp_path.iterdir()) == [tmp_path / "merged"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "rslora", "gpt2", "roberta", "experts", "sharded"])
 def test_on_its_unquantized_base_an_adapter_scores_the_same_layer_by_layer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
@@ -409,6 +412,7 @@ class TestInMemoryInstead:
         assert merge(str(folder), str(tmp_path / "merged"), dtype="fp32").drift < 1e-4
         assert "has no safetensors files" in capsys.readouterr().err
 
+    @pytest.mark.slow
     def test_of_a_base_in_8_bit(self, tmp_path: Path, capsys: Any) -> None:
         folder = make_reward_model(tmp_path, quantization="8bit")
         with pytest.raises(UserError, match=r"LLM.int8\(\)"):
@@ -432,6 +436,7 @@ def test_the_original_base_gives_other_scores_and_the_manifest_expects_them(tmp_
     assert torch.linalg.matrix_rank(merged[name] - base[name], atol=1e-4) == 8, "nothing but the adapter's rank"
 
 
+@pytest.mark.slow
 def test_other_files_of_the_same_base_will_do(tmp_path: Path, capsys: Any) -> None:
     folder = make_reward_model(tmp_path)
     base = tmp_path / "base/model.safetensors"

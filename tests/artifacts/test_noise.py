@@ -66,6 +66,7 @@ class TestMeasuring:
         assert (noise["fp32"].largest < 1e-4) == (trained_in == "fp32"), "what bf16 rounded in training is noise too"
         assert all(0 < one.typical <= one.largest for one in noise.values())
 
+    @pytest.mark.slow
     def test_fp16_is_measured_where_it_was_trained_in(self) -> None:
         model, items = RewardModel.load(str(llama_adapter())).model, Manifest.load(llama_adapter()).golden
         noise = measure_noise(model, items, 2, torch.float16)

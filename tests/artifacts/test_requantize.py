@@ -42,6 +42,7 @@ def test_an_adapter_is_merged_first(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_mixture_of_experts_is_refused(tmp_path: Path) -> None:
     """Stock transformers would load its experts in 16 bit although the model claims 4 bit."""
     folder = make_reward_model(tmp_path, "mixtral", adapter=AdapterConfig(lora_r=4))

@@ -31,6 +31,7 @@ def say_where(folder: Path, position: str) -> None:
     edit_json(folder / FILE_NAME, contract=content["contract"] | {"score_position": position})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", READ_AT)
 def test_sound_models_are_verified_and_exported(architecture: str, tmp_path: Path) -> None:
     folder = make_reward_model(tmp_path, architecture, quantization="none", max_length=100)

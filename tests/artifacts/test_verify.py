@@ -268,6 +268,7 @@ def test_a_file_cut_short_anywhere_is_found(tmp_path_factory: Any, merged: Path,
         assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_an_adapter_of_other_shapes_is_foreign(tmp_path: Path) -> None:
     narrower = make_reward_model(tmp_path / "other", adapter=AdapterConfig(lora_r=4))
     folder = copy_of(llama_adapter(), tmp_path / "model")
@@ -298,6 +299,7 @@ def test_quantization_leftovers_are_found(merged: Path, tmp_path: Path) -> None:
     assert "quantization_config" in failed["no quantization leftovers"]
 
 
+@pytest.mark.slow
 def test_a_base_that_is_gone_is_said(tmp_path: Path) -> None:
     folder = make_reward_model(tmp_path)
     (tmp_path / "base").rename(tmp_path / "elsewhere")
@@ -307,6 +309,7 @@ def test_a_base_that_is_gone_is_said(tmp_path: Path) -> None:
     assert all(check.ok for check in verify(str(folder), base=str(tmp_path / "elsewhere")))
 
 
+@pytest.mark.slow
 def test_sound_models_hold(merged: Path, merged_in_bf16: Path) -> None:
     for folder in (llama_adapter(), merged, llama_adapter("bf16"), merged_in_bf16):
         checks = verify(str(folder))

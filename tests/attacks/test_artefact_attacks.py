@@ -200,6 +200,7 @@ def mutated(content: Any, chance: random.Random) -> Any:
     return whole
 
 
+@pytest.mark.slow
 def test_a_manifest_with_any_one_change_is_refused_or_allows_no_more(
     adapter: Path, tries: Callable[[int], None]
 ) -> None:
@@ -312,6 +313,7 @@ def verify_files(folder: Path) -> list[Check]:
     return [check for check in check_files(str(folder), Manifest.load(folder)) if not check.ok]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "changes"),
     [
@@ -406,6 +408,7 @@ def keys(folder: Path) -> tuple[str, str]:
     return str(kept), str(shown)
 
 
+@pytest.mark.slow
 def test_a_signature_finds_what_consistent_edits_hide(
     adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -619,6 +622,7 @@ def test_broken_json_has_a_message(adapter: Path, file: str, text: str) -> None:
         RewardModel.load(str(adapter), skip_checks=True)
 
 
+@pytest.mark.slow
 def test_verify_tells_failed_from_could_not(tmp_path: Path, adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(adapter)]) == 0
     elsewhere = copy_of(adapter, tmp_path / "no base")
@@ -637,6 +641,7 @@ def test_verify_tells_failed_from_could_not(tmp_path: Path, adapter: Path, capsy
     assert main(["verify", str(tmp_path / "nowhere")]) == 2
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_an_output_that_is_full_is_said(tmp_path: Path) -> None:
     for words in (["--help"], ["recipes"], ["verify", str(llama_adapter())]):
@@ -666,6 +671,7 @@ def damaged(path: Path, chance: random.Random) -> str:
     return how
 
 
+@pytest.mark.slow
 def test_random_damage_is_found_and_never_raises(
     tmp_path: Path, wholes: dict[str, Path], tries: Callable[[int], None]
 ) -> None:

@@ -24,6 +24,7 @@ def test_all_were_survived():
     assert all(tried == survived >= attacks for attacks, tried, survived in table().values())
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_page_counts_the_attacks_of_this_folder():
     command = [sys.executable, "-m", "pytest", "-q", "--collect-only", str(FOLDER)]

@@ -137,6 +137,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     return flags, folder / "out"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_no_file_of_a_deepspeed_checkpoint_runs_code(run: tuple[Any, Path], tmp_path: Path, tries: Any) -> None:
     """Tries each pickle for the conversion to another number of ranks, and all of them for a resume with the same number."""

@@ -23,7 +23,7 @@ from tests.training.conftest import preference_rows, write_rows
 from tests.training.forking import Forks
 
 CATEGORY = "Training: interruptions"
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 RUN = {
     "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "max_steps": 8, "save_steps": 2, "eval_strategy": "no",

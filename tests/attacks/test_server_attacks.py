@@ -198,6 +198,7 @@ class TestLargeTexts:
         assert answer["cut"] == result.cut > 0  # type: ignore[union-attr]
         assert answer["scores"] == pytest.approx(model.score_candidates([turns])[0], abs=1e-5)
 
+    @pytest.mark.slow
     def test_verify_asks_for_no_text_that_is_refused(self, url: str, model: RewardModel, tmp_path: Path) -> None:
         from qlora_rm.artifacts.golden import make_golden
         from qlora_rm.artifacts.manifest import Manifest

@@ -99,6 +99,7 @@ def test_no_answer_lasts_for_ever(serve: Serve, monkeypatch: pytest.MonkeyPatch)
     assert time.monotonic() - began < 10
 
 
+@pytest.mark.slow
 def test_all_answers_together_have_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bounded_client, "ALL_SECONDS", 1.0)
 

@@ -148,6 +148,7 @@ def test_where_packed_is_not_plain_it_falls_back_and_says_so(architecture, capfd
         share_prefixes(model, "true")
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_kernel_without_a_backward_pass_is_found_before_training(capfd):
     """FlexAttention has none on a CPU: its probe reports here what any failing kernel reports on a GPU."""

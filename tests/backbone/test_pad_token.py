@@ -118,6 +118,7 @@ def test_a_foreign_reward_model_that_pads_with_bos_is_scored_at_its_last_token(t
     assert together == pytest.approx(alone, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_model_that_was_trained_with_such_a_pad_token_keeps_its_contract(tmp_path):
     """Older versions used bos if no text began with it."""
     tokenizer = small_tokenizer(bos=False)
@@ -137,6 +138,8 @@ def rows(folder: Path) -> str:
     return str(path)
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_the_option_works_through_training_and_what_comes_after(tmp_path):
     """The base pads with its bos token; `--pad_token` names another; resuming and a further adapter keep it."""
     tokenizer = small_tokenizer()

@@ -67,6 +67,7 @@ def test_the_inventory_reads_the_layers_not_the_options(tmp_path):
     assert any("13 layers (nf4" in line and "computed in fp32" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_a_model_trained_on_a_4_bit_checkpoint_is_verified_and_merged(tmp_path):
     folder = make_reward_model(
         tmp_path, save_again=lambda base: save_quantized(base, bnb_4bit_compute_dtype=torch.bfloat16)
@@ -78,6 +79,7 @@ def test_a_model_trained_on_a_4_bit_checkpoint_is_verified_and_merged(tmp_path):
         merge(str(folder), str(tmp_path / "original"), base="original")
 
 
+@pytest.mark.slow
 def test_scoring_in_another_dtype_reaches_the_layers(tmp_path):
     folder = make_reward_model(tmp_path, save_again=save_quantized)
     assert {layer.compute_dtype for layer in layers_of(RewardModel.load(str(folder)).model)} == {torch.float32}

@@ -37,6 +37,7 @@ def adapted(model: nn.Module) -> set[str]:
     return {name.partition(".lora_")[0] for name, _ in model.named_parameters() if "lora_" in name}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt2"])
 def test_an_adapter_on_the_embedding_is_verified_merged_and_served(tmp_path, architecture):
     names = ["wte", "c_attn"] if architecture == "gpt2" else ["embed_tokens", "q_proj"]

@@ -88,6 +88,7 @@ def large(tmp_path_factory):
     shutil.rmtree(folder)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=only_deep)])
 def test_each_rank_holds_its_share_of_a_large_backbone(large, small, tmp_path, count):
@@ -132,6 +133,7 @@ def three_ranks(small, without_pad_row, tmp_path_factory) -> list[dict[str, dict
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_training_is_bit_identical_to_the_stock_loader(three_ranks):
     for reports in three_ranks:
         stock = reports["stock"]
@@ -144,6 +146,7 @@ def test_training_is_bit_identical_to_the_stock_loader(three_ranks):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_bitsandbytes_still_keeps_every_gathered_weight(three_ranks):
     """If this fails, remove `zero3.free_weights_after_forward`."""
     for reports in three_ranks:
@@ -153,6 +156,7 @@ def test_bitsandbytes_still_keeps_every_gathered_weight(three_ranks):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_an_unquantized_backbone_has_the_seeded_head_and_shares_prompts(three_ranks):
     """transformers shards it itself; if its prompts could not be shared, the job would fail."""
     for reports in three_ranks:
@@ -161,6 +165,7 @@ def test_an_unquantized_backbone_has_the_seeded_head_and_shares_prompts(three_ra
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_every_architecture_is_sharded_and_scores_as_whole(three_ranks):
     """Among them: transposed weights (gpt2), fused experts (mixtral), tied embeddings, heads of several layers (bart).
 

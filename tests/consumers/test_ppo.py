@@ -20,6 +20,7 @@ SETTINGS = {
 }  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_ppo_reads_the_golden_scores(world, toy):
     """Holds for the trained model and for every architecture that is exported for PPO."""
@@ -32,6 +33,7 @@ def test_ppo_reads_the_golden_scores(world, toy):
     assert reader_named("trl-ppo").architectures == names
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_policy_learns_from_our_rewards(world, tmp_path):
     """The policy starts out willing half the time, and the reward model prefers willing. Its score and its words change."""

@@ -13,6 +13,7 @@ from tests.consumers.overlays import HERE, overlay, run_in
 from tests.reward_models_for_tests import copy_of
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_golden_ids_and_scores_come_out_of_transformers_4(toy, tmp_path, monkeypatch):
     """Holds for every architecture, and for one with a separate folder for transformers 4.

@@ -251,6 +251,7 @@ def test_without_a_manifest_the_template_decides() -> None:
         assert trained_text(None, Tokenization(small_tokenizer(chat_template=template))).text_as == text_as
 
 
+@pytest.mark.slow
 def test_held_out_rows_of_another_kind_are_told_and_not_golden(
     folders: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -24,7 +24,7 @@ from qlora_rm.verification.folder import verify
 from tests.reward_models_for_tests import copy_of, edit_json, llama_adapter, make_reward_model, seal_again
 from tests.tokenizers_for_tests import BOS, CHATML, ENDS_WITH_EOS, small_tokenizer
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 MOST = [name for name in READER_NAMES if name not in ("peft", "verl")]
 
 
@@ -177,6 +177,7 @@ class TestRefuses:
         assert not [path.name for path in tmp_path.iterdir() if "out" in path.name]
         return failed(exported)
 
+    @pytest.mark.slow
     def test_a_template_that_ends_turns_otherwise_than_a_policy_stops(self, tmp_path):
         source = merged_model(tmp_path / "model", tokenizer=small_tokenizer(bos=False, chat_template=CHATML))
         names = self.refused(source, ["transformers", "trl", "trl-ppo", "openrlhf", "verl-critic"], tmp_path)
@@ -196,6 +197,7 @@ class TestRefuses:
             "verl: texts are scored as trained"
         }
 
+    @pytest.mark.slow
     def test_plain_text_with_an_eos_for_trl(self, tmp_path):
         source = merged_model(tmp_path / "model", tokenizer=small_tokenizer(chat_template=None))
         names = self.refused(source, ["transformers", "trl", "rewardbench"], tmp_path)
@@ -301,6 +303,7 @@ def test_openrlhf_s_clipping_is_warned_of(llama, tmp_path):
     assert any("clips rewards at 10" in note and "17.0" in note for note in notes)
 
 
+@pytest.mark.slow
 def test_the_door(llama, tmp_path, capsys):
     words = ["export", str(llama), "--for", "trl", "vllm", "--output", str(tmp_path / "out")]
     assert main(words) == 0

@@ -24,6 +24,7 @@ def test_the_page_is_what_the_results_say() -> None:
     assert scale_page.PAGE.read_text(encoding="utf-8") == scale_page.render(SCALE, MEASURED)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_results_are_what_the_planner_says() -> None:
     assert json.loads(json.dumps(scale_page.plan("8x7B"))) == SCALE["8x7B"]
@@ -35,6 +36,7 @@ def test_predictions_are_within_a_tenth_of_the_measurements() -> None:
         assert 0.9 < run["predicted"] / run["measured"]["training"] < 1.1, name
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_real_run_takes_what_was_predicted() -> None:
     """Two train steps, without and with checkpointing, in processes that `benchmarks.memory` forks."""
@@ -61,6 +63,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 class TestCommand:
+    @pytest.mark.slow
     def test_json(self, folder: Path, capsys) -> None:
         assert (
             main(["plan", str(folder / "config.json"), "--json", "--card", "24", "--cards", "2", "--max_length", "256"])
@@ -74,21 +77,25 @@ class TestCommand:
         assert card["fastest"]["engine"] == "ddp"
         assert "--max_length 256" in card["line"] and "accelerate_configs/ddp.yaml" in card["line"]
 
+    @pytest.mark.slow
     def test_weights_are_not_read(self, folder: Path, tmp_path, capsys) -> None:
         (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
         assert main(["plan", str(tmp_path), "--card", "cpu:8", "--engine", "single"]) == 0
         assert "the fastest that fits: single" in capsys.readouterr().out
 
+    @pytest.mark.slow
     def test_an_optimizer_step_is_the_one_that_was_asked_for(self, folder: Path, capsys) -> None:
         assert main(["plan", str(folder), "--json", "--card", "24", "--cards", "8", "--pairs_per_step", "48"]) == 0
         fastest = json.loads(capsys.readouterr().out)["cards"][0]["fastest"]
         assert fastest["ranks"] * fastest["pairs"] * fastest["accumulation"] == 48
 
+    @pytest.mark.slow
     def test_processes_on_a_cpu_are_on_one_host(self, folder: Path, capsys) -> None:
         assert main(["plan", str(folder), "--json", "--card", "cpu:8", "--cards", "16", "--max_length", "256"]) == 0
         line = json.loads(capsys.readouterr().out)["cards"][0]["line"]
         assert "--num_processes 16" in line and "--num_machines" not in line
 
+    @pytest.mark.slow
     def test_data_is_measured(self, folder: Path, tmp_path, capsys) -> None:
         rows = [{"prompt": "What is it? " * n, "chosen": "Paris.", "rejected": "No."} for n in range(1, 30)]
         path = tmp_path / "rows.jsonl"

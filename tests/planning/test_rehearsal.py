@@ -49,6 +49,7 @@ def test_few_layers_stand_for_all(name: str, dtype: torch.dtype, kernel: str, ch
     assert len(counts) == (2 if name == "gemma3" else 1)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @given(rows=st.integers(1, 6), length=st.sampled_from([16, 48, 128]), packed=st.booleans())
 @settings(max_examples=3)

@@ -109,6 +109,7 @@ def test_every_engine_that_is_searched_has_a_configuration() -> None:
                 assert len(named) == (cuda or ranks > 1)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_weights_are_not_planned_away_from_a_cpu_into_its_own_memory() -> None:
     on_cpu = planner(cuda=False)
@@ -229,10 +230,12 @@ class TestWarning:
         told = parse(["--bf16", "False", *said.rpartition("This fits: ")[2].rstrip(".").split()]).training
         assert told.per_device_train_batch_size * told.gradient_accumulation_steps == 21
 
+    @pytest.mark.slow
     def test_what_no_micro_batch_mends(self, backbone: BackboneConfig) -> None:
         said = self.warn(backbone, Setting("single", 1, 1, 1, True), replace(processors(1e5), context=0.0))
         assert said is not None and said.endswith("No setting fits: take a smaller backbone or more memory.")
 
+    @pytest.mark.long
     @pytest.mark.slow
     def test_a_shorter_length_and_more_cards(self) -> None:
         asked = Setting("single", 1, 1, 1, True)

@@ -64,6 +64,7 @@ def test_bytes_are_those_of_the_loaded_model(architecture: str, quantization: st
     assert 8 * weights.trainable == real.moments
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "billions", "active"), [("70B", 70.55 - 1.05, 69.5), ("8x7B", 46.70 - 0.13, 12.75)])
 def test_published_shapes_have_the_size_they_are_known_by(size: str, billions: float, active: float) -> None:
     """Without the output embedding, which a reward model does not need."""

@@ -19,6 +19,7 @@ COUNTS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("name", REAL_DATA)
 def test_real_rows_are_read_whole(name, shared_data, tmp_path):
@@ -32,6 +33,7 @@ def test_real_rows_are_read_whole(name, shared_data, tmp_path):
     assert (len(comparisons), part.wins, part.ties, part.prompts) == (kept, wins, ties, prompts)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_real_hh_text_becomes_turns_and_splits_by_prompt(shared_data, tmp_path):
     path = str(REAL_DATA["hh"](shared_data, tmp_path))

@@ -348,6 +348,7 @@ class TestUnderPressure:
 class TestLoad:
     """64 clients at once: every answer is the offline score of that client's own text."""
 
+    @pytest.mark.slow
     def test_nothing_is_lost_or_crossed(self, url: str, service: Service, model: RewardModel) -> None:
         prompts = [f"Question {i}: what is the capital of France? " * (1 + i % 3) for i in range(16)]
         wanted: dict[tuple[str, str], float] = {}

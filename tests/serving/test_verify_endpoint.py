@@ -95,11 +95,13 @@ class TestOurs:
         [answers] = [check for check in checks if check.name == "server answers"]
         assert answers.detail.startswith(f"{protocol} protocol; server: qlora_rm")
 
+    @pytest.mark.slow
     def test_the_protocol_is_known_from_the_url_or_found(self, url: str) -> None:
         for place, protocol in ((url, "score"), (f"{url}/get_reward", "get_reward"), (f"{url}/classify/", "classify")):
             said = [check.detail for check in verify_endpoint(str(llama_adapter()), place) if check.name == "server answers"]  # fmt: skip
             assert said[0].startswith(f"{protocol} protocol")
 
+    @pytest.mark.slow
     def test_long_texts_are_asked_for_where_the_cut_is_ours(self, url: str) -> None:
         for protocol, left_out in (("score", False), ("get_reward", True)):
             checks = verify_endpoint(str(llama_adapter()), url, protocol=protocol)  # type: ignore[arg-type]
@@ -116,6 +118,7 @@ class TestOurs:
         assert "golden scores are given again" in found
         assert "batch scores equal single scores" not in found
 
+    @pytest.mark.slow
     def test_the_door(self, url: str, capsys: Any, model: RewardModel, monkeypatch: pytest.MonkeyPatch) -> None:
         assert main(["verify", str(llama_adapter()), "--url", url]) == 0
         assert f"{url}: all 16 checks hold" in capsys.readouterr().out

@@ -112,6 +112,7 @@ def test_scores_and_ids_are_those_of_training(trained: Path) -> None:
     assert answer["scores"] == pytest.approx(item.scores, abs=SAME.absolute)
 
 
+@pytest.mark.slow
 def test_merged_requantized_and_exported_it_renders_that_day(trained: Path, tmp_path: Path) -> None:
     merge(str(trained / "model"), str(tmp_path / "merged"), dtype="fp32")
     requantize(str(tmp_path / "merged"), str(tmp_path / "in 4 bit"))
@@ -127,6 +128,7 @@ def test_merged_requantized_and_exported_it_renders_that_day(trained: Path, tmp_
     assert f"renders {DATE}" in (tmp_path / "exported/README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_reads_the_data_it_began_with(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,11 +141,13 @@ def test_a_resumed_run_reads_the_data_it_began_with(
     assert [item.scores for item in resumed.golden] == [pytest.approx(item.scores, abs=1e-6) for item in through.golden]
 
 
+@pytest.mark.slow
 def test_an_adapter_that_is_trained_on_keeps_its_date(trained: Path, tmp_path: Path) -> None:
     main(command(trained, tmp_path / "out", adapter=trained / "model", max_steps=1, save_steps=1, eval_steps=1))
     assert Manifest.load(tmp_path / "out").contract.date == DATE
 
 
+@pytest.mark.slow
 def test_a_template_given_by_path_is_fixed_too(trained: Path, tmp_path: Path) -> None:
     (tmp_path / "t.jinja").write_text(READS_CLOCK.replace("%d %b %Y", "%Y-%m-%d"))
     given = {"chat_template_path": tmp_path / "t.jinja", "max_steps": 1, "save_steps": 1, "eval_steps": 1}
@@ -179,6 +183,7 @@ def of_an_earlier_version(trained: Path, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_day_of_an_earlier_version_s_model_is_found_again(
     of_an_earlier_version: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -25,6 +25,7 @@ def experts_folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize(("architecture", "lora_experts"), [("qwen3_moe", False), ("mixtral", True)])
 def test_train_resume_merge_and_read_back(experts_folder, rows_file, tmp_path, architecture, lora_experts, capsys):
@@ -58,6 +59,7 @@ def assert_scores_are_golden(folder):
         assert model.score_candidates([item.candidates()])[0] == pytest.approx(item.scores, abs=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_zero3_shards_packed_experts_and_ends_where_one_process_ends(experts_folder, rows_file, tmp_path):
     """With LoRA on the experts, and without activation checkpointing, which would hide what the forward pass keeps."""

@@ -135,6 +135,7 @@ def test_offline_is_said_at_once(flags, monkeypatch):
         main(pushing(flags))
 
 
+@pytest.mark.slow
 def test_what_is_pushed_is_complete_and_nothing_else(hub, flags, tmp_path, capsys):
     main(pushing(flags, hub_token="secret", hub_model_id="ours/rm", hub_private_repo=True, hub_revision="first"))
     assert hub.pushed == [("ours/rm", "first")] and hub.branches == ["first"]
@@ -147,6 +148,7 @@ def test_what_is_pushed_is_complete_and_nothing_else(hub, flags, tmp_path, capsy
     assert b"secret" not in (tmp_path / "out" / "training_args.bin").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_push_that_fails_keeps_the_run_and_says_how_to_push_it(hub, flags, tmp_path):
     hub.fails = ("upload_folder", ConnectionError("connection reset"))
     out = tmp_path / "out"
@@ -161,6 +163,7 @@ def test_a_push_that_fails_keeps_the_run_and_says_how_to_push_it(hub, flags, tmp
     assert hub.pushed == [("me/rm", None)]
 
 
+@pytest.mark.slow
 def test_nothing_is_asked_of_the_hub_without_the_option(hub, flags):
     main(flags(max_steps=1, save_steps=1, eval_steps=1))
     assert hub.tokens == hub.made == hub.pushed == []

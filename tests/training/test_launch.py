@@ -15,7 +15,7 @@ from qlora_rm.verification.folder import verify
 from tests.launching import launch, short_run
 from tests.said import unknown
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 STEPS = {"max_steps": 20, "eval_steps": 10, "save_steps": 10}

@@ -64,6 +64,7 @@ def test_a_file_s_max_length_is_the_user_s_too(flags: Any, backbone: Any, tmp_pa
         main([*flags(model_name_or_path=backbone("gpt2")), "--config", str(tmp_path / "run.yaml")])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("architecture", "where"), [("roberta", FIRST), ("gpt2", LAST)])
 def test_a_default_that_is_too_long_is_lowered_and_said(
     architecture: str, where: str, flags: Any, backbone: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
@@ -93,6 +94,7 @@ def test_positions_that_the_configuration_hides_are_found_in_the_loaded_model(
         main(flags(model_name_or_path=backbone("gpt2"), max_length=600))
 
 
+@pytest.mark.slow
 def test_a_rotary_backbone_beyond_what_it_was_made_for_is_said_once(
     flags: Any, backbone: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -178,6 +180,7 @@ def reward_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Reward
     return folder, RewardModel.load(str(folder))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["phi3_long", "llama_dynamic"])
 def test_one_rotation_from_training_to_the_last_reader(
     architecture: str, flags: Any, backbone: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
@@ -211,6 +214,7 @@ def test_one_rotation_from_training_to_the_last_reader(
     assert [check.name for check in refused.checks if not check.ok] == ["peft: base rotates sequences as in training"]
 
 
+@pytest.mark.slow
 def test_short_runs_keep_the_rotation_that_every_reader_of_the_adapter_chooses(
     flags: Any, backbone: Any, tmp_path: Path
 ) -> None:

@@ -20,7 +20,7 @@ from qlora_rm.training.run import main
 from tests import slurm_for_tests
 from tests.launching import ROOT, short_run
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 BIN = Path(sys.executable).parent
 SCRIPT = str(ROOT / "recipes" / "train.slurm")

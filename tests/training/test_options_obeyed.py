@@ -204,6 +204,7 @@ def test_activations_are_checkpointed_and_its_arguments_handed_on(made, monkeypa
         assert [how["every_n_layers"] for how in asked] == [2], on
 
 
+@pytest.mark.slow
 def test_noise_and_offloading_act_in_training(made, monkeypatch):
     def loss(**changes):
         trainer = made(share_prefix="false", **changes)
@@ -239,6 +240,7 @@ def test_the_cache_is_emptied_and_overflow_is_looked_for(made, monkeypatch):
     assert len(emptied) == 2 and len(watched) == 1
 
 
+@pytest.mark.slow
 def test_what_is_logged_and_when(made, capfd):
     trainer = made(
         max_steps=5, logging_steps=2, logging_first_step=True, include_num_input_tokens_seen="all", skip_memory_metrics=False
@@ -263,6 +265,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_is_not_logged_as_zero(made, 
     assert trainer.state.log_history == [] and not trainer.args.logging_nan_inf_filter
 
 
+@pytest.mark.slow
 def test_when_it_is_evaluated_and_saved(flags, tmp_path):
     main(
         flags(
@@ -278,6 +281,7 @@ def test_when_it_is_evaluated_and_saved(flags, tmp_path):
     assert list(out.rglob("events.out.tfevents*"))
 
 
+@pytest.mark.slow
 def test_strategies_by_epoch_and_by_the_best(flags, tmp_path):
     main(
         flags(

@@ -30,7 +30,7 @@ sys.exit(main(["train", *sys.argv[1:]]))
 """Runs the train command, and shows even phases that end within two seconds."""
 PHASES = ["starting", "reading", "tokenizing", "loading and quantizing", "training", "evaluating", "golden scores"]
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 def run(words: list[str], tmp_path: Path) -> tuple[str, str]:

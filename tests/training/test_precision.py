@@ -66,6 +66,7 @@ def test_trainable_weights_stay_fp32_in_bf16(flags, tmp_path: Path) -> None:
     assert {w.dtype for w in load_file(tmp_path / "out/adapter_model.safetensors").values()} == {torch.float32}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_merged_model_read_in_bf16_stays_within_what_training_measured(flags, tmp_path: Path) -> None:
     """As a consumer on a GPU loads it: bf16 weights and arithmetic, which this project never chooses on a CPU."""

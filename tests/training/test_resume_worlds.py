@@ -12,7 +12,7 @@ from qlora_rm.training.checkpoints import checkpoints, is_whole
 from tests.launching import launch, short_run, start
 from tests.training.recorded_train import recorded
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 # two epochs of 72 comparisons in steps of 10: the last step of each has two, and is padded
 RUN = {

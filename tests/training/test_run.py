@@ -39,6 +39,7 @@ def assert_equal_adapters(one, two):
         torch.testing.assert_close(one[name], two[name], rtol=0, atol=0, msg=name)
 
 
+@pytest.mark.slow
 def test_a_run_leaves_a_model_that_scores_as_it_was_trained(flags, tmp_path, capfd):
     main(flags(max_steps=40, eval_steps=20, save_steps=20))
     out = tmp_path / "out"
@@ -112,6 +113,7 @@ def test_old_checkpoints_go_and_the_run_is_not_overwritten(flags, tmp_path):
         main(flags(resume_from_checkpoint=str(tmp_path / "out/checkpoint-8")))
 
 
+@pytest.mark.slow
 def test_zero_head_starts_at_ln_2(flags, tmp_path):
     main(flags(head_init_std=0, max_steps=1, logging_steps=1, center_rewards_coefficient=0))
     assert log(tmp_path / "out")[0]["loss"] == pytest.approx(0.6931, abs=1e-4)
@@ -298,6 +300,7 @@ def test_a_save_that_writes_no_weights_is_no_finished_run(flags, tmp_path, monke
     assert not (tmp_path / "out/rm_manifest.json").exists()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_ctrl_c_leaves_the_last_checkpoint_whole(flags, tmp_path):
     out = tmp_path / "out"

@@ -108,6 +108,7 @@ def identity(row):
     return str(row["prompt_ids"]) + str(row["response_ids"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drop_last", [False, True], ids=["", "drop_last"])
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("make", [weighted_pairs, rankings])
@@ -154,6 +155,7 @@ def test_logged_metrics_are_those_of_the_whole_step(flags, tmp_path):
         assert entry["min_reward"] == pytest.approx(min(map(min, scores)), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_dropping_the_last_micro_batch_keeps_the_evaluation_whole(flags, tmp_path):
     """21 held-out comparisons in batches of 16: none of them is dropped."""
     asked = {"eval_fraction": 0.22, "learning_rate": 0, "max_steps": 1, "save_strategy": "no"}
@@ -172,6 +174,7 @@ def test_dropping_everything_is_an_error(flags, tmp_path):
         main(flags(**{**PLAIN_SGD, "dataset": rows, "dataloader_drop_last": True}))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_two_ranks_take_the_steps_of_one(backbone_folder, tmp_path):
     """Two ranks, each accumulating half as many micro-batches; 13 comparisons, so that the last step is short."""
