@@ -33,7 +33,7 @@ test-long: env
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "long and not gpu"
 
 check: lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not long and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not long and not gpu" --ignore=tests/attacks
 
 test-deep: env
 	@echo "make test-deep SEED=$(SEED)"

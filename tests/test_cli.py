@@ -188,6 +188,7 @@ class TestMergeAndVerify:
         assert "checks hold" in done.stdout
         assert "FAIL" not in done.stdout
 
+    @pytest.mark.slow
     def test_a_failing_check_is_status_1(self, tmp_path: Path, capsys: Any) -> None:
         folder = tmp_path / "merged"
         merge(str(llama_adapter()), str(folder), dtype="fp32")
@@ -210,6 +211,7 @@ class TestMergeAndVerify:
         assert main(["verify", str(folder), "--base", base.name_or_path]) == 0
 
 
+@pytest.mark.slow
 def test_export_to_4_bit_counts_what_it_costs(rows: str, tmp_path: Path, capsys: Any) -> None:
     merged, small = str(tmp_path / "merged"), str(tmp_path / "small")
     merge(str(llama_adapter()), merged, dtype="fp32")

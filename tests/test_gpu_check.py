@@ -65,6 +65,7 @@ def test_a_failed_part_fails_the_run_and_keeps_no_other_from_running(run, part, 
     assert report["parts"]["sound"]["status"] == "passed"
 
 
+@pytest.mark.slow
 def test_a_run_that_is_cut_off_leaves_what_it_had(run):
     began = time.monotonic()
     report = run(Part("sound", 0.1, sound), Part("endless", 1, endless), Part("late", 5, sound), budget=1.0)

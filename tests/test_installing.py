@@ -70,6 +70,7 @@ def test_a_wheel_with_the_compiled_part_is_for_one_platform(tmp_path: Path) -> N
 
 @pytest.mark.slow
 class TestInstalled:
+    @pytest.mark.slow
     def test_it_is_the_installed_one_that_runs(self, python: Path, tmp_path: Path) -> None:
         (tmp_path / "qlora_rm").mkdir()  # as in the folder that a checkout was cloned into
         environment = environment_of(python)

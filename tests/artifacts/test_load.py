@@ -45,6 +45,7 @@ def test_what_cannot_be_scored_is_named_by_its_place(model: RewardModel) -> None
         model.score_candidates([good, bad])
 
 
+@pytest.mark.slow
 def test_a_model_trained_whole_gives_its_golden_scores(tmp_path: Path) -> None:
     folder = make_reward_model(tmp_path, adapter=AdapterConfig(use_lora=False), quantization="none")
     loaded = RewardModel.load(str(folder))
@@ -55,6 +56,7 @@ def test_a_model_trained_whole_gives_its_golden_scores(tmp_path: Path) -> None:
         RewardModel.load(str(folder), base=str(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_foreign_reward_model_loads_without_a_manifest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = make_reward_model(tmp_path, adapter=AdapterConfig(use_lora=False), quantization="none")
     golden = Manifest.load(folder).golden
@@ -64,6 +66,7 @@ def test_a_foreign_reward_model_loads_without_a_manifest(tmp_path: Path, capsys:
     assert "without a limit of length" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_another_place_of_the_base_can_be_given(tmp_path: Path) -> None:
     folder = make_reward_model(tmp_path / "made")
     shutil.move(tmp_path / "made" / "base", tmp_path / "moved")
@@ -152,6 +155,7 @@ def test_compute_dtype_follows_training_and_machine(monkeypatch: pytest.MonkeyPa
         assert compute_dtype(Manifest.load(llama_adapter())) is torch.float32
 
 
+@pytest.mark.slow
 def test_a_model_trained_in_bf16_keeps_its_weights_on_a_cpu_without_bf16(tmp_path: Path) -> None:
     """Quantized from bf16 as in training, then computed in fp32: the weights equal the trained ones, bit for bit."""
     folder = make_reward_model(tmp_path, compute="bf16")

@@ -69,6 +69,7 @@ def test_a_pipeline_gives_raw_scores(merged: Path) -> None:
     assert not 0 <= result["score"] <= 1, "the toy's score would show a sigmoid"
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_golden_items_gets_some(tmp_path: Path) -> None:
     folder = make_reward_model(tmp_path, golden=False)
     merge(str(folder), str(tmp_path / "merged"), dtype="fp32")

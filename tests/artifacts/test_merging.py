@@ -402,6 +402,7 @@ def test_merges_on_an_original_base_that_does_not_fit_into_memory(
 
 
 class TestInMemoryInstead:
+    @pytest.mark.slow
     def test_of_a_base_without_safetensors(self, tmp_path: Path, capsys: Any) -> None:
         def in_pickles(base: str) -> None:
             file = Path(base) / "model.safetensors"
@@ -420,6 +421,7 @@ class TestInMemoryInstead:
         assert "in 8 bit" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_original_base_gives_other_scores_and_the_manifest_expects_them(tmp_path: Path) -> None:
     record = merge(str(llama_adapter()), str(tmp_path / "merged"), dtype="fp32", base="original")
     manifest = Manifest.load(tmp_path / "merged")

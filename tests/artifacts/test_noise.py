@@ -48,6 +48,7 @@ class TestMeasuring:
         assert bits_of(model) == before
         assert [layer.compute_dtype for layer in layers] == computed
 
+    @pytest.mark.slow
     def test_computes_without_the_autocast_that_accelerate_wraps_a_model_in(self) -> None:
         model = RewardModel.load(str(llama_adapter())).model
         items = Manifest.load(llama_adapter()).golden
@@ -72,6 +73,7 @@ class TestMeasuring:
         noise = measure_noise(model, items, 2, torch.float16)
         assert noise["fp32"].largest < noise["fp16"].largest < noise["bf16"].largest
 
+    @pytest.mark.slow
     def test_what_cannot_be_measured_is_said_and_absent(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -193,12 +195,14 @@ def lost_layer(tensors: dict[str, torch.Tensor]) -> None:
 class TestNoisyScores:
     """Scores that bf16 moves by more than the constant of 0.1."""
 
+    @pytest.mark.slow
     def test_a_sound_model_holds_and_merges(self, noisy: Path, tmp_path: Path) -> None:
         assert Manifest.load(noisy).noise["bf16"].largest > 0.3
         assert [check for check in verify(str(noisy)) if not check.ok] == []
         merge(str(noisy), str(tmp_path / "merged"), dtype="bf16")
         assert [check for check in verify(str(tmp_path / "merged")) if not check.ok] == []
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("tamper", [negated_head, other_head, lost_adapter, lost_layer])
     def test_a_tampered_one_is_caught_by_its_scores_alone(
         self, noisy: Path, tmp_path: Path, tamper: Callable[[dict[str, torch.Tensor]], None]
@@ -220,6 +224,7 @@ class TestNoisyScores:
         assert "golden scores are given again" in {check.name for check in verify(str(folder)) if not check.ok}
 
 
+@pytest.mark.slow
 def test_a_model_trained_whole_has_its_noise_measured(tmp_path: Path) -> None:
     folder = make_reward_model(tmp_path, adapter=AdapterConfig(use_lora=False), quantization="none")
     noise = Manifest.load(folder).noise

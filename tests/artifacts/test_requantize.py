@@ -17,6 +17,7 @@ from qlora_rm.verification.folder import verify
 from tests.reward_models_for_tests import llama_adapter, make_reward_model
 
 
+@pytest.mark.slow
 def test_quantizes_all_but_the_head_and_counts_flips(tmp_path: Path) -> None:
     merge(str(llama_adapter()), str(tmp_path / "merged"), dtype="fp32")
     result = requantize(str(tmp_path / "merged"), str(tmp_path / "small"), yours=[[[5, 6, 7], [5, 6, 8], [9]]])
@@ -52,6 +53,7 @@ def test_a_mixture_of_experts_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "small").exists()
 
 
+@pytest.mark.slow
 def test_engines_get_no_4_bit_folder(tmp_path: Path) -> None:
     merge(str(llama_adapter()), str(tmp_path / "merged"), dtype="fp32")
     requantize(str(tmp_path / "merged"), str(tmp_path / "small"))

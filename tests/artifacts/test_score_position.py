@@ -52,6 +52,7 @@ def test_other_words_than_the_model_s_are_found(tmp_path: Path) -> None:
     assert NAME in [check.name for check in verify(str(folder)) if not check.ok]
 
 
+@pytest.mark.slow
 def test_words_of_an_earlier_version_stay(tmp_path: Path) -> None:
     """Versions 1 and 2 named the last token for every model."""
     folder = make_reward_model(tmp_path, "distilbert", quantization="none")

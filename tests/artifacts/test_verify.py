@@ -178,6 +178,7 @@ OTHERWISE_MERGED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])
 @pytest.mark.parametrize("kind", ["adapter", "merged"])
 @pytest.mark.parametrize(("break_it", "name", "detail"), BREAKS, ids=[f"{b.__name__}-{n}" for b, n, _ in BREAKS])
@@ -249,6 +250,7 @@ def test_merge_refuses_what_hashes_would_have_shown_without_them(
     assert list(tmp_path.iterdir()) == [folder]
 
 
+@pytest.mark.slow
 @given(st.floats(0, 1, exclude_max=True), st.sampled_from(["adapter", "merged", "base"]))
 @settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_file_cut_short_anywhere_is_found(tmp_path_factory: Any, merged: Path, share: float, kind: str) -> None:
@@ -279,6 +281,7 @@ def test_an_adapter_of_other_shapes_is_foreign(tmp_path: Path) -> None:
         merge(str(folder), str(tmp_path / "out"))
 
 
+@pytest.mark.slow
 def test_a_base_of_the_same_shapes_is_foreign(tmp_path: Path) -> None:
     base = save_backbone(tmp_path / "base", "llama", small_tokenizer(), seed=5)
     failed = {check.name: check.detail for check in verify(str(llama_adapter()), base=base) if not check.ok}
@@ -318,11 +321,13 @@ def test_sound_models_hold(merged: Path, merged_in_bf16: Path) -> None:
         assert len({check.name for check in checks}) == len(checks)
 
 
+@pytest.mark.slow
 def test_a_model_trained_whole_holds(tmp_path: Path) -> None:
     folder = make_reward_model(tmp_path, adapter=AdapterConfig(use_lora=False), quantization="none")
     assert [check for check in verify(str(folder)) if not check.ok] == []
 
 
+@pytest.mark.slow
 def test_positions_counted_from_the_left_are_not_padded_left(tmp_path: Path) -> None:
     folder = make_reward_model(tmp_path, "gpt2")
     left = next(check for check in verify(str(folder)) if "left padded" in check.name)

@@ -100,6 +100,7 @@ def test_golden_scores_that_no_model_can_miss_are_refused(folder: Path, word: st
     assert main(["score", str(folder), "--prompt", "x", "--responses", "a"]) == 2
 
 
+@pytest.mark.slow
 def test_a_negated_head_fails_though_the_hashes_are_updated(folder: Path) -> None:
     negate_head(folder)
     assert "files are those that were written" in failed(folder)
@@ -253,6 +254,7 @@ def said_by(command: str, folder: Path, tmp_path: Path, capfd: pytest.CaptureFix
     return status, out + err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", NAMED)
 @pytest.mark.parametrize("change", ["template", "head", "base", "extra file"])
 def test_every_command_refuses_a_changed_folder(
@@ -357,6 +359,7 @@ def test_what_readers_take_from_a_configuration_is_checked(
         RewardModel.load(str(folder))
 
 
+@pytest.mark.slow
 def test_the_list_of_files_covers_everything_that_is_read(folder: Path) -> None:
     edit_json(folder / FILE_NAME, files={})
     assert "not in the manifest's list" in failed(folder)["files are those that were written"]
@@ -370,6 +373,7 @@ def test_the_list_of_files_covers_everything_that_is_read(folder: Path) -> None:
         seal_again(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -531,6 +535,7 @@ def test_a_bounded_template_renders_what_transformers_renders() -> None:
         assert compiled(template).render(messages=messages) == theirs.render(messages=messages)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["two loops", "one text"])
 def test_a_changed_template_is_not_rendered(adapter: Path, name: str) -> None:
     (adapter / "chat_template.jinja").write_text(BOMBS[name])

@@ -522,6 +522,7 @@ def test_any_lines_are_scored_or_counted(lines: list[bytes]) -> None:
     assert counts.total() == sum("error" in row for row in rows if row.get("score", 0) is None)
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(st.lists(VALUES, max_size=5), st.sampled_from([None, 1]), st.integers(1, 9), st.booleans())
 def test_the_elements_of_an_array_are_found_in_chunks_of_any_size(

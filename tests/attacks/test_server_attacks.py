@@ -70,6 +70,7 @@ def seconds_of(work: Callable[[], Any]) -> float:
 
 
 class TestHeldConnections:
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "sent",
         [b"", b"\r\n", b"GET /hea", request_of(SHORT_BODY)[:80], request_of(SHORT_BODY, end=False), ASKED],
@@ -106,6 +107,7 @@ class TestHeldConnections:
             received = until_closed(connection)
         assert (status_of(received) if received else 0) == answer
 
+    @pytest.mark.slow
     def test_dripping_bytes_gains_no_time(self, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
         for name in ("HEAD_SECONDS", "BODY_SECONDS", "END_SECONDS"):
             monkeypatch.setattr(connections, name, 0.5)
@@ -127,6 +129,7 @@ class TestHeldConnections:
                 assert time.monotonic() - began < 5
             assert status_of(received) == 408
 
+    @pytest.mark.slow
     def test_a_client_that_takes_no_answers(self, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(connections, "WRITE_SECONDS", 0.3)
         asked = request_of(None, method="GET", path="/metrics") * 100
@@ -418,6 +421,7 @@ class TestMalformed:
         assert reason_of(answer)
         assert answer.count(b"HTTP/1.1 ") == 1  # the rest is not read as a second request
 
+    @pytest.mark.slow
     def test_bytes_changed_at_random(self, url: str, right: list[float], tries: Any) -> None:
         draw = random.Random(12)
         valid = request_of(SHORT_BODY, "Connection: close", "Authorization: Bearer x")

@@ -80,6 +80,7 @@ def reason(serve: Serve, protocol: Any = "get_reward") -> str:
     return next(check.detail for check in checked(serve, protocol) if check.name == "server answers" and not check.ok)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "serve",
     [

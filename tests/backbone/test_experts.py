@@ -171,6 +171,7 @@ def test_inventory_and_share_count_them(folders, tokenizer):
     assert share < 0.01 and largest.endswith("mlp.gate.weight")
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(
     rows=st.lists(st.integers(0, 4), min_size=1, max_size=4).filter(any),
@@ -222,6 +223,7 @@ def test_a_forward_pass_keeps_no_copy_of_the_experts_for_backward(tokenizer, tmp
     loss.backward()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora_experts", [False, True])
 @pytest.mark.parametrize("architecture", ADAPTED)
 def test_the_adapter_is_one_that_stock_peft_reads_and_merges(folders, tokenizer, tmp_path, architecture, lora_experts):

@@ -65,6 +65,7 @@ def test_everything_linear_is_quantized_but_the_head(folders, tokenizer, archite
     assert backbone.model.config.pad_token_id == tokenizer.pad_token_id
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", [*CAUSAL, *ENCODERS])
 def test_adapter_leaves_the_head_alone_and_brings_it_back(folders, tokenizer, architecture, tmp_path):
     backbone = load(folders(architecture), tokenizer)

@@ -37,6 +37,7 @@ def test_card_s_code_for_auto_class_and_pipeline_gives_our_scores(world, ours):
     assert found["same_score"] == pytest.approx(wanted, abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("repacks", [True, False], ids=["as it comes", "kept to fp32"])
 def test_card_s_code_for_peft_gives_the_golden_scores(world, tmp_path: Path, repacks: bool):
     """On a CPU with AVX512-BF16, bitsandbytes 0.50 computes 4-bit layers in bf16 unless this is turned off.

@@ -46,6 +46,7 @@ def test_counts_by_hand() -> None:
     assert result.mean_score == pytest.approx(10 / 7)
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(st.integers(-3, 3), st.integers(-3, 3)), min_size=1, max_size=30))
 def test_turned_round_preferences_turn_the_accuracy_round(pairs: list[tuple[int, int]]) -> None:
     rows = comparisons([{"response_ids": [[7], [8]], "wins": [[0, 1]]} for _ in pairs])

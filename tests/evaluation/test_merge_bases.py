@@ -23,6 +23,7 @@ def rows(path: Path, flipped: bool) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flipped", [False, True])
 def test_keeps_the_one_that_agrees_more(tmp_path: Path, capsys: Any, flipped: bool) -> None:
     output, data = tmp_path / "merged", rows(tmp_path / "rows.jsonl", flipped)

@@ -91,6 +91,7 @@ def test_the_contract_records_what_the_training_rows_were(folders: dict[str, Pat
     assert (contract.trained_on, contract.text_as) == RECORDED[kind]
 
 
+@pytest.mark.slow
 def test_every_command_gives_the_score_of_training(
     folders: dict[str, Path], kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -236,6 +237,7 @@ def test_what_was_not_recorded_is_read_off_the_golden_items(folders: dict[str, P
         assert read.text_as == ("turns" if "turns" in kinds else text_as), "as earlier versions served it"
 
 
+@pytest.mark.slow
 def test_the_card_s_code_gives_text_to_a_model_of_text(folders: dict[str, Path], tmp_path: Path) -> None:
     """The tokenizer has a chat template, which training never used."""
     folder = folders["text with a template"]

@@ -51,6 +51,7 @@ def failed(exported: Exported) -> dict[str, str]:
 
 
 class TestWrites:
+    @pytest.mark.slow
     def test_one_folder_for_all_that_read_whole_models(self, llama, tmp_path):
         out = tmp_path / "out"
         exported = export(str(llama), [*MOST, "verl"], str(out), ExportConfig(adapter=str(llama.parent / "model")))
@@ -69,6 +70,7 @@ class TestWrites:
         assert record["readers"] == exported.readers
         assert "score.weight is the adapter's" in {check.name for check in exported.checks}
 
+    @pytest.mark.slow
     def test_weights_are_links_to_the_source(self, llama, tmp_path):
         exported = export(str(llama), ["verl-critic"], str(tmp_path / "out"))
         files = [tmp_path / "out" / "model.safetensors", tmp_path / "out/value/model-00001-of-00002.safetensors"]
@@ -80,11 +82,13 @@ class TestWrites:
         assert not os.path.samefile(llama / "model.safetensors", tmp_path / "out" / "model.safetensors")
         assert exported.notes == ["files of weights: 1 copied"]
 
+    @pytest.mark.slow
     def test_the_source_s_files_are_not_touched(self, llama, tmp_path):
         before = {path.name: path.read_bytes() for path in llama.iterdir()}
         export(str(llama), MOST, str(tmp_path / "out"))
         assert {path.name: path.read_bytes() for path in llama.iterdir()} == before
 
+    @pytest.mark.slow
     def test_sglang_s_qwen_gets_a_bias_of_zeros(self, qwen, tmp_path):
         exported = export(str(qwen), ["sglang", "trl"], str(tmp_path / "out"))
         assert exported.ok, failed(exported)
@@ -92,6 +96,7 @@ class TestWrites:
             assert file.get_tensor("score.bias").tolist() == [0.0]
         assert [check for check in verify(str(tmp_path / "out")) if not check.ok] == []
 
+    @pytest.mark.slow
     def test_a_sharded_source(self, llama, tmp_path):
         source = copy_of(llama, tmp_path / "sharded")
         tensors = load_file(source / "model.safetensors")
@@ -106,11 +111,13 @@ class TestWrites:
         assert exported.ok, failed(exported)
         assert exported.notes[0] == "files of weights: 4 linked"
 
+    @pytest.mark.slow
     def test_it_stands_in_the_manifest_s_history(self, llama, tmp_path):
         export(str(llama), ["vllm", "trl"], str(tmp_path / "out"))
         step = Manifest.load(tmp_path / "out").history[-1]
         assert (step.name, step.settings) == ("export", {"readers": ["vllm", "trl"]})
 
+    @pytest.mark.slow
     def test_mean_and_std_only_on_request(self, llama, tmp_path):
         export(str(llama), ["openrlhf"], str(tmp_path / "out"), ExportConfig(normalize=True))
         config = json.loads((tmp_path / "out/config.json").read_text(encoding="utf-8"))
@@ -137,6 +144,7 @@ class TestWrites:
         ]
         assert Path(named) == llama_adapter().parent / "base"
 
+    @pytest.mark.slow
     def test_an_adapter_on_a_base_that_moved(self, tmp_path):
         moved = shutil.copytree(llama_adapter().parent / "base", tmp_path / "moved")
         exported = export(str(llama_adapter()), ["peft"], str(tmp_path / "out"), base=str(moved))
@@ -146,6 +154,7 @@ class TestWrites:
 
 
 class TestCard:
+    @pytest.mark.slow
     def test_tells_data_figures_contract_and_limits(self, llama, tmp_path):
         evaluation = tmp_path / "evaluation.json"
         overall = {"accuracy": 0.75, "interval": [0.7, 0.8], "wins": 400}
@@ -207,6 +216,7 @@ class TestRefuses:
         with pytest.raises(UserError, match="--policy has no effect: none of vllm"):
             export(str(llama), ["vllm"], str(tmp_path / "out"), ExportConfig(policy=str(llama)))
 
+    @pytest.mark.slow
     def test_a_policy_with_another_vocabulary(self, llama, tmp_path):
         other = tmp_path / "policy"
         small_tokenizer(vocab_size=300).save_pretrained(other)
@@ -214,6 +224,7 @@ class TestRefuses:
         assert "openrlhf: policy has these tokens" in names
         assert "openrlhf: policy has this chat template" in names
 
+    @pytest.mark.slow
     def test_scores_that_16_bit_cannot_hold(self, llama, tmp_path):
         source = copy_of(llama, tmp_path / "huge")
         tensors = load_file(source / "model.safetensors")
@@ -248,6 +259,7 @@ class TestRefuses:
                 export(source, names, out)
         assert not Path(out).exists()
 
+    @pytest.mark.slow
     def test_an_architecture_that_is_not_known_there(self, tmp_path):
         source = merged_model(tmp_path / "gpt2", "gpt2", quantization="none")
         with pytest.raises(UserError, match="not known to score a GPT2ForSequenceClassification"):
@@ -296,6 +308,7 @@ def test_encoders_for_whoever_reads_any_classifier(backbone, tmp_path):
         export(str(model), ["verl-critic"], str(tmp_path / "no"))
 
 
+@pytest.mark.slow
 def test_openrlhf_s_clipping_is_warned_of(llama, tmp_path):
     source = copy_of(llama, tmp_path / "source")
     edit_json(source / "rm_manifest.json", reward={"mean": 8.0, "std": 3.0, "n": 10})

@@ -105,6 +105,7 @@ class TestCommand:
         assert 100 < told["longest"] < 1024
         assert f"--dataset {path}" in told["cards"][0]["line"] and "--lora_r 4" in told["cards"][0]["line"]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("words", "message"),
         [

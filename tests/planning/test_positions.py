@@ -16,6 +16,7 @@ def plan_of(folder: str, **options: int) -> Plan:
     return make_plan(folder, asked, BackboneConfig(quantization="none"), AdapterConfig(), DataConfig())
 
 
+@pytest.mark.slow
 def test_the_default_length_is_lowered_and_another_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder = save_backbone(tmp_path, "bert", small_tokenizer())
     planned = plan_of(folder)

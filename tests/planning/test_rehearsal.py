@@ -74,6 +74,7 @@ def test_a_larger_batch_never_takes_less_and_the_line_between_two_is_not_below(
     assert few.towards(many, 1 / 4).peak >= some.peak
 
 
+@pytest.mark.slow
 def test_nothing_is_left_over() -> None:
     """A leak in the meter would make the second of two equal steps larger."""
     batch = Batch(2, 64, 4)

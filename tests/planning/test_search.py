@@ -206,6 +206,7 @@ class TestWarning:
     def warn(self, backbone: BackboneConfig, asked: Setting, card: Card | None) -> str | None:
         return memory_warning(backbone, AdapterConfig(), torch.float32, self.rows, asked, ranks_here=1, card=card)
 
+    @pytest.mark.slow
     def test_none_where_it_fits(self, backbone: BackboneConfig) -> None:
         assert self.warn(backbone, Setting("single", 1, 2, 1, False), None) is None
 
@@ -224,6 +225,7 @@ class TestWarning:
         assert in_words(proposed) == " ".join(words)
         assert self.warn(backbone, proposed, card) is None
 
+    @pytest.mark.slow
     def test_what_it_proposes_is_the_batch_that_was_asked_for(self, backbone: BackboneConfig) -> None:
         said = self.warn(backbone, Setting("single", 1, 21, 1, False), replace(processors(20e6), context=1e6))
         assert said is not None and "This fits: --engine single --per_device_train_batch_size" in said

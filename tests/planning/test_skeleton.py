@@ -75,6 +75,7 @@ def test_published_shapes_have_the_size_they_are_known_by(size: str, billions: f
     assert weights.packed == pytest.approx(weights.parameters / 2, rel=0.02)
 
 
+@pytest.mark.slow
 def test_experts_count_as_quantized() -> None:
     config = published("30B-A3B")
     whole = weigh(build(config, BackboneConfig(quantization="none"), AdapterConfig(), torch.bfloat16), torch.bfloat16)

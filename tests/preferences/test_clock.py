@@ -49,6 +49,7 @@ def rendered(template: str, **more: object) -> str:
     return str(tokenizer.apply_chat_template(TURNS, tokenize=False, **more))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", READING.values(), ids=READING)
 def test_a_fixed_template_renders_that_moment_on_any_day(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tools = [{"type": "function", "function": {"name": "look"}}]
@@ -94,6 +95,7 @@ def test_a_rows_own_date_still_counts() -> None:
     assert "1 May" in rendered(str(fixed(READS_CLOCK, DAY_OF_TRAINING)), date_string="1 May")
 
 
+@pytest.mark.slow
 @given(st.datetimes(datetime(1970, 1, 2), datetime(2099, 12, 31)))
 def test_any_moment(moment: datetime) -> None:
     written = str(fixed("{{ strftime_now('%a %d %b %Y, %j, week %U, %I %p') }}", moment))

@@ -34,6 +34,7 @@ def decoded_ids(decoded: DecodedText, text: str) -> list[int]:
 said = st.text(st.characters(exclude_categories=["Cs"]), max_size=20) | st.sampled_from([f"{EOS} ends {EOS} it", "<|im_end|>.", ""])  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
 @given(prompt=said, response=said, bos=st.booleans(), extra=st.sampled_from(["", PAD, PAD * 3]))
 def test_a_rendering_gives_the_ids_of_its_turns(

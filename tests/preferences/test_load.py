@@ -187,6 +187,7 @@ def test_the_fingerprint_is_of_the_content_and_its_order(tmp_path, tokenization)
     assert len({fingerprint("c", other) for other in [rows, *others]}) == 5
 
 
+@pytest.mark.slow
 def test_golden_candidates_are_held_out_rows_of_many_lengths(tmp_path, tokenization):
     rows = [{**row, "prompt": row["prompt"] + "word " * (n % 60)} for n, row in enumerate(numbered(1500))]
     data = load(tokenization, write(tmp_path / "rows.jsonl", rows))

@@ -86,6 +86,7 @@ def rewards(scores: Sequence[float]) -> dict[str, Any]:
 
 
 class TestOurs:
+    @pytest.mark.slow
     @pytest.mark.parametrize("protocol", PROTOCOLS)
     def test_all_checks_hold_in_every_protocol(self, url: str, protocol: Any) -> None:
         checks = verify_endpoint(str(llama_adapter()), url, protocol=protocol)
@@ -108,6 +109,7 @@ class TestOurs:
             [golden] = [check for check in checks if check.name == "golden scores are given again"]
             assert ("2 texts not asked for" in golden.detail) is left_out
 
+    @pytest.mark.slow
     def test_a_server_of_another_model_is_found_out(self, url: str, tmp_path: Path) -> None:
         folder = copy_of(llama_adapter(), tmp_path / "other")
         manifest = json.loads((folder / "rm_manifest.json").read_text())
@@ -134,6 +136,7 @@ class TestOurs:
 
 
 class TestVllm:
+    @pytest.mark.slow
     def test_a_right_one(self, scores_of: Scores) -> None:
         """The template writes no bos and the tokenizer adds one, so only text sent as verl does gets wrong scores."""
         with running(vllm(scores_of)) as url:
@@ -141,12 +144,14 @@ class TestVllm:
         assert list(found) == ["text as verl sends it gets the golden scores"]
         assert "the server adds special tokens that training does not have" in found.popitem()[1]
 
+    @pytest.mark.slow
     def test_one_that_adds_nothing(self, scores_of: Scores) -> None:
         with running(vllm(lambda texts, _: scores_of(texts, False))) as url:
             checks = verify_endpoint(str(llama_adapter()), url)
         assert not failed(checks)
         assert "classify protocol; server: not this project's" in [check.detail for check in checks]
 
+    @pytest.mark.slow
     def test_an_activation_that_cannot_be_turned_off(self, scores_of: Scores) -> None:
         with running(vllm(lambda texts, _: [1 / (1 + math.exp(-x)) for x in scores_of(texts, False)])) as url:
             found = failed(verify_endpoint(str(llama_adapter()), url))
@@ -155,10 +160,12 @@ class TestVllm:
 
 
 class TestOpenRlhf:
+    @pytest.mark.slow
     def test_a_right_one(self, scores_of: Scores) -> None:
         with running(openrlhf(lambda texts: rewards(scores_of(texts, False)))) as url:
             assert not failed(verify_endpoint(str(llama_adapter()), url))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("wrong", "check"),
         [
@@ -180,6 +187,7 @@ class TestOpenRlhf:
         with running(openrlhf(answer)) as url:
             assert check in failed(verify_endpoint(str(llama_adapter()), url, protocol="get_reward"))
 
+    @pytest.mark.slow
     def test_one_that_drifts_from_call_to_call(self, scores_of: Scores) -> None:
         calls: list[int] = []
 
@@ -191,6 +199,7 @@ class TestOpenRlhf:
             found = failed(verify_endpoint(str(llama_adapter()), url))
         assert "the same question gets the same scores" in found
 
+    @pytest.mark.slow
     def test_servers_that_give_no_scores(self) -> None:
         for app, said in (
             (openrlhf(lambda texts: {"detail": "boom"}, status=500), "/get_reward: 500 Internal Server Error"),

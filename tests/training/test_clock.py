@@ -102,6 +102,7 @@ def test_the_date_is_recorded_and_written_into_the_template(trained: Path) -> No
     )
 
 
+@pytest.mark.slow
 def test_scores_and_ids_are_those_of_training(trained: Path) -> None:
     assert failed(trained / "model") == []
     model = RewardModel.load(str(trained / "model"))

@@ -86,6 +86,7 @@ def test_a_default_that_is_too_long_is_lowered_and_said(
     )  # lowered to the same length again
 
 
+@pytest.mark.slow
 def test_positions_that_the_configuration_hides_are_found_in_the_loaded_model(
     flags: Any, backbone: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,6 +110,7 @@ def edges(folder: Path) -> tuple[Path, str]:
     return model, write_rows(folder / "rows.jsonl", rows)
 
 
+@pytest.mark.slow
 def test_one_row_beyond_the_positions_is_its_own_fault_everywhere(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

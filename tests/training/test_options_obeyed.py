@@ -173,6 +173,7 @@ def weights(trainer):
     return torch.cat([p.detach().flatten() for p in trainer.model.parameters() if p.requires_grad])
 
 
+@pytest.mark.slow
 def test_gradients_are_clipped(made):
     def moved(**changes):
         trainer = made(optim="sgd", learning_rate=1, lr_scheduler_type="constant", **changes)
@@ -184,6 +185,7 @@ def test_gradients_are_clipped(made):
     assert moved(max_grad_norm=0) > 0.1
 
 
+@pytest.mark.slow
 def test_activations_are_checkpointed_and_its_arguments_handed_on(made, monkeypatch):
     for on, kwargs in (
         ("activation_checkpointing", "activation_checkpointing_kwargs"),

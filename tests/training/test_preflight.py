@@ -211,6 +211,7 @@ def test_a_disk_that_will_not_hold_all_that_is_kept_is_warned_of(flags, tmp_path
     assert one.require_room(tmp_path) is None
 
 
+@pytest.mark.slow
 def test_what_was_cut_off_in_a_save_counts_as_room_for_the_next(tmp_path):
     left = tmp_path / "checkpoint-4/optimizer.pt"
     begin(left.parent)

@@ -134,6 +134,7 @@ def test_every_order_takes_the_steps_of_plain_pytorch(flags, tmp_path, order, ma
     assert logged == pytest.approx(means, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_logged_metrics_are_those_of_the_whole_step(flags, tmp_path):
     """A short last step, whose second micro-batch holds one comparison: it counts as much as one of the first's four."""
     rows = write_rows(tmp_path / "rows.jsonl", preference_rows(13))
