@@ -105,6 +105,8 @@ def _same_place(named: str, base: str) -> bool:
     parts, whole = Path(named).expanduser().parts, Path(base).parts
     if Path(named).expanduser().is_absolute():
         return Path(named).expanduser().resolve() == Path(base).resolve()
+    if Path(named).expanduser().resolve() == Path(base).resolve():  # a link, or ".", seen from the same folder
+        return True
     meant = [part for part in parts if part not in (".", "..")]
     return bool(meant) and list(whole[-len(meant) :]) == meant
 

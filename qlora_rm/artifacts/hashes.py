@@ -40,13 +40,27 @@ SINCE_VERSION_4 = ("config.json", "adapter_config.json", "*.index.json", "*.py",
 PICKLES = ("pytorch_model*.bin", "adapter_model*.bin", "pytorch_model*.index.json")
 """Weights whose loading runs code; this project writes and reads safetensors."""
 
+CONFIGURATIONS = ("config.json", "adapter_config.json", "tokenizer_config.json", "processor_config.json")
+"""Files that may name code of the folder, which consumers run under `trust_remote_code`."""
+
 SAMPLES = 64
 SAMPLE_BYTES = 4096
 
 
 def loaded_files(folder: Path) -> list[str]:
-    """Names of the files that a consumer loads from `folder` and from the one subfolder that tokenizers read."""
-    here = [path.name for path in folder.iterdir() if path.is_file() and _is_any(path.name, LOADED)]
+    """Names of the files that a consumer loads from `folder` and from the one subfolder that tokenizers read.
+
+    Code counts only if a configuration names it (`auto_map`): a script next to a model is nobody's modelling code.
+    """
+    runs_code = any(_names_code(folder / name) for name in CONFIGURATIONS)
+    here = [
+        path.name
+        for path in folder.iterdir()
+        if path.is_file()
+        and not path.name.startswith(".")
+        and _is_any(path.name, LOADED)
+        and (runs_code or path.suffix != ".py")
+    ]
     beside = folder / SUBFOLDER
     more = [f"{SUBFOLDER}{path.name}" for path in beside.iterdir() if path.is_file()] if beside.is_dir() else []
     return sorted([*here, *more])
@@ -90,6 +104,16 @@ def unlisted_files(folder: str, sealed: dict[str, str], *, complete: bool) -> li
         for name in loaded_files(Path(folder))
         if name not in sealed and (complete or not _is_any(name, SINCE_VERSION_4))
     ]
+
+
+def _names_code(path: Path) -> bool:
+    """Whether a configuration mentions code; a file that cannot be read counts as one that does."""
+    try:
+        return b"auto_map" in path.read_bytes()
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
 
 
 def _is_any(name: str, patterns: Iterable[str]) -> bool:

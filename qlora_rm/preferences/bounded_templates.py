@@ -136,11 +136,13 @@ class _Template(Template):
     def render(self, *args: Any, **kwargs: Any) -> str:
         if self.wasted > WASTED:
             raise OutOfTime(
-                f"renderings of this template that failed took more than {WASTED:g} s; it is not rendered any more"
+                f"consecutive renderings of this template that failed took more than {WASTED:g} s; it is not rendered any more"
             )
         before, _now.budget = _now.budget, _Budget()
         try:
-            return super().render(*args, **kwargs)
+            text = super().render(*args, **kwargs)
+            self.wasted = 0.0
+            return text
         except (OutOfTime, TooLarge):
             self.wasted += time.thread_time() - (_now.budget.ends - SECONDS)
             raise

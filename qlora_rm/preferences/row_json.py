@@ -4,6 +4,7 @@
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,9 +50,8 @@ def depth_of(value: Any) -> int:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in found if keys.count(key) > 1)
-        raise RowFault("duplicate_key", f"the key {twice!r:.60} stands {keys.count(twice)} times in one object")
+        twice, times = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise RowFault("duplicate_key", f"the key {twice!r:.60} stands {times} times in one object")
     return found
 
 

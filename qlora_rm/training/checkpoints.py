@@ -18,6 +18,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from qlora_rm.console import WARNING, say
 from qlora_rm.errors import UserError, first_line
 from qlora_rm.training.wholeness import OWN, UNFINISHED, WHOLE, fault, is_empty, read_mark, write_mark
 
@@ -123,7 +124,11 @@ def discard(folder: Path, *, foreign: bool = False) -> None:
         if path != unfinished:
             shutil.rmtree(path) if is_real(path) else path.unlink()
     unfinished.unlink(missing_ok=True)
-    folder.rmdir()
+    try:
+        folder.rmdir()
+    except OSError:  # on NFS a file that another process has open stays under another name
+        unfinished.touch()
+        raise
 
 
 def in_the_way(folder: Path) -> str:
@@ -159,7 +164,10 @@ def prune(
     kept |= {path for path in whole if best is not None and path.name == Path(best).name}
     for path in [*whole, *half_written(output_dir)]:
         if path not in kept:
-            discard(path)
+            try:
+                discard(path)
+            except OSError as error:
+                say(f"{WARNING}{path} could not be removed ({error.strerror}); the next save tries again")
 
 
 def last_whole(output_dir: str) -> Path | None:

@@ -24,6 +24,8 @@ HEARTBEAT = 20.0
 """Seconds between two heartbeats."""
 STALE_AFTER = 90.0
 """Seconds without a heartbeat after which a lock of another machine is taken over."""
+UNSEEN = "unseen"
+"""Instead of its start: a process that is alive, and of which this user may read nothing else."""
 LOOK_EVERY = 1.0
 
 
@@ -152,7 +154,11 @@ class OutputLock:
         """Return why the lock may be taken over, or None."""
         if holder is not None:
             if self._is_neighbour(holder):
-                return None if _started(holder.pid) == holder.started is not None else "it has ended"
+                started = _started(holder.pid)
+                if started is None or started not in (holder.started, UNSEEN):
+                    return "it has ended"
+                if started != UNSEEN:
+                    return None
             if holder.job is not None and holder.job == self.mine.job and holder.restart < self.mine.restart:
                 return "SLURM has started its job again"
         silent = self._now_there() - beat
@@ -238,8 +244,9 @@ def _started(pid: int) -> str | None:
     """Return when a process of this machine started, in kernel ticks; None if it has ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return _signalled(pid) if not os.path.isdir("/proc/self") else None
+    except OSError:  # no such process, no /proc, or one that hides the processes of other users
+        alive = _signalled(pid)
+        return alive if alive is None or not os.path.isdir("/proc/self") else UNSEEN
     return None if fields[0] in ("Z", "X") else fields[19]
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from qlora_rm.console import WARNING, is_main_process, say
 from qlora_rm.errors import UserError
 from qlora_rm.training.checkpoints import checkpoints, is_cut_off, step_of
-from qlora_rm.training.ranks import exchange
+from qlora_rm.training.ranks import exchange, stop_together
 from qlora_rm.training.wholeness import fault, notes_sizes_only
 
 RESTART = "restart"
@@ -58,7 +58,7 @@ def choose(output_dir: str, resume: str | None, world_size: int = 1) -> Choice:
 
 
 def _auto(output_dir: str, world_size: int) -> Choice:
-    usable, reasons = _last_usable(checkpoints(output_dir), world_size)
+    usable, reasons = _last_usable(exchange(checkpoints(output_dir), world_size)[0], world_size)
     refused = {path: reason for path, reason in reasons.items() if not is_cut_off(path) and path.is_dir()}
     if usable is None and refused:
         raise UserError(
@@ -74,7 +74,7 @@ def _auto(output_dir: str, world_size: int) -> Choice:
 
 
 def _restart(output_dir: str, world_size: int) -> Choice:
-    found = checkpoints(output_dir)
+    found = exchange(checkpoints(output_dir), world_size)[0]
     usable, reasons = _last_usable(found, world_size)
     if usable is not None:
         raise UserError(
@@ -90,10 +90,9 @@ def _restart(output_dir: str, world_size: int) -> Choice:
 
 
 def _named(folder: Path, output_dir: str, world_size: int) -> Choice:
-    if not folder.is_dir():
-        raise UserError(f"--resume {folder}: there is no such folder.")
-    known = checkpoints(output_dir)
-    if reason := _fault_on_rank_0(folder, world_size) or fault(folder):
+    stop_together(None if folder.is_dir() else f"--resume {folder}: there is no such folder.", world_size)
+    known = exchange(checkpoints(output_dir), world_size)[0]
+    if reason := _agreed_fault(folder, world_size):
         last, _ = _last_usable(known, world_size)
         hint = f"The last usable one is {last}." if last else "There is no usable one."
         raise UserError(f"--resume {folder} cannot be used: {reason}. {hint}")
@@ -113,17 +112,17 @@ def _last_usable(found: list[Path], world_size: int) -> tuple[Path | None, dict[
     """Return the last of these folders that is complete and unchanged since its save, and why later ones are not."""
     reasons: dict[Path, str] = {}
     for path in reversed(found):
-        reason = _fault_on_rank_0(path, world_size) or fault(path)
+        reason = _agreed_fault(path, world_size)
         if reason is None:
             return path, reasons
         reasons[path] = reason
     return None, reasons
 
 
-def _fault_on_rank_0(folder: Path, world_size: int) -> str | None:
-    """Return `fault` with contents, which rank 0 reads for all ranks. Collective."""
-    mine = fault(folder, contents=True) if is_main_process() else None
-    return exchange(mine, world_size)[0]
+def _agreed_fault(folder: Path, world_size: int) -> str | None:
+    """Return the first rank's `fault`; rank 0 compares contents too. Collective, with the same result on every rank."""
+    everyones = exchange(fault(folder, contents=is_main_process()), world_size)
+    return next((reason for reason in everyones if reason is not None), None)
 
 
 def _listed(reasons: dict[Path, str]) -> str:

@@ -156,7 +156,7 @@ def _train_in(options: Options, lock: OutputLock) -> dict[str, float]:
     preflight(options, manifest, train_set, resume)
     _require_same_contract(manifest, resume)
 
-    model = load_model(options, tokenizer, limits)
+    model = load_model(options, tokenizer, limits, manifest.base)
     require_positions(model, options)
     manifest = replace(manifest, contract=replace(manifest.contract, score_position=score_position(model)))
     say(*inventory(model))
@@ -173,7 +173,9 @@ def _train_in(options: Options, lock: OutputLock) -> dict[str, float]:
     return metrics
 
 
-def load_model(options: Options, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> PreTrainedModel | PeftModel:
+def load_model(
+    options: Options, tokenizer: PreTrainedTokenizerBase, limits: Limits, base: Base | None = None
+) -> PreTrainedModel | PeftModel:
     """Load the quantized backbone with its head and a new or given adapter; or the full model, trainable."""
     args = options.training
     best, reason = best_dtype()
@@ -195,10 +197,13 @@ def load_model(options: Options, tokenizer: PreTrainedTokenizerBase, limits: Lim
         args.disable_dropout = False
     if not options.adapter.use_lora:
         return backbone.model
-    if options.adapter.adapter:
-        return load_adapter(backbone, options.adapter.adapter, trainable=True)
     set_seed(args.seed)  # the adapter's initial weights must not depend on random numbers drawn while loading
-    return attach_adapter(backbone, options.adapter)
+    given = options.adapter.adapter
+    model = load_adapter(backbone, given, trainable=True) if given else attach_adapter(backbone, options.adapter)
+    if base is not None:  # as in the manifest; PEFT would keep a given adapter's earlier base, or a link
+        for config in model.peft_config.values():
+            config.base_model_name_or_path, config.revision = base.name_or_path, base.revision
+    return model
 
 
 def _require_names(options: Options) -> None:

@@ -76,7 +76,8 @@ def reading(checkpoint: Path | str) -> Iterator[None]:
         RuntimeError,
         SafetensorError,
     ) as error:
-        if type(error) is RuntimeError and "state_dict" not in str(error):
+        of_contents = isinstance(error, (RecursionError, NotImplementedError)) or "state_dict" in str(error)
+        if isinstance(error, RuntimeError) and not of_contents:
             raise  # out of memory, collectives
         raise UserError(
             f"{checkpoint} cannot be resumed: its contents are not those of a checkpoint of this run "

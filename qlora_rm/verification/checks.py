@@ -156,7 +156,7 @@ def check_leftovers(folder: str, manifest: Manifest) -> Iterator[Check]:
         return
     config = read_json(Path(folder) / "config.json", f"{RESTORE.capitalize()}.", strict=False)
     found = ["quantization_config in config.json"] if "quantization_config" in config else []
-    for path in sorted(Path(folder).glob("*.safetensors")):
+    for path in sorted(Path(folder).glob("[!.]*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118  (safe_open is no mapping)
                 if file.get_slice(name).get_dtype() in ("U8", "I8") or "lora_" in name:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from itertools import groupby
 
 from qlora_rm.artifacts.allowed import allowed_between_layouts, allowed_drift
+from qlora_rm.artifacts.as_written import require_as_written
 from qlora_rm.artifacts.golden import GoldenItem, Tolerance, drift
 from qlora_rm.artifacts.manifest import Manifest, Reward
 from qlora_rm.artifacts.own_tokenizer import read_tokenizer, tokenization_of
@@ -38,7 +39,10 @@ def verify_endpoint(
     Raises:
         UserError: `folder` has no manifest with golden items or no tokenizer, or `url` is not a URL.
     """
-    manifest, tokenizer = Manifest.load(folder), read_tokenizer(folder, trust_remote_code)
+    manifest = Manifest.load(folder)
+    if trust_remote_code:  # code runs only if it is the code that the manifest lists
+        require_as_written(folder, manifest, "To check it all the same, leave out --trust_remote_code.")
+    tokenizer = read_tokenizer(folder, trust_remote_code)
     tokenization = tokenization_of(manifest, tokenizer)
     if not manifest.golden:
         raise UserError(f"{folder} has no golden items to ask for: a checkpoint of an unfinished run has none.")

@@ -272,6 +272,7 @@ def test_every_command_refuses_a_changed_folder(
         named = "adapter_config.json"
     else:
         (adapter / "modeling_bees.py").write_text("raise SystemExit(77)\n")
+        edit_json(adapter / "tokenizer_config.json", auto_map={"AutoTokenizer": ["modeling_bees.Bees", None]})
         named = "modeling_bees.py is not in the manifest's list"
     status, said = said_by(command, adapter, tmp_path, capfd)
     assert status == (1 if command == "verify" else 2), said
@@ -381,7 +382,6 @@ def test_the_list_of_files_covers_everything_that_is_read(folder: Path) -> None:
         "pytorch_model.bin",
         "adapter_model.bin",
         "chat_template.json",
-        "modeling_x.py",
         "vllm.yaml",
     ],
 )
@@ -390,8 +390,9 @@ def test_a_file_more_that_would_be_read_is_refused(folder: Path, name: str) -> N
     assert name in failed(folder)["files are those that were written"]
 
 
-def test_a_file_that_nobody_reads_is_not_asked_about(folder: Path) -> None:
-    (folder / "README.md").write_text("A note.")
+@pytest.mark.parametrize("name", ["README.md", "handler.py", "._model.safetensors", ".gitattributes"])
+def test_a_file_that_nobody_reads_is_not_asked_about(folder: Path, name: str) -> None:
+    (folder / name).write_text("A note.")
     assert failed(folder) == {}
 
 

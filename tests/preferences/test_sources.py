@@ -199,7 +199,7 @@ def unreadable(tmp_path):
         "nothing": "holds no file ending in",
         "rows.txt": r"files ending in '.txt' are not read; .jsonl",
         "broken.json": "not valid JSON",
-        "broken.parquet": "not valid Parquet",
+        "broken.parquet": "cannot be read as Parquet",
         "broken.jsonl.gz": "cannot be read",
         "preferance.jsonl": r"no file or folder .*Did you mean .*preferences\.jsonl",
         "*.arrow": "No file matches",

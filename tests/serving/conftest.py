@@ -16,20 +16,22 @@ def model() -> RewardModel:
     return RewardModel.load(str(llama_adapter()))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(
+    scope="module"
+)  # not longer: tests elsewhere replace time.monotonic, by which a running event loop would sleep on
 def service(model: RewardModel) -> Iterator[Service]:
     with served(model, llama_adapter()) as service:
         yield service
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def client(service: Service) -> Iterator[TestClient]:
     """A client in this process. An unexpected exception becomes status 500, as for a real client."""
     with TestClient(service.app(), base_url=LOCAL, raise_server_exceptions=False) as client:
         yield client
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def url(service: Service) -> Iterator[str]:
     """The URL of the same service over a real socket."""
     with running(service.app()) as url:
