@@ -273,7 +273,7 @@ def test_every_command_refuses_a_changed_folder(
     else:
         (adapter / "modeling_bees.py").write_text("raise SystemExit(77)\n")
         edit_json(adapter / "tokenizer_config.json", auto_map={"AutoTokenizer": ["modeling_bees.Bees", None]})
-        named = "modeling_bees.py is not in the manifest's list"
+        named = "tokenizer_config.json has changed"
     status, said = said_by(command, adapter, tmp_path, capfd)
     assert status == (1 if command == "verify" else 2), said
     assert named in said
