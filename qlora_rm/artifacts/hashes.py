@@ -109,7 +109,7 @@ def unlisted_files(folder: str, sealed: dict[str, str], *, complete: bool) -> li
 def _names_code(path: Path) -> bool:
     """Whether a configuration mentions code; a file that cannot be read counts as one that does."""
     try:
-        return b"auto_map" in path.read_bytes()
+        return b'"auto_map"' in path.read_bytes()
     except FileNotFoundError:
         return False
     except OSError:
