@@ -17,11 +17,8 @@ from qlora_rm.console import printable, rank_prefix, speaking
 from qlora_rm.errors import Terminated, UserError
 from qlora_rm.launchers import torchrun_variables
 from qlora_rm.libraries import quiet_libraries
-from qlora_rm.options import add_options, output_asked
+from qlora_rm.options import TRUTH, add_options, output_asked
 from qlora_rm.surroundings import prepare_caches, prepare_streams, require_readable
-
-TRUTH = dict.fromkeys(["true", "t", "yes", "y", "1"], True) | dict.fromkeys(["false", "f", "no", "n", "0"], False)
-"""Values of a flag, as transformers' parser, which `train` uses, reads them."""
 
 
 class Parser(argparse.ArgumentParser):

@@ -12,6 +12,8 @@ import yaml
 from qlora_rm.config import OutputConfig
 
 T = TypeVar("T")
+TRUTH = dict.fromkeys(["true", "t", "yes", "y", "1"], True) | dict.fromkeys(["false", "f", "no", "n", "0"], False)
+"""Values of a flag, as transformers' parser, which `train` uses, reads them."""
 
 
 def add_options(parser: argparse.ArgumentParser, config: type, only: Collection[str] | None = None) -> None:
@@ -47,7 +49,7 @@ def output_asked(words: Sequence[str]) -> OutputConfig:
     except (argparse.ArgumentError, OSError, ValueError, yaml.YAMLError):
         return OutputConfig()
     told = (file if isinstance(file, dict) else {}) | given
-    on = {name: str(told.get(name)).lower() in ("true", "yes", "1", "t", "y") for name in ("quiet", "verbose")}
+    on = {name: TRUTH.get(str(told.get(name)).lower(), False) for name in ("quiet", "verbose")}
     return OutputConfig(**on)
 
 

@@ -102,13 +102,11 @@ def _same_place(named: str, base: str) -> bool:
         return True
     if not is_local(base):
         return False
-    parts, whole = Path(named).expanduser().parts, Path(base).parts
-    if Path(named).expanduser().is_absolute():
-        return Path(named).expanduser().resolve() == Path(base).resolve()
-    if Path(named).expanduser().resolve() == Path(base).resolve():  # a link, or ".", seen from the same folder
+    path = Path(named).expanduser()
+    if path.resolve() == Path(base).resolve():
         return True
-    meant = [part for part in parts if part not in (".", "..")]
-    return bool(meant) and list(whole[-len(meant) :]) == meant
+    meant = [part for part in path.parts if part not in (".", "..")]
+    return not path.is_absolute() and bool(meant) and list(Path(base).parts[-len(meant) :]) == meant
 
 
 def _model_changes(config: dict[str, Any], manifest: Manifest) -> Iterator[str]:

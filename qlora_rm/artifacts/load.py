@@ -198,7 +198,7 @@ class RewardModel:
         scores: list[list[float]] = []
         for place, result in enumerate(self.score_or_fault(candidates), start=1):
             if isinstance(result, RowFault):
-                raise UserError(f"prompt {place}: {result.what}. {result.way_out}".rstrip())
+                raise result.at(f"prompt {place}")
             scores.append(result)
         return scores
 
@@ -244,4 +244,4 @@ class RewardModel:
         try:
             return parse_candidates(row, False, self.text)
         except RowFault as fault:
-            raise UserError(f"prompt {place}: {fault.what}. {fault.way_out}".rstrip()) from fault
+            raise fault.at(f"prompt {place}") from fault

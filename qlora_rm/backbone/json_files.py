@@ -2,12 +2,12 @@
 
 import json
 import math
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 from qlora_rm.errors import UserError
+from qlora_rm.preferences.row_json import depth_of, repeated_key
 
 LARGEST = 1 << 29
 """Size of the largest JSON file that is read, in bytes."""
@@ -68,7 +68,7 @@ def parse_json(text: str, where: str, remedy: str, *, strict: bool = True) -> An
         refuse("it is nested too deeply")
     except ValueError as error:
         refuse(str(error))
-    if _is_deep(found):
+    if depth_of(found) > DEEPEST:
         refuse(f"it is nested more than {DEEPEST} levels deep")
     return found
 
@@ -86,21 +86,6 @@ def _whole(digits: str, refuse: Callable[[str], NoReturn]) -> int:
 def _once(pairs: list[tuple[str, Any]], refuse: Callable[[str], NoReturn]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        repeated = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        refuse(f"it holds the key {repeated!r:.60} twice in one object")
+        key, _ = repeated_key(pairs)
+        refuse(f"it holds the key {key!r:.60} twice in one object")
     return found
-
-
-def _is_deep(value: Any) -> bool:
-    level = [value]
-    for _ in range(DEEPEST):
-        level = [
-            inner
-            for outer in level
-            if isinstance(outer, (dict, list))
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-            if isinstance(inner, (dict, list))
-        ]
-        if not level:
-            return False
-    return True

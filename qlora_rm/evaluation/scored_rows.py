@@ -63,7 +63,7 @@ def score_rows(
                 yield row | result
                 continue
             if on_bad_row == "error" or result.kind == "column_taken":
-                raise UserError(f"{file}, row {number}: {result.what}. {result.way_out}")
+                raise result.at(f"{file}, row {number}")
             skipped[result.kind] += 1
             yield row | {column or "score": None, "error": f"row {number}: {result.what}"}
     if empty:

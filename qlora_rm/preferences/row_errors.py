@@ -24,6 +24,10 @@ class RowFault(Exception):
         super().__init__(what)
         self.kind, self.what, self.way_out = kind, what, way_out
 
+    def at(self, where: object) -> UserError:
+        """Return the error that names the row by `where`, such as its file and number."""
+        return UserError(f"{where}: {self.what}. {self.way_out}".rstrip())
+
 
 @dataclass
 class Skipped:
@@ -53,7 +57,7 @@ class Ledger:
     def fault(self, origin: Origin, fault: RowFault) -> None:
         """Count `fault`, or raise it as a `UserError` naming file and row, depending on its kind."""
         if self._stops_at(fault.kind):
-            raise UserError(f"{origin}: {fault.what}. {fault.way_out}")
+            raise fault.at(origin)
         seen = self.skipped.setdefault(fault.kind, Skipped(0, f"{origin}: {fault.what}"))
         seen.count += 1
 

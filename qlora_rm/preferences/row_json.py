@@ -13,6 +13,8 @@ from qlora_rm.preferences.row_errors import RowFault
 MAX_DEPTH = 100
 """Nesting of arrays and objects. Tool schemas have about ten levels; all later code handles this depth."""
 
+CONTAINERS = (list, tuple, Mapping)
+
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -40,18 +42,24 @@ def parse(text: bytes | str, name: str = "the row") -> Any:
 
 def depth_of(value: Any) -> int:
     """Return the nesting depth of arrays and objects; 0 for a number or text."""
-    depth, level = 0, [value]
-    while level := [item for item in level if isinstance(item, (list, tuple, Mapping))]:
+    depth, level = 0, [value] if isinstance(value, CONTAINERS) else []
+    while level:
         depth += 1
-        level = [part for item in level for part in (item.values() if isinstance(item, Mapping) else item)]
+        inside = (item.values() if isinstance(item, Mapping) else item for item in level)
+        level = [part for parts in inside for part in parts if isinstance(part, CONTAINERS)]
     return depth
+
+
+def repeated_key(pairs: list[tuple[str, Any]]) -> tuple[str, int]:
+    """Return the first key that occurs more than once in an object's pairs, and how often."""
+    return next((key, count) for key, count in Counter(key for key, _ in pairs).items() if count > 1)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        twice, times = Counter(key for key, _ in pairs).most_common(1)[0]
-        raise RowFault("duplicate_key", f"the key {twice!r:.60} stands {times} times in one object")
+        key, count = repeated_key(pairs)
+        raise RowFault("duplicate_key", f"the key {key!r:.60} stands {count} times in one object")
     return found
 
 

@@ -18,7 +18,7 @@ from qlora_rm.preferences import Candidates, Content, RowFault, Tokenization
 from qlora_rm.preferences.row_layouts import join, with_system
 from qlora_rm.preferences.text_as import TrainedText
 from qlora_rm.preferences.values import content, kind_of
-from qlora_rm.serving.sizes import Refused, Sizes, size_of
+from qlora_rm.serving.sizes import Refused, Sizes, characters_of
 
 Ids = list[int]
 T = TypeVar("T", bound=BaseModel)
@@ -217,8 +217,8 @@ class ScoreBody(BaseModel):
 
 def _sizes_of(item: ScoreBody) -> list[int]:
     """Return the characters of each response, with everything rendered before it."""
-    before = size_of([item.prompt, item.system, item.tools, item.chat_template_kwargs])
-    return [before + size_of(response) for response in item.responses]
+    before = characters_of([item.prompt, item.system, item.tools, item.chat_template_kwargs])
+    return [before + characters_of(response) for response in item.responses]
 
 
 class RewardBody(BaseModel):

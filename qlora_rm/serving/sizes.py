@@ -76,14 +76,14 @@ class Sizes:
             raise Long(total)
 
 
-def size_of(value: Any) -> int:
+def characters_of(value: Any) -> int:
     """Count the characters of all text in a JSON value, plus `PER_VALUE` for each value. Token ids in a list count one each."""
     if isinstance(value, str):
         return len(value)
     if isinstance(value, list):
         if all(type(part) is int for part in value):
             return len(value)
-        return sum(PER_VALUE + size_of(part) for part in value)
+        return sum(PER_VALUE + characters_of(part) for part in value)
     if isinstance(value, dict):
-        return sum(PER_VALUE + len(key) + size_of(part) for key, part in value.items())
+        return sum(PER_VALUE + len(key) + characters_of(part) for key, part in value.items())
     return 0

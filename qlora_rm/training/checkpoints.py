@@ -131,6 +131,14 @@ def discard(folder: Path, *, foreign: bool = False) -> None:
         raise
 
 
+def discard_if_possible(folder: Path) -> None:
+    """Remove a checkpoint whose place is not needed yet; report a failure, and leave it to the next save."""
+    try:
+        discard(folder)
+    except OSError as error:
+        say(f"{WARNING}{folder} could not be removed ({error.strerror}); the next save tries again")
+
+
 def in_the_way(folder: Path) -> str:
     """Return the message for a path that has the name of a checkpoint to be saved and is not this project's."""
     kind = "a link" if folder.is_symlink() else "a folder that qlora-rm did not write" if folder.is_dir() else "a file"
@@ -164,10 +172,7 @@ def prune(
     kept |= {path for path in whole if best is not None and path.name == Path(best).name}
     for path in [*whole, *half_written(output_dir)]:
         if path not in kept:
-            try:
-                discard(path)
-            except OSError as error:
-                say(f"{WARNING}{path} could not be removed ({error.strerror}); the next save tries again")
+            discard_if_possible(path)
 
 
 def last_whole(output_dir: str) -> Path | None:

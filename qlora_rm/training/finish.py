@@ -24,7 +24,6 @@ from qlora_rm.training.checkpoints import flush, last_whole, written_whole
 from qlora_rm.training.curves import draw_curves
 from qlora_rm.training.finite import require_finite_scores
 from qlora_rm.training.permissions import open_to_umask
-from qlora_rm.training.ranks import stop_together
 from qlora_rm.training.trainer import PreferenceTrainer
 
 WEIGHTS = (SAFETENSORS_WEIGHTS_NAME, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
@@ -47,7 +46,7 @@ def finish(
     golden = make_golden(data.golden_candidates, tokenization, partial(_score, trainer))
     require_finite_scores([score for item in golden for score in item.scores], trainer.state.global_step)
     with written_whole(output, output, removed=False):
-        _require_lock(trainer)
+        trainer.require_output()
         if trainer.args.should_save:
             (output / MANIFEST).unlink(missing_ok=True)  # of an earlier, shorter run in this folder
         trainer.accelerator.wait_for_everyone()
@@ -56,7 +55,7 @@ def finish(
             _require_weights(output)
             open_to_umask(output, below=False)
         noise = _noise(trainer, golden, DTYPES[manifest.compute_dtype])
-        _require_lock(trainer)
+        trainer.require_output()
         trainer.accelerator.wait_for_everyone()
         if trainer.args.should_save:
             trainer.save_state()
@@ -66,11 +65,6 @@ def finish(
             flush(output, below=False)
     trainer.accelerator.wait_for_everyone()
     return metrics
-
-
-def _require_lock(trainer: PreferenceTrainer) -> None:
-    """Stop all ranks if another run has taken over the output folder. Collective."""
-    stop_together(trainer.before_save() if trainer.args.should_save else None, trainer.args.world_size)
 
 
 def _require_weights(output: Path) -> None:

@@ -140,15 +140,7 @@ class OutputLock:
         return True
 
     def _read(self) -> tuple[Holder | None, float | None]:
-        """Return the lock's holder (None if the file names none) and last heartbeat (None if there is no lock)."""
-        try:
-            beat = self.path.lstat().st_mtime
-        except OSError:
-            return None, None
-        try:
-            return Holder(**json.loads(self.path.read_text(encoding="utf-8"))), beat
-        except (OSError, ValueError, TypeError):
-            return None, beat
+        return _read(self.path)
 
     def _has_ended(self, holder: Holder | None, beat: float) -> str | None:
         """Return why the lock may be taken over, or None."""
@@ -190,19 +182,13 @@ class OutputLock:
             raise UserError(
                 f"{self.path} of {holder or 'another run'} cannot be taken over: {error.strerror}."
             ) from error
-        found, _ = OutputLock._read_at(aside)
+        found, _ = _read(aside)
         if found != holder:
             with suppress(OSError):
                 os.link(aside, self.path)
         else:
             say(f"lock: taken over from {holder or 'an unknown process'}; {reason}")
         aside.unlink(missing_ok=True)
-
-    @staticmethod
-    def _read_at(path: Path) -> tuple[Holder | None, float | None]:
-        reader = OutputLock.__new__(OutputLock)
-        reader.path = path
-        return reader._read()
 
     def _refusal(self, holder: Holder | None) -> str:
         if holder is None:
@@ -227,6 +213,18 @@ class OutputLock:
                     self._created()
 
 
+def _read(path: Path) -> tuple[Holder | None, float | None]:
+    """Return a lock's holder (None if the file names none) and last heartbeat (None if there is no lock)."""
+    try:
+        beat = path.lstat().st_mtime
+    except OSError:
+        return None, None
+    try:
+        return Holder(**json.loads(path.read_text(encoding="utf-8"))), beat
+    except (OSError, ValueError, TypeError):
+        return None, beat
+
+
 def _machine() -> str:
     parts = []
     for read in (
@@ -241,7 +239,7 @@ def _machine() -> str:
 
 
 def _started(pid: int) -> str | None:
-    """Return when a process of this machine started, in kernel ticks; None if it has ended."""
+    """Return when a process of this machine started, in kernel ticks; None if it has ended, `UNSEEN` if /proc hides it."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:  # no such process, no /proc, or one that hides the processes of other users
@@ -251,7 +249,7 @@ def _started(pid: int) -> str | None:
 
 
 def _signalled(pid: int) -> str | None:
-    """Return "alive" or None, on systems without /proc."""
+    """Return "alive", or None if there is no such process; for processes that /proc does not show."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

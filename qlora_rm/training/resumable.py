@@ -24,6 +24,7 @@ from qlora_rm.training.checkpoints import (
     begin,
     checkpoint_folder,
     discard,
+    discard_if_possible,
     flush,
     half_written,
     lacks_room,
@@ -185,6 +186,10 @@ class ResumableTrainer(ReadingTrainer):
                 self._save_checkpoint(self.model_wrapped, None)
             raise
 
+    def require_output(self) -> None:
+        """Stop all ranks if `before_save` gives a reason not to write to the output folder. Collective."""
+        stop_together(self.before_save() if self.args.should_save else None, self.args.world_size)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Remove interrupted checkpoints, save, let the caller add files, mark as complete, then delete older ones.
 
@@ -195,10 +200,10 @@ class ResumableTrainer(ReadingTrainer):
         folder = checkpoint_folder(str(output_dir), step)
         if step == self._saved_step:
             return
-        stop_together(self.before_save() if writes else None, self.args.world_size)
+        self.require_output()
         if writes:
             for cut_off in half_written(str(self.args.output_dir)):  # before free space is measured
-                discard(cut_off)
+                discard_if_possible(cut_off)
         needed = lacks_room(folder) if writes else None
         if any_process(needed is not None, self.args.device):
             raise no_room(folder, output_dir, needed, "too little room is left")

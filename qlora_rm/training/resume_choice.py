@@ -50,15 +50,16 @@ def choose(output_dir: str, resume: str | None, world_size: int = 1) -> Choice:
                 "--output_dir."
             )
         return Choice(None)
+    found = exchange(checkpoints(output_dir), world_size)[0]  # rank 0's: file systems may show ranks different lists
     if resume.lower() in ("auto", "true"):
-        return _auto(output_dir, world_size)
+        return _auto(output_dir, found, world_size)
     if is_restart(resume):
-        return _restart(output_dir, world_size)
-    return _named(Path(resume), output_dir, world_size)
+        return _restart(output_dir, found, world_size)
+    return _named(Path(resume), output_dir, found, world_size)
 
 
-def _auto(output_dir: str, world_size: int) -> Choice:
-    usable, reasons = _last_usable(exchange(checkpoints(output_dir), world_size)[0], world_size)
+def _auto(output_dir: str, found: list[Path], world_size: int) -> Choice:
+    usable, reasons = _last_usable(found, world_size)
     refused = {path: reason for path, reason in reasons.items() if not is_cut_off(path) and path.is_dir()}
     if usable is None and refused:
         raise UserError(
@@ -73,8 +74,7 @@ def _auto(output_dir: str, world_size: int) -> Choice:
     return Choice(usable, frozenset(reasons))
 
 
-def _restart(output_dir: str, world_size: int) -> Choice:
-    found = exchange(checkpoints(output_dir), world_size)[0]
+def _restart(output_dir: str, found: list[Path], world_size: int) -> Choice:
     usable, reasons = _last_usable(found, world_size)
     if usable is not None:
         raise UserError(
@@ -89,15 +89,14 @@ def _restart(output_dir: str, world_size: int) -> Choice:
     return Choice(None, frozenset(found))
 
 
-def _named(folder: Path, output_dir: str, world_size: int) -> Choice:
+def _named(folder: Path, output_dir: str, found: list[Path], world_size: int) -> Choice:
     stop_together(None if folder.is_dir() else f"--resume {folder}: there is no such folder.", world_size)
-    known = exchange(checkpoints(output_dir), world_size)[0]
     if reason := _agreed_fault(folder, world_size):
-        last, _ = _last_usable(known, world_size)
+        last, _ = _last_usable(found, world_size)
         hint = f"The last usable one is {last}." if last else "There is no usable one."
         raise UserError(f"--resume {folder} cannot be used: {reason}. {hint}")
     later, unusable = _last_usable(
-        [path for path in known if (step_of(path) or 0) > (step_of(folder) or 0)], world_size
+        [path for path in found if (step_of(path) or 0) > (step_of(folder) or 0)], world_size
     )
     if later is not None:
         raise UserError(
