@@ -26,7 +26,7 @@ TITLES = {
 
 
 def write_page() -> None:
-    """Write the page from all results. A benchmark that has not run is left out."""
+    """Write the page from all results. Benchmarks without results are omitted."""
     found = {
         path.stem.removeprefix("prefix_sharing_"): json.loads(path.read_text())
         for path in RESULTS.glob("prefix_sharing_*.json")

@@ -206,7 +206,7 @@ def peak_memory() -> float:
 
 
 def real_rows(bench: Bench, name: str, count: int, folder: Path) -> Dataset:
-    """Choose `count` comparisons with a winner, seeded. Over-long ones are left out, as TRL does."""
+    """Choose `count` comparisons with a winner, seeded. Over-long ones are dropped, as in TRL."""
     config = DataConfig(on_bad_row="skip", over_long="drop")
     dataset, _ = load_comparisons(
         [str(REAL_DATA[name](DATA, folder))], config, Tokenization(bench.tokenizer, MAX_LENGTH, "drop")

@@ -151,7 +151,7 @@ PER_RANK = """LoRA r=16 on all linear layers, accumulating. Under ZeRO-3 with wh
 ACTIVATIONS = f"""At the peak of a micro-batch of one comparison, two sequences of {LENGTH} tokens, half of them shared, in bf16: each
 prompt once (FlexAttention), or padded (SDPA, with a mask of its own in every layer)."""
 FITS = """The same comparisons, 64 in an optimizer step, LoRA r=16: engine, comparisons x accumulation, GB a card. Settings are
-ordered by a cost model that stands in `qlora_rm/planning/planner.py`; a checkpoint costs a second forward pass, ZeRO-3 the
+ordered by a cost model in `qlora_rm/planning/planner.py`; a checkpoint costs a second forward pass, ZeRO-3 the
 gathering of all packed weights in every pass."""
 
 

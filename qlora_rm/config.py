@@ -70,8 +70,8 @@ class DataConfig:
     )
     group_by_prompt: bool = option(
         False,
-        "Gather the training comparisons of one prompt, where they stand in several rows, into one: the prompt and "
-        "identical responses are then computed once. Every pair keeps its weight; a batch counts prompts.",
+        "Merge training comparisons of one prompt from several rows into one, so that the prompt and identical "
+        "responses are computed once. Every pair keeps its weight; a batch counts prompts.",
     )
     on_bad_row: Literal["error", "skip"] = option(
         "error", "Stop at the first faulty row, or skip faulty rows and count them by kind."
@@ -157,8 +157,8 @@ class BackboneConfig:
     share_prefix: SharePrefix = option("auto", SHARE_PREFIX_HELP)
     verify_base: Literal["sample", "full"] = option(
         "sample",
-        "How the base's weights are known again by a resumed run, `merge` and `verify`: sample reads parts of every file, "
-        "which shows another training; full hashes every byte, once per host and command, which shows any change.",
+        "How a resumed run, `merge` and `verify` identify the base's weights: sample reads parts of every file, which "
+        "detects another training; full hashes every byte, once per host and command, which detects any change.",
     )
     head_init_std: float | None = option(
         None,
@@ -351,9 +351,9 @@ class ServeConfig:
     allow_anonymous: bool = option(False, "Serve addresses beyond this machine without a token.")
     allowed_hosts: list[str] = option(
         [],
-        "Names or addresses that requests may have in Host and Origin, beside localhost and --host; * allows any. With a "
-        "token they are looked at only where this is given; without one, always: pages of strangers could otherwise ask "
-        "the server through a browser.",
+        "Host and Origin names that requests may use, besides localhost and --host; * allows any. With a token, they are "
+        "checked only if this is given. Without one, always: foreign web pages could otherwise reach the server through a "
+        "browser.",
     )
     max_wait_ms: float = option(
         5.0, "How long the model may wait for requests that are just being read, to score them together."

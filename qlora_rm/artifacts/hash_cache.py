@@ -57,7 +57,7 @@ def _key(path: Path, found: os.stat_result) -> str:
 
 
 def _folder() -> Path | None:
-    """The cache folder, which only this user can write to; None if there is none."""
+    """Return the cache folder, which only this user can write to, or None."""
     folder = cache_home() / "qlora_rm" / "hashes"
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)

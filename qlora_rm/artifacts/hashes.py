@@ -50,7 +50,7 @@ SAMPLE_BYTES = 4096
 def loaded_files(folder: Path) -> list[str]:
     """Names of the files that a consumer loads from `folder` and from the one subfolder that tokenizers read.
 
-    Code counts only if a configuration names it (`auto_map`): a script next to a model is nobody's modelling code.
+    Code counts only if a configuration names it (`auto_map`). Consumers do not run other scripts in the folder.
     """
     runs_code = any(_names_code(folder / name) for name in CONFIGURATIONS)
     here = [

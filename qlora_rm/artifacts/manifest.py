@@ -134,7 +134,7 @@ class Training:
         steps: number of optimizer steps.
         objective: its settings by name.
         data_fingerprint: hash of the comparisons, in their order.
-        data_report: counts of the rows that were read and left out, by kind.
+        data_report: counts of the rows read and dropped, by kind.
     """
 
     steps: int

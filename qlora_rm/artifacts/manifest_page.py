@@ -37,7 +37,7 @@ the file is read. This page is made from the schema by `python -m qlora_rm.artif
 
 PROOF = """## What hashes, golden scores and signatures prove
 
-`files` lists every file of the folder that a reader loads. `score`, `eval`, `serve`, `merge`, `export` and `train --adapter` compare
+`files` lists every file of the folder that a consumer loads. `score`, `eval`, `serve`, `merge`, `export` and `train --adapter` compare
 the folder with it before they load anything, and `verify` does so in full. `--skip_checks` goes without.
 
 Hashes and golden scores are not signatures. They find accidents, and careless changes. **Whoever can write the folder can edit
@@ -49,8 +49,8 @@ files, hashes and golden scores consistently, and then every check holds.** To k
   else. Both need `pip install 'qlora_rm[sign]'`. `openssl genpkey -algorithm ed25519 -out KEY.pem` makes a key, and `openssl pkey
   -in KEY.pem -pubout -out PUBLIC.pem` its public half.
 
-A merged or exported folder has a manifest of its own, which needs a signature of its own. An adapter's signature covers of its base
-the hash of config.json and the fingerprint of the weights, which is made of samples.
+A merged or exported folder has its own manifest and needs its own signature. Of an adapter's base, the signature covers the hash of
+config.json and the sampled fingerprint of the weights.
 """
 
 RULE = f"""## How far scores may move

@@ -1,4 +1,4 @@
-"""Loading the weights of a finished reward model: an adapter on its base, or a whole model."""
+"""Loading the weights of a finished reward model: an adapter on its base, or a complete model."""
 
 import torch
 from torch import nn

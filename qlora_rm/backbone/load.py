@@ -128,7 +128,7 @@ def load_backbone(
 
 
 def read_model_config(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
-    """Return the configuration of a model folder or hub id; raise a `UserError` that names what is there instead."""
+    """Return the configuration of a model folder or hub id; raise a `UserError` that describes what was found instead."""
     require_model(name)
     require_plausible_config(name, revision)
     try:

@@ -143,7 +143,7 @@ def add_sign(command: argparse.ArgumentParser) -> Run:
         "`qlora-rm verify DIR --key PUBLIC.pem` checks it. openssl genpkey -algorithm ed25519 -out KEY.pem makes a key, and "
         "openssl pkey -in KEY.pem -pubout -out PUBLIC.pem its public half."
     )
-    command.add_argument("model", metavar="DIR", help="Folder of an adapter or whole model that qlora-rm wrote.")
+    command.add_argument("model", metavar="DIR", help="Folder of an adapter or complete model that qlora-rm wrote.")
     command.add_argument("--key", metavar="FILE", required=True, help="Ed25519 private key in PEM.")
     return _sign
 
@@ -159,7 +159,7 @@ def add_verify(command: argparse.ArgumentParser) -> Run:
         "Exit status: 0 where all checks hold, 1 where one failed, 2 where one could not be made (a base that is gone, a "
         "manifest that is not there, a mistake in the options)."
     )
-    command.add_argument("model", metavar="DIR", help="Folder of an adapter or whole model that qlora-rm wrote.")
+    command.add_argument("model", metavar="DIR", help="Folder of an adapter or complete model that qlora-rm wrote.")
     command.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
     command.add_argument(
         "--key", metavar="FILE", help="Ed25519 public key in PEM that must have signed the manifest (`qlora-rm sign`)."

@@ -66,7 +66,7 @@ def write_card(
 
 
 def _front_matter(manifest: Manifest, adapter: bool) -> str:
-    """Return the front matter that the hub reads. A base in a local folder has no hub id and is left out."""
+    """Return the front matter that the hub reads. A base in a local folder has no hub id and is omitted."""
     lines = [
         "---",
         f"library_name: {'peft' if adapter else 'transformers'}",

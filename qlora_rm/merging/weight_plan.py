@@ -96,7 +96,7 @@ def plan(skeleton: Skeleton, stored: Checkpoint, brought: set[str], dtype: torch
 
 
 def _grouped(skeleton: Skeleton, stored: Checkpoint, names: dict[str, Tensor]) -> list[Group]:
-    """Group tensors as transformers' loader does. Tensors that the model lacks, such as an `lm_head`, are left out."""
+    """Group tensors as transformers' loader does. Tensors that the model lacks, such as an `lm_head`, are skipped."""
     renamings = [c for c in skeleton.conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in skeleton.conversions if isinstance(c, WeightConverter)]
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}

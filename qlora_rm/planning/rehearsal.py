@@ -211,7 +211,7 @@ def switch_checkpointing(model: PreTrainedModel, on: bool) -> None:
 
 
 def layer_list(model: PreTrainedModel) -> tuple[nn.Module, str, nn.ModuleList] | None:
-    """The list of transformer layers, with its owner and its name there; None where there is none."""
+    """The list of transformer layers, with its owner and its name there; None if there is none."""
     found = [
         (sum(p.numel() for p in child.parameters()), owner, name, child)
         for owner in model.modules()

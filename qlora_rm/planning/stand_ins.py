@@ -14,7 +14,7 @@ from qlora_rm.planning.skeleton import BLOCK, quantized_bytes
 
 
 def materialize(model: nn.Module) -> None:
-    """Give every parameter and buffer of a skeleton a fake storage; quantized layers get a stand-in class."""
+    """Give all parameters and buffers of a skeleton fake storage, and quantized layers a stand-in class."""
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is None:

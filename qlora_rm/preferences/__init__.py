@@ -1,4 +1,4 @@
-"""The data pipeline: from preference rows of any layout to token sequences. Every row left out is counted."""
+"""The data pipeline: from preference rows of any layout to token sequences. Every dropped row is counted."""
 
 from qlora_rm.preferences.comparison import Candidates, Comparison, Content, Message, Origin, Pair, Preferences, Tokens
 from qlora_rm.preferences.formats import parse_candidates, parse_comparison, recognize

@@ -1,4 +1,4 @@
-"""The report of a load: what was read, what was left out and why, and what each part contains."""
+"""The report of a load: rows read, rows dropped and why, and the contents of each part."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence

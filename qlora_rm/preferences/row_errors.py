@@ -31,7 +31,7 @@ class RowFault(Exception):
 
 @dataclass
 class Skipped:
-    """The number of rows left out for one kind of fault, and the first of them."""
+    """The number of rows dropped for one kind of fault, and the first of them."""
 
     count: int
     first: str
@@ -39,7 +39,7 @@ class Skipped:
 
 @dataclass
 class Ledger:
-    """Counts of one load; every row left out of the data is counted here.
+    """Counts of one load; every dropped row is counted here.
 
     Arguments:
         on_bad_row: "error" turns a fault into a `UserError`; "skip" counts it by kind.

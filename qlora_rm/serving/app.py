@@ -139,7 +139,7 @@ def _queue_full() -> Refused:
 
 
 async def _unless_gone(request: Request, answer: "Future[T]") -> T:
-    """Return the result of `answer`. Work that has not begun is dropped when its client disconnects or waits too long.
+    """Return the result of `answer`. Queued work is dropped when its client disconnects or waits too long.
 
     Raises:
         ClientDisconnect: the client has disconnected.

@@ -97,8 +97,8 @@ class TrainingConfig(RewardConfig):
         default=None,
         metadata={
             "aliases": ["--resume"],
-            "help": "auto: go on from the last usable checkpoint in --output_dir, start where there is none, and do nothing "
-            "where the run is complete; restart: begin at step 0 beside checkpoints that are not usable; or a checkpoint's folder.",
+            "help": "auto: resume from the last usable checkpoint in --output_dir, or start if there is none; do nothing "
+            "if the run is complete. restart: begin at step 0 despite unusable checkpoints. Or the folder of a checkpoint.",
         },
     )
 

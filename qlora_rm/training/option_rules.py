@@ -1,4 +1,4 @@
-"""Rules that say whether an option is obeyed, refused or meaningless here, and the check of a command against them.
+"""Rules that decide whether an option is obeyed, refused or meaningless here, and the check of a command against them.
 
 `library_options.py` and `project_options.py` hold a rule for every option of `qlora-rm train`.
 """
@@ -56,7 +56,7 @@ def obeyed_unless(overridden: Callable[[Values], bool], reason: str, where: str)
 
 
 def refused(why: str, remedy: str, check: Callable[[Any, Values], str | None] | None = None) -> Rule:
-    """Rule of an option that would do nothing here, or something other than it says."""
+    """Rule of an option that would do nothing here, or something other than its name promises."""
     return Rule("refused", why, remedy, check=check)
 
 

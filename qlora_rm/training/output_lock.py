@@ -25,7 +25,7 @@ HEARTBEAT = 20.0
 STALE_AFTER = 90.0
 """Seconds without a heartbeat after which a lock of another machine is taken over."""
 UNSEEN = "unseen"
-"""Instead of its start: a process that is alive, and of which this user may read nothing else."""
+"""Start time of a living process whose details this user may not read."""
 LOOK_EVERY = 1.0
 
 

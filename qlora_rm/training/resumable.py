@@ -118,7 +118,7 @@ class ResumableTrainer(ReadingTrainer):
         return loader
 
     def _run_epoch(self, **of: Any) -> None:  # type: ignore[override]
-        """Run an epoch, or what is left of it.
+        """Run an epoch, or the rest of it after a resume.
 
         After skipping batches, accelerate 1.15 does not pass the epoch to the sampler: every resumed epoch would have
         the first one's order. A run resumed at its last step has nothing left to do; transformers 5.23 would take

@@ -166,7 +166,7 @@ def _decides(name: str) -> bool:
 
 def _is_read(name: str) -> bool:
     if any(part.startswith(".") for part in PurePosixPath(name).parts):
-        return False  # of an editor or a file manager; no loader reads hidden files
+        return False  # written by an editor or a file manager; no loader reads hidden files
     made_later = any(fnmatch(name, pattern) for pattern in MADE_LATER)
     return _decides(name) and not made_later and any(fnmatch(PurePosixPath(name).name, one) for one in READ_BY_LOADERS)
 

@@ -55,7 +55,7 @@ def prove_decoded(model: RewardModel, decoded: DecodedText, folder: str) -> None
     for place, item in enumerate(golden, start=1):
         if not is_of_kind(item, decoded.as_turns):
             continue
-        # one response at a time: each text is cut by itself
+        # one response at a time: each text is truncated on its own
         alone = [Candidates(item.prompt, (r,), item.tools, item.template_kwargs) for r in item.responses]
         written = [decoded.candidates(text) for text in model.tokenization.texts(item.candidates())]
         if model.tokenization.tokenize(alone) != model.tokenization.tokenize(written):
